@@ -1,0 +1,1 @@
+"""One Transformer for the whole DeepSeek family: MLA or GQA attention, SwiGLU or DeepSeekMoE feed-forward, MTP heads."""

@@ -1,0 +1,268 @@
+"""The shape of a model, with Hugging Face's field names, so that a published config.json can be read as it is.
+
+Which attention and which feed-forward a layer has follows from the fields alone:
+
+* `kv_lora_rank` set: multi-head latent attention (DeepSeek-V2, V3); absent: grouped-query attention (DeepSeek LLM, Llama).
+* `n_routed_experts` set: DeepSeekMoE from layer `first_k_dense_replace` on; absent: SwiGLU in every layer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+ModelType = Literal["llama", "deepseek_v2", "deepseek_v3"]
+
+ARCHITECTURES: dict[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+}
+
+# Fields of published config.json files that say nothing about the computation.
+IGNORED_HF_FIELDS = frozenset(
+    "architectures auto_map transformers_version torch_dtype dtype use_cache pretraining_tp ep_size attention_dropout "
+    "output_router_logits _name_or_path head_dim_original is_llama_config quantization_config qk_head_dim "
+    "num_local_experts num_experts seq_aux aux_loss_alpha router_aux_loss_coef rope_interleaved "
+    "transformers.js_config num_mtp_layers model_max_length return_dict output_attentions output_hidden_states "
+    "chunk_size_feed_forward id2label label2id problem_type is_encoder_decoder tokenizer_class".split()
+)
+
+
+class RopeScaling(BaseModel):
+    """How rotary frequencies are stretched beyond the length the model was pre-trained on.
+
+    `yarn` is the form of DeepSeek-V2/V3 (YaRN paper, section 3; V3 report, section 4.3), `linear` divides every position by
+    `factor`, `llama3` is the piecewise form of Llama 3.1.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rope_type: Literal["yarn", "linear", "llama3"]
+    factor: PositiveFloat
+    original_max_position_embeddings: PositiveInt | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    @model_validator(mode="after")
+    def _original_length_known(self) -> Self:
+        if self.rope_type == "llama3" and self.original_max_position_embeddings is None:
+            raise ValueError("rope_type 'llama3' needs original_max_position_embeddings: the length of pre-training")
+        return self
+
+
+class ModelConfig(BaseModel):
+    """Everything that fixes a Transformer's computation. Frozen; unknown fields are refused.
+
+    Sizes count features or tokens. `head_dim` is grouped-query attention's width a head (default hidden_size /
+    num_attention_heads); MLA's widths are `qk_nope_head_dim`, `qk_rope_head_dim` and `v_head_dim`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_type: ModelType = "deepseek_v3"
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    max_position_embeddings: PositiveInt = 4096
+    initializer_range: PositiveFloat = 0.006
+    rms_norm_eps: PositiveFloat = 1e-6
+    hidden_act: Literal["silu"] = "silu"
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    rope_theta: PositiveFloat = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    rope_interleave: bool = True  # MLA weights as DeepSeek publishes them pair neighbouring dimensions
+
+    q_lora_rank: PositiveInt | None = None
+    kv_lora_rank: PositiveInt | None = None
+    qk_nope_head_dim: PositiveInt | None = None
+    qk_rope_head_dim: PositiveInt | None = None
+    v_head_dim: PositiveInt | None = None
+
+    moe_intermediate_size: PositiveInt | None = None
+    n_shared_experts: int | None = Field(default=None, ge=0)
+    n_routed_experts: PositiveInt | None = None
+    num_experts_per_tok: PositiveInt | None = None
+    first_k_dense_replace: int = Field(default=0, ge=0)
+    moe_layer_freq: PositiveInt = 1
+    n_group: PositiveInt = 1
+    topk_group: PositiveInt = 1
+    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] | None = None
+    scoring_func: Literal["softmax", "sigmoid"] | None = None
+    norm_topk_prob: bool | None = None
+    routed_scaling_factor: PositiveFloat = 1.0
+
+    num_nextn_predict_layers: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_family(cls, data: Any) -> Any:
+        """Fill in what a family leaves unsaid: V2 gates by softmax, V3 by sigmoid with a selection bias."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        family = data.get("model_type", "deepseek_v3")
+
+        def default(name: str, value: Any) -> None:
+            if data.get(name) is None:
+                data[name] = value
+
+        if isinstance(data.get("num_attention_heads"), int):
+            default("num_key_value_heads", data["num_attention_heads"])
+        if data.get("n_routed_experts") is not None:
+            v3 = family == "deepseek_v3"
+            default("scoring_func", "sigmoid" if v3 else "softmax")
+            default("topk_method", "noaux_tc" if v3 else "greedy")
+            default("norm_topk_prob", v3)
+            default("n_shared_experts", 0)
+        for name in ("n_group", "topk_group"):
+            default(name, 1)
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        if self.kv_lora_rank is None:
+            if heads % kv_heads:
+                raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}")
+            if self.head_dim is None and self.hidden_size % heads:
+                raise ValueError(f"hidden_size={self.hidden_size} does not divide over num_attention_heads={heads}; set head_dim")
+            if self.rope_dim % 2:
+                raise ValueError(f"head_dim={self.rope_dim} must be even: rotary embedding turns pairs")
+        else:
+            for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"{name} is needed where kv_lora_rank is set (multi-head latent attention)")
+            if self.rope_dim % 2:
+                raise ValueError(f"qk_rope_head_dim={self.rope_dim} must be even: rotary embedding turns pairs")
+        if self.n_routed_experts is not None:
+            self._check_experts(self.n_routed_experts)
+        elif self.num_experts_per_tok is not None:
+            raise ValueError("num_experts_per_tok is set but n_routed_experts is not; set both or neither")
+        return self
+
+    def _check_experts(self, experts: int) -> None:
+        if self.moe_intermediate_size is None or self.num_experts_per_tok is None:
+            raise ValueError("moe_intermediate_size and num_experts_per_tok are needed where n_routed_experts is set")
+        if experts % self.n_group:
+            raise ValueError(f"n_routed_experts={experts} does not divide over n_group={self.n_group}")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group={self.topk_group} is more than n_group={self.n_group}")
+        reachable = experts // self.n_group * self.topk_group if self.topk_method != "greedy" else experts
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than the {reachable} experts that "
+                f"topk_group={self.topk_group} of n_group={self.n_group} leave to choose from"
+            )
+
+    @property
+    def is_mla(self) -> bool:
+        """Whether attention is multi-head latent attention."""
+        return self.kv_lora_rank is not None
+
+    @property
+    def rope_dim(self) -> int:
+        """Features a head that carry the position."""
+        if self.kv_lora_rank is not None:
+            return self.qk_rope_head_dim or 0
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def cached_per_token_and_layer(self) -> int:
+        """Numbers the cache keeps for one token in one layer: d_c + d_r with MLA, 2 n_kv d_h with GQA (V2 paper, table 1)."""
+        if self.kv_lora_rank is not None:
+            return self.kv_lora_rank + self.rope_dim
+        return 2 * (self.num_key_value_heads or self.num_attention_heads) * self.rope_dim
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` (MTP layers count on from num_hidden_layers) has routed experts."""
+        if self.n_routed_experts is None:
+            return False
+        return layer >= self.num_hidden_layers or (
+            layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+        )
+
+    @property
+    def attention_scale(self) -> float:
+        """What query-key products are multiplied by: width ** -0.5, times YaRN's squared temperature (V2 paper, 3.1.4)."""
+        if not self.is_mla:
+            return self.rope_dim**-0.5
+        scale = ((self.qk_nope_head_dim or 0) + self.rope_dim) ** -0.5
+        rope = self.rope_scaling
+        if rope is not None and rope.rope_type == "yarn" and rope.mscale_all_dim:
+            scale *= yarn_temperature(rope.factor, rope.mscale_all_dim) ** 2
+        return scale
+
+    @classmethod
+    def from_hf(cls, data: dict[str, Any]) -> ModelConfig:
+        """Read the content of a published config.json, 4.x form (rope_theta, rope_scaling) or 5.x (rope_parameters).
+
+        Raises ValueError for an unknown model_type or a field that changes the computation and is not supported.
+        """
+        data = {k: v for k, v in data.items() if k not in IGNORED_HF_FIELDS}
+        known = ", ".join(ARCHITECTURES)
+        if data.get("model_type") not in ARCHITECTURES:
+            raise ValueError(f"model_type {data.get('model_type')!r} is not supported; this version reads {known}")
+        rope = data.pop("rope_parameters", None) or data.pop("rope_scaling", None)
+        data.pop("rope_scaling", None)
+        if rope is not None:
+            rope = dict(rope)
+            kind = rope.pop("type", None) or "default"
+            rope["rope_type"] = rope.get("rope_type") or kind
+            data["rope_theta"] = rope.pop("rope_theta", None) or data.get("rope_theta") or 10_000.0
+            if rope["rope_type"] != "default":
+                data["rope_scaling"] = {k: v for k, v in rope.items() if v is not None}
+        for name in [name for name, value in data.items() if value is None]:
+            del data[name]
+        if data["model_type"] == "deepseek_v3":
+            data.pop("scoring_func", None)  # always sigmoid with a selection bias, whatever a config repeats
+            data.pop("topk_method", None)
+        if data["model_type"] != "llama" and data.get("head_dim") == data.get("qk_rope_head_dim"):
+            data.pop("head_dim", None)
+        return cls.model_validate(data)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of config.json, in the form that transformers 4.x and 5.x and vLLM all read."""
+        data = {k: v for k, v in self.model_dump(exclude_none=True).items()}
+        scaling = data.pop("rope_scaling", None)
+        if scaling is not None:
+            unused = {"llama3": (), "linear": ("low_freq_factor", "high_freq_factor"), "yarn": ("low_freq_factor", "high_freq_factor")}
+            kind = scaling["rope_type"]
+            for name in unused[kind]:
+                scaling.pop(name, None)
+            if kind != "yarn":
+                for name in ("beta_fast", "beta_slow", "truncate"):
+                    scaling.pop(name, None)
+            data["rope_scaling"] = {"type": kind, **scaling}
+        if not self.is_mla:
+            for name in ("rope_interleave", "n_group", "topk_group", "moe_layer_freq", "first_k_dense_replace"):
+                data.pop(name, None)
+            data.pop("routed_scaling_factor", None)
+            data.pop("num_nextn_predict_layers", None)
+            data["head_dim"] = self.rope_dim
+        elif self.q_lora_rank is None:
+            data["q_lora_rank"] = None  # the class default of the oracle is 1536, so silence would not mean "none"
+        return {"architectures": [ARCHITECTURES[self.model_type]], **data, "torch_dtype": "float32"}
+
+
+def yarn_temperature(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature g(m) = 0.1 m ln(s) + 1 (1 where nothing is stretched)."""
+    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0

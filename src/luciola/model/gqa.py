@@ -1,0 +1,52 @@
+"""Grouped-query attention: the attention of DeepSeek LLM 67B, Llama and SmolLM2 (multi-head when every head has its own key).
+
+Shapes: B batch, T time, S cached positions, D hidden, H query heads, G key-value heads, d features a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from luciola.model.attention import Context, Step, attend, attend_cache
+from luciola.model.config import ModelConfig
+from luciola.model.rope import Rotation, rotate
+
+
+class GQA(nn.Module):
+    """Causal self-attention in which num_attention_heads / num_key_value_heads queries share a key and a value."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.width = config.num_attention_heads, config.rope_dim
+        self.kv_heads = config.num_key_value_heads or self.heads
+        self.scale = config.attention_scale
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, self.heads * self.width, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * self.width, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * self.width, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.width, hidden, bias=bias)
+
+    def _qkv(self, x_BTD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        q_BTHd = self.q_proj(x_BTD).unflatten(-1, (self.heads, self.width))
+        k_BTGd = self.k_proj(x_BTD).unflatten(-1, (self.kv_heads, self.width))
+        v_BTGd = self.v_proj(x_BTD).unflatten(-1, (self.kv_heads, self.width))
+        return rotate(q_BTHd, rotation, False), rotate(k_BTGd, rotation, False), v_BTGd
+
+    def forward(self, x_BTD: Tensor, context: Context, cache_BTC: Tensor | None = None) -> Tensor:
+        """Whole sequences. Writes each token's keys and values (C = 2 G d numbers) into `cache_BTC` where it is given."""
+        q_BTHd, k_BTGd, v_BTGd = self._qkv(x_BTD, context.rotation)
+        if cache_BTC is not None:
+            torch.cat((k_BTGd.flatten(2), v_BTGd.flatten(2)), dim=-1, out=cache_BTC)
+        o_BTHd = attend(q_BTHd, k_BTGd, v_BTGd, self.scale, context.mask_BTT)
+        return self.o_proj(o_BTHd.flatten(2))  # type: ignore[no-any-return]
+
+    def decode(self, x_BD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:
+        """One new token a row: its keys and values go into the last column of `cache_BSC`, then it attends to all of them."""
+        q_BTHd, k_BTGd, v_BTGd = self._qkv(x_BD.unsqueeze(1), step.rotation)
+        cache_BS2Gd = cache_BSC.unflatten(-1, (2, self.kv_heads, self.width))
+        cache_BS2Gd[:, -1, 0] = k_BTGd[:, 0]
+        cache_BS2Gd[:, -1, 1] = v_BTGd[:, 0]
+        q_BGRd = q_BTHd[:, 0].unflatten(1, (self.kv_heads, -1))
+        o_BGRd = attend_cache(q_BGRd, cache_BS2Gd[:, :, 0], cache_BS2Gd[:, :, 1], self.scale, step.mask_BS)
+        return self.o_proj(o_BGRd.flatten(1))  # type: ignore[no-any-return]

@@ -1,0 +1,91 @@
+"""Multi-head latent attention (DeepSeek-V2 paper, section 2.1; equations 9 to 19 there, 1 to 11 in the V3 report).
+
+Keys and values of all heads are projections of one latent c a token. Only c and one rotated key k_R, shared by all heads,
+are cached: kv_lora_rank + qk_rope_head_dim numbers a token and layer.
+
+    c_Q = RMSNorm(W_DQ h)                    [q_C ; q_R] = W_UQ,QR c_Q       (without query compression: = W_Q h)
+    [c ; k_R] = W_DKV,KR h                   c = RMSNorm(c),  q_R = RoPE(q_R),  k_R = RoPE(k_R)
+    [k_C ; v] = W_UKV c                      o = softmax(scale * (q_C k_C + q_R k_R)) v,   u = W_O o
+
+`forward` computes just that ("expanded"). `decode` uses q_C . (W_UK c) = (W_UK^T q_C) . c: the up-projection of keys is
+absorbed into the query and that of values into the output, so that queries meet the cached latents directly and nothing
+is ever expanded. It is multi-query attention whose one head is as wide as the cache.
+
+Shapes: B batch, T time, S cached positions, D hidden, H heads, C = kv_lora_rank; n, r, v: widths of a head's part without
+position, of its rotary part, of its value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from luciola.model.attention import Context, Step, attend, attend_cache
+from luciola.model.config import ModelConfig
+from luciola.model.norm import RMSNorm
+from luciola.model.rope import Rotation, rotate
+
+LATENT_EPS = 1e-6  # DeepSeek's code and the oracle fix it, whatever rms_norm_eps says
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention with decoupled rotary keys; query compression where q_lora_rank is set."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        n, r, v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        rank, heads, hidden, bias = config.kv_lora_rank, config.num_attention_heads, config.hidden_size, config.attention_bias
+        assert n is not None and r is not None and v is not None and rank is not None  # ModelConfig has checked it
+        self.heads, self.rank, self.n, self.r, self.v = heads, rank, n, r, v
+        self.scale, self.interleaved = config.attention_scale, config.rope_interleave
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, heads * (n + r), bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * (n + r), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, rank + r, bias=bias)
+        self.kv_a_layernorm = RMSNorm(rank, LATENT_EPS)
+        self.kv_b_proj = nn.Linear(rank, heads * (n + v), bias=False)
+        self.o_proj = nn.Linear(heads * v, hidden, bias=bias)
+
+    def _queries(self, x_BTD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        if hasattr(self, "q_proj"):
+            q = self.q_proj(x_BTD)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        qC_BTHn, qR_BTHr = q.unflatten(-1, (self.heads, self.n + self.r)).split((self.n, self.r), dim=-1)
+        return qC_BTHn, rotate(qR_BTHr, rotation, self.interleaved)
+
+    def _latents(self, x_BTD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        c_BTC, kR_BTr = self.kv_a_proj_with_mqa(x_BTD).split((self.rank, self.r), dim=-1)
+        return self.kv_a_layernorm(c_BTC), rotate(kR_BTr, rotation, self.interleaved)
+
+    def forward(self, x_BTD: Tensor, context: Context, cache_BTC: Tensor | None = None) -> Tensor:
+        """Whole sequences, expanded. Writes [c ; k_R] of each token into `cache_BTC` where it is given."""
+        qC_BTHn, qR_BTHr = self._queries(x_BTD, context.rotation)
+        c_BTC, kR_BTr = self._latents(x_BTD, context.rotation)
+        if cache_BTC is not None:
+            torch.cat((c_BTC, kR_BTr), dim=-1, out=cache_BTC)
+        kv_BTHx = self.kv_b_proj(c_BTC).unflatten(-1, (self.heads, self.n + self.v))
+        kC_BTHn, v_BTHv = kv_BTHx.split((self.n, self.v), dim=-1)
+        kR_BTHr = kR_BTr.unsqueeze(2).expand(-1, -1, self.heads, -1)
+        q_BTHx, k_BTHx = torch.cat((qC_BTHn, qR_BTHr), dim=-1), torch.cat((kC_BTHn, kR_BTHr), dim=-1)
+        o_BTHv = attend(q_BTHx, k_BTHx, v_BTHv, self.scale, context.mask_BTT)
+        return self.o_proj(o_BTHv.flatten(2))  # type: ignore[no-any-return]
+
+    def decode(self, x_BD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:
+        """One new token a row, absorbed: its [c ; k_R] goes into the last column of `cache_BSC`, then it attends to all."""
+        qC_BTHn, qR_BTHr = self._queries(x_BD.unsqueeze(1), step.rotation)
+        c_BTC, kR_BTr = self._latents(x_BD.unsqueeze(1), step.rotation)
+        cache_BSC[:, -1, : self.rank] = c_BTC[:, 0]
+        cache_BSC[:, -1, self.rank :] = kR_BTr[:, 0]
+        W_UK_HnC, W_UV_HvC = self.kv_b_proj.weight.unflatten(0, (self.heads, self.n + self.v)).split((self.n, self.v), dim=1)
+        qC_HBC = torch.bmm(qC_BTHn[:, 0].transpose(0, 1), W_UK_HnC)
+        q_BHC = torch.cat((qC_HBC.transpose(0, 1), qR_BTHr[:, 0]), dim=-1)
+        # The cache serves as keys and, whole, as values: the rotary columns of the result are cut off again, which is
+        # cheaper than giving the kernel values of another width than its keys.
+        cache_BS1C = cache_BSC.unsqueeze(2)
+        o_BHC = attend_cache(q_BHC.unsqueeze(1), cache_BS1C, cache_BS1C, self.scale, step.mask_BS)[:, 0, :, : self.rank]
+        o_HBv = torch.bmm(o_BHC.transpose(0, 1), W_UV_HvC.transpose(1, 2))
+        return self.o_proj(o_HBv.transpose(0, 1).flatten(1))  # type: ignore[no-any-return]

@@ -1,0 +1,114 @@
+"""Rotary position embedding (Su et al., 2021) and its stretched forms: YaRN, linear, Llama 3.
+
+Position p turns feature pair k by the angle p * f_k, f_k = theta^(-2k/d). Which features form a pair is a convention
+of the weights: DeepSeek publishes MLA weights with neighbours (2k, 2k+1) paired ("interleaved"), Llama pairs (k, k + d/2)
+("half-split"). `rotate` is the only place that knows. Its result is half-split in both cases: queries and keys are
+permuted alike, so their products do not change.
+
+Shapes: B batch, T time, d rotary features a head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from luciola.model.config import ModelConfig, RopeScaling, yarn_temperature
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every angle: (T, d/2), or (B, T, d/2) where rows stand at different positions; float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotate(x: Tensor, rotation: Rotation, interleaved: bool) -> Tensor:
+    """Turn x_BT..d by `rotation`; axes between T and d (heads) share the angles. Returns x's shape and dtype, half-split."""
+    cos, sin = rotation
+    for _ in range(x.ndim - 3):
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if interleaved:
+        x1, x2 = x[..., 0::2], x[..., 1::2]
+    else:
+        x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """The d/2 angular frequencies (float32) and the factor on cosine and sine."""
+    d, theta, scaling = config.rope_dim, config.rope_theta, config.rope_scaling
+    f = theta ** -(torch.arange(0, d, 2, dtype=torch.float32) / d)
+    if scaling is None:
+        return f, 1.0
+    if scaling.rope_type == "linear":
+        return f / scaling.factor, 1.0
+    if scaling.rope_type == "llama3":
+        return _llama3(f, scaling), 1.0
+    return _yarn(f, scaling, config)
+
+
+def _yarn(f: Tensor, s: RopeScaling, config: ModelConfig) -> tuple[Tensor, float]:
+    """YaRN (Peng et al., 2023, section 3.2): fast frequencies stay, slow ones are divided by the factor, a ramp between.
+
+    The ramp's ends are the dimensions that turn `beta_fast` and `beta_slow` times within the original length.
+    """
+    d, theta = config.rope_dim, config.rope_theta
+    length = s.original_max_position_embeddings or config.max_position_embeddings
+
+    def dimension(turns: float) -> float:
+        return d * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(s.beta_fast), dimension(s.beta_slow)
+    if s.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
+    if low == high:
+        high += 0.001  # a ramp of no width would divide by zero
+    ramp = ((torch.arange(d // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    f = f * (1 - ramp) + f / s.factor * ramp
+    if s.attention_factor is not None:
+        return f, s.attention_factor
+    if s.mscale and s.mscale_all_dim:
+        return f, yarn_temperature(s.factor, s.mscale) / yarn_temperature(s.factor, s.mscale_all_dim)
+    return f, yarn_temperature(s.factor, 1.0)
+
+
+def _llama3(f: Tensor, s: RopeScaling) -> Tensor:
+    """Llama 3.1: wavelengths beyond L/low are divided by the factor, those below L/high stay, a linear blend between."""
+    length = s.original_max_position_embeddings
+    assert length is not None  # ModelConfig has checked it
+    turns = length * f / (2 * math.pi)
+    blend = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return f * blend + f / s.factor * (1 - blend)
+
+
+class Rope(nn.Module):
+    """The table of cosines and sines, grown on demand; no parameters, nothing saved."""
+
+    frequencies: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        f, self.factor = frequencies(config)
+        self.register_buffer("frequencies", f, persistent=False)
+        self._table: Rotation | None = None
+
+    def _table_of(self, length: int) -> Rotation:
+        f = self.frequencies
+        if self._table is None or len(self._table.cos) < length or self._table.cos.device != f.device:
+            length = max(256, 1 << (length - 1).bit_length())
+            angles = torch.arange(length, device=f.device, dtype=torch.float32)[:, None] * f.float()
+            self._table = Rotation(angles.cos() * self.factor, angles.sin() * self.factor)
+        return self._table
+
+    def forward(self, length: int, positions_BT: Tensor | None = None) -> Rotation:
+        """Rotation of positions 0..length-1, or of `positions_BT` (all below `length`) where it is given."""
+        cos, sin = self._table_of(length)
+        if positions_BT is None:
+            return Rotation(cos[:length], sin[:length])
+        return Rotation(cos[positions_BT], sin[positions_BT])

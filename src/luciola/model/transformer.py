@@ -1,0 +1,193 @@
+"""The Transformer: embedding, L pre-norm blocks, a norm, a head, and D multi-token prediction modules.
+
+    x = x + Attention(RMSNorm(x));   x = x + FeedForward(RMSNorm(x))
+
+Parameter names are Hugging Face's without the leading "model." so that a checkpoint reads like this file.
+
+Shapes: B batch, T time, S cached positions, D hidden, V vocabulary, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from luciola.model.attention import Context, Step, segment_mask
+from luciola.model.config import ModelConfig
+from luciola.model.gqa import GQA
+from luciola.model.mla import MLA
+from luciola.model.mlp import SwiGLU
+from luciola.model.moe import MoE, Routing
+from luciola.model.mtp import MTPModule, MTPStates
+from luciola.model.norm import RMSNorm
+from luciola.model.rope import Rope
+
+
+class Block(nn.Module):
+    """One layer; its feed-forward is a mixture of experts from `first_k_dense_replace` on."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn: MLA | GQA = MLA(config) if config.is_mla else GQA(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: MoE | SwiGLU
+        if config.is_moe_layer(layer):
+            self.mlp = MoE(config)
+        else:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias)
+
+    def _feed_forward(self, x_BTD: Tensor, routes_BTK: Tensor | None) -> tuple[Tensor, Routing | None]:
+        y_BTD = self.post_attention_layernorm(x_BTD)
+        if isinstance(self.mlp, MoE):
+            z_BTD, routing = self.mlp(y_BTD, routes_BTK)
+            return x_BTD + z_BTD, routing
+        return x_BTD + self.mlp(y_BTD), None
+
+    def forward(
+        self, x_BTD: Tensor, context: Context, cache_BTC: Tensor | None = None, routes_BTK: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """Whole sequences. Returns the new hidden states and, from an MoE layer, its routing."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context, cache_BTC)
+        return self._feed_forward(x_BTD, routes_BTK)
+
+    def decode(self, x_BD: Tensor, step: Step, cache_BSC: Tensor) -> tuple[Tensor, Routing | None]:
+        """One new token a row against the cache."""
+        x_BD = x_BD + self.self_attn.decode(self.input_layernorm(x_BD), step, cache_BSC)
+        x_B1D, routing = self._feed_forward(x_BD.unsqueeze(1), None)
+        return x_B1D.squeeze(1), routing
+
+
+class Hidden(NamedTuple):
+    """What the blocks leave behind: states ready for the head, and the routing of each MoE layer from first to last."""
+
+    states: Tensor
+    routings: list[Routing]
+
+
+class Transformer(nn.Module):
+    """The one model object: trained, sampled from, scored, saved and served.
+
+    `model(tokens_BT)` gives float32 logits (B, T, V). Training and RL call `hidden` and put their own loss on the head;
+    the engine calls `hidden` with a cache for prompts and `decode` for each new token.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.mtp = nn.ModuleList(
+            MTPModule(config, Block(config, config.num_hidden_layers + depth))
+            for depth in range(config.num_nextn_predict_layers)
+        )
+        self.rope = Rope(config)
+        self.activation_checkpointing = False
+
+    def initialize(self, seed: int) -> None:
+        """Every weight matrix ~ N(0, initializer_range), norms 1, biases 0 (DeepSeek LLM, section 2.2). Same seed, same model."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    @property
+    def moe_layers(self) -> list[MoE]:
+        """The MoE feed-forwards of the main layers, first to last."""
+        return [block.mlp for block in self.layers if isinstance(block.mlp, MoE)]  # type: ignore[union-attr]
+
+    def num_parameters(self, *, active: bool = False) -> int:
+        """Weights of the main model (MTP modules not counted); with `active`, only those one token meets."""
+        config = self.config
+        total = sum(p.numel() for name, p in self.named_parameters() if not name.startswith("mtp."))
+        if active and config.n_routed_experts and config.num_experts_per_tok:
+            for layer in self.moe_layers:
+                routed = sum(p.numel() for p in layer.experts.parameters())
+                total -= routed * (config.n_routed_experts - config.num_experts_per_tok) // config.n_routed_experts
+        return total
+
+    def context(self, length: int, segments_BT: Tensor | None = None) -> Context:
+        """Angles and mask of rows of `length` tokens; with `segments_BT` each document counts positions from 0."""
+        if segments_BT is None:
+            return Context(self.rope(length))
+        positions = torch.arange(length, device=segments_BT.device).expand_as(segments_BT)
+        starts = torch.ones_like(segments_BT, dtype=torch.bool)
+        starts[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+        begin = (positions * starts).cummax(dim=1).values
+        return Context(self.rope(length, positions - begin), segment_mask(segments_BT))
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        *,
+        segments_BT: Tensor | None = None,
+        caches: Sequence[Tensor] | None = None,
+        routes_BTLK: Tensor | None = None,
+    ) -> Hidden:
+        """Run the blocks over whole sequences.
+
+        Args:
+            tokens_BT: int64 token ids, right-padded (later tokens never influence earlier ones).
+            segments_BT: document numbers of packed rows; tokens then see their own document only.
+            caches: one (B, T, C) tensor a layer to fill with what `decode` will need.
+            routes_BTLK: experts to replay, one entry an MoE layer (L counts MoE layers).
+        """
+        x_BTD = self.embed_tokens(tokens_BT)
+        context = self.context(tokens_BT.shape[1], segments_BT)
+        routings: list[Routing] = []
+        for layer, block in enumerate(self.layers):
+            routes_BTK = None
+            if routes_BTLK is not None and isinstance(block.mlp, MoE):
+                routes_BTK = routes_BTLK[:, :, len(routings)]
+            cache_BTC = None if caches is None else caches[layer]
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BTD, routing = checkpoint(block, x_BTD, context, cache_BTC, routes_BTK, use_reentrant=False)
+            else:
+                x_BTD, routing = block(x_BTD, context, cache_BTC, routes_BTK)
+            if routing is not None:
+                routings.append(routing)
+        return Hidden(self.norm(x_BTD), routings)
+
+    def decode(self, tokens_B: Tensor, positions_B: Tensor, caches: Sequence[Tensor], mask_BS: Tensor | None) -> Hidden:
+        """One new token a row at `positions_B`, against `caches` of S columns whose last is this token's own.
+
+        `mask_BS` is True (or 0 in float form) where a row may look. Returns states (B, D).
+        """
+        x_BD = self.embed_tokens(tokens_B)
+        length = caches[0].shape[1]
+        step = Step(self.rope(length, positions_B.unsqueeze(1)), mask_BS)
+        routings: list[Routing] = []
+        for block, cache_BSC in zip(self.layers, caches, strict=True):
+            x_BD, routing = block.decode(x_BD, step, cache_BSC)  # type: ignore[operator]
+            if routing is not None:
+                routings.append(routing)
+        return Hidden(self.norm(x_BD), routings)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Float32 logits (B, T, V) of the next token at every position."""
+        logits: Tensor = self.lm_head(self.hidden(tokens_BT).states)
+        return logits.float()
+
+    def mtp_hidden(
+        self, states_BTD: Tensor, tokens_BT: Tensor, depth: int, segments_BT: Tensor | None = None
+    ) -> MTPStates:
+        """States of MTP module `depth` (0 first), which predict the token depth + 2 ahead (V3 report, section 2.2).
+
+        `states_BTD` are the states of the depth before (the main model's for depth 0); `tokens_BT` the row itself. Row i
+        joins state i with token i + depth + 1, so the result has T - depth - 1 columns.
+        """
+        module = self.mtp[depth]
+        length = tokens_BT.shape[1] - depth - 1
+        segments = None if segments_BT is None else segments_BT[:, :length]
+        embedded_BTD = self.embed_tokens(tokens_BT[:, depth + 1 :])
+        return module(states_BTD[:, :length], embedded_BTD, self.context(length, segments))  # type: ignore[no-any-return]
