@@ -1,0 +1,51 @@
+"""Recipes: what a run shall do, as a TOML file that is checked before anything starts.
+
+`schema.py` says which keys there are, `check.py` turns a mistake into one sentence, `files.py` reads and writes.
+
+    recipe = load(GrpoRecipe, "quickstart", ["grpo.steps=20", "run.name=try2"])
+"""
+
+from luciola.recipe.check import RecipeError, check, documented_keys
+from luciola.recipe.files import load, resolve, shipped, to_toml
+from luciola.recipe.schema import (
+    EvaluateSection,
+    GrpoRecipe,
+    GrpoSection,
+    ModelSection,
+    OptimSection,
+    PretrainDataSection,
+    Pretraining,
+    PretrainRecipe,
+    Recipe,
+    RewardSection,
+    RolloutSection,
+    RunSection,
+    SftDataSection,
+    SftRecipe,
+    TokenizerSection,
+)
+
+__all__ = [
+    "EvaluateSection",
+    "GrpoRecipe",
+    "GrpoSection",
+    "ModelSection",
+    "OptimSection",
+    "PretrainDataSection",
+    "PretrainRecipe",
+    "Pretraining",
+    "Recipe",
+    "RecipeError",
+    "RewardSection",
+    "RolloutSection",
+    "RunSection",
+    "SftDataSection",
+    "SftRecipe",
+    "TokenizerSection",
+    "check",
+    "documented_keys",
+    "load",
+    "resolve",
+    "shipped",
+    "to_toml",
+]

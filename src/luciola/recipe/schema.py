@@ -1,0 +1,334 @@
+"""Every key of a recipe: its type, default, limits, unit and meaning.
+
+The documentation of recipes is generated from the descriptions here. All models are frozen and refuse unknown keys. A
+recipe holds settings only: what they resolve to on a machine (the dtype behind "auto", say) stands in the run folder.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from luciola.tasks import TaskConfig
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+Count = Annotated[int, Field(ge=1)]  # at least one
+CountOrZero = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A table of a recipe: frozen, and without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*", name):
+        raise ValueError("must be a folder's name of letters, digits and ._+=- that starts with none of .+=-")
+    return name
+
+
+class RunSection(Section):
+    """Where the run is kept, and how often."""
+
+    name: Annotated[str, AfterValidator(_folder_name)] = Field(
+        description="name of the run: its folder below run.folder"
+    )
+    folder: str = Field("runs", description="folder of all runs, relative to where luciola is started")
+    checkpoint_every: CountOrZero = Field(50, description="steps between checkpoints; 0: only at the end")
+    keep_checkpoints: Count = Field(2, description="newest checkpoints kept; older ones are deleted")
+    tensorboard: bool = Field(False, description="also write TensorBoard event files (extra: tensorboard)")
+
+
+class ModelSection(Section):
+    """The model to start from: a fresh one of this shape, or a stored one."""
+
+    config: dict[str, Any] | None = Field(None, description="shape of a new model, in Hugging Face's field names")
+    path: str | None = Field(None, description="a stored model: Hugging Face folder, GGUF file, or run folder")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.config is None) == (self.path is None):
+            raise ValueError("give exactly one of config (a new model) and path (a stored one)")
+        return self
+
+
+class TokenizerSection(Section):
+    """The tokenizer of a new model."""
+
+    kind: Literal["characters", "bpe", "path"] = Field(
+        "characters", description="characters: one token each; bpe: trained on the data; path: read from a folder"
+    )
+    alphabet: str | None = Field(
+        None, description="characters only: the characters; left out: those that the data uses"
+    )
+    vocab_size: Annotated[int, Field(ge=257)] | None = Field(
+        None, description="bpe only: number of tokens, the 256 bytes and the special tokens included"
+    )
+    path: str | None = Field(None, description="path only: a folder with tokenizer.json")
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> Self:
+        needed = {"characters": None, "bpe": "vocab_size", "path": "path"}[self.kind]
+        if needed is not None and getattr(self, needed) is None:
+            raise ValueError(f"kind = '{self.kind}' needs {needed}")
+        for key, kind in (("alphabet", "characters"), ("vocab_size", "bpe"), ("path", "path")):
+            if getattr(self, key) is not None and kind != self.kind:
+                raise ValueError(f"{key} belongs to kind = '{kind}', not '{self.kind}'")
+        return self
+
+
+class _DataSection(Section):
+    """What pre-training and fine-tuning data have in common."""
+
+    source: Literal["task", "files"] = Field("task", description="task: written by the task; files: read from paths")
+    paths: list[str] = Field([], description="files only: text, JSON-lines or Parquet files, or folders of them")
+    error_rate: Share = Field(
+        0.0, description="task only: probability that a step of a worked solution is wrong; RL can mend it"
+    )
+    sequence_length: Annotated[int, Field(ge=2)] = Field(128, description="tokens in a row")
+    batch_size: Count = Field(128, description="rows in a batch; a step takes batch_size * accumulate rows")
+
+    @model_validator(mode="after")
+    def _fits_source(self) -> Self:
+        if self.source == "files" and not self.paths:
+            raise ValueError("source = 'files' needs paths")
+        if self.source == "task" and self.paths:
+            raise ValueError("paths belongs to source = 'files', not 'task'")
+        return self
+
+
+class PretrainDataSection(_DataSection):
+    """The text of pre-training."""
+
+    field: str = Field("text", description="files only: the field of a JSON record that holds the text")
+    packing: Literal["pad", "stream", "segments"] = Field(
+        "pad",
+        description="pad: one document a row; stream: documents end to end; segments: the same without attention "
+        "across their borders",
+    )
+
+
+class SftDataSection(_DataSection):
+    """The conversations of supervised fine-tuning; the loss is on the assistant's tokens only."""
+
+    messages_field: str = Field("messages", description="files only: the field with a list of role/content messages")
+    prompt_field: str | None = Field(None, description="files only: the user's turn, instead of messages_field")
+    completion_field: str | None = Field(None, description="files only: the assistant's turn; goes with prompt_field")
+    packing: Literal["pad", "segments"] = Field(
+        "pad", description="pad: one conversation a row; segments: several, without attention across their borders"
+    )
+
+    @model_validator(mode="after")
+    def _fields_in_pairs(self) -> Self:
+        if (self.prompt_field is None) != (self.completion_field is None):
+            raise ValueError("prompt_field and completion_field go together: give both or neither")
+        return self
+
+
+class OptimSection(Section):
+    """AdamW with decoupled weight decay, and its learning-rate schedule."""
+
+    lr: Positive = Field(1e-3, description="peak learning rate")
+    weight_decay: Amount = Field(0.1, description="decoupled weight decay of matrices; norms and biases have none")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="decay of the first and second moment"
+    )
+    eps: Positive = Field(1e-8, description="added to the root of the second moment")
+    clip_grad_norm: Amount = Field(1.0, description="largest global gradient norm; 0: no clipping")
+    schedule: Literal["constant", "cosine", "multi-step", "wsd", "linear"] = Field(
+        "constant",
+        description="after the warm-up: constant; cosine or linear down to lr * final_lr_ratio; multi-step: in jumps at 80 % "
+        "and 90 % of the steps (DeepSeek LLM, section 2.3); wsd: stable, then falling over the last fifth",
+    )
+    warmup_steps: CountOrZero = Field(0, description="steps of linear rise from 0 to lr")
+    final_lr_ratio: Share = Field(0.1, description="last learning rate as a share of lr; not used by constant")
+
+
+class FineTuningOptimSection(OptimSection):
+    """The same for a model that has learnt already, which the large steps of pre-training would undo."""
+
+    lr: Positive = Field(1e-5, description="peak learning rate; models of a few million parameters bear 3e-4")
+
+
+class _TrainingSettings(Section):
+    """What every way of training by next-token prediction sets at the top of its recipe."""
+
+    steps: Count = Field(description="optimiser steps")
+    accumulate: Count = Field(1, description="batches whose gradients are added up before a step")
+    dtype: Dtype = Field("auto", description="of the arithmetic (weights stay float32); auto: the faster here")
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, a third slower"
+    )
+    mtp_weight: Amount = Field(0.3, description="weight of the multi-token prediction loss (V3 report, section 2.2)")
+    bias_update_speed: Amount = Field(
+        0.001, description="step of the expert biases that balance the load (V3 report, section 2.1.2); 0: fixed"
+    )
+    balance_loss: Amount = Field(0.0001, description="weight of the sequence-wise balance loss (V3 report, eq. 17)")
+
+
+class Pretraining(_TrainingSettings):
+    """Pre-training without its surroundings: the [base] of a GRPO recipe, which inherits run, task and seed."""
+
+    model: ModelSection = Field(description="the model to train")
+    tokenizer: TokenizerSection | None = Field(None, description="of a new model; a stored one brings its own")
+    data: PretrainDataSection = Field(PretrainDataSection(), description="the text")
+    optim: OptimSection = Field(OptimSection(), description="optimiser")
+
+    @model_validator(mode="after")
+    def _tokenizer_known(self) -> Self:
+        if self.model.config is not None and self.tokenizer is None:
+            raise ValueError("a new model (model.config) needs a [tokenizer] section, for example kind = 'characters'")
+        if self.model.path is not None and self.tokenizer is not None:
+            raise ValueError("a stored model (model.path) brings its own tokenizer: leave the [tokenizer] section out")
+        return self
+
+
+class PretrainRecipe(Pretraining):
+    """`luciola pretrain`: next-token prediction on a task's texts or on files."""
+
+    kind: ClassVar[str] = "pretrain"
+
+    seed: int = Field(0, ge=0, description="seed of the weights, the data's order and everything random")
+    run: RunSection = Field(description="where the run is kept")
+    task: TaskConfig | None = Field(None, description="the task that writes it, when data.source = 'task'")
+
+    @model_validator(mode="after")
+    def _task_given(self) -> Self:
+        _needs_task(self.data, self.task)
+        return self
+
+
+class SftRecipe(_TrainingSettings):
+    """`luciola sft`: supervised fine-tuning of a stored model on conversations."""
+
+    kind: ClassVar[str] = "sft"
+
+    seed: int = Field(0, ge=0, description="seed of the data's order and everything random")
+    run: RunSection = Field(description="where the run is kept")
+    task: TaskConfig | None = Field(None, description="the task that writes them, when data.source = 'task'")
+    model: ModelSection = Field(description="the model to fine-tune (model.path)")
+    data: SftDataSection = Field(SftDataSection(), description="the conversations")
+    optim: FineTuningOptimSection = Field(FineTuningOptimSection(), description="optimiser")
+
+    @model_validator(mode="after")
+    def _stored_model(self) -> Self:
+        _needs_stored_model(self.model)
+        _needs_task(self.data, self.task)
+        return self
+
+
+class RolloutSection(Section):
+    """The completions sampled in each step."""
+
+    prompts: Count = Field(16, description="prompts a step")
+    group_size: Annotated[int, Field(ge=2)] = Field(
+        16, description="completions a prompt, at least 2: an advantage compares a completion with its group"
+    )
+    max_tokens: Count = Field(256, description="longest completion, in tokens; leave room for the longest right answer")
+    temperature: Positive = Field(1.0, description="sampling temperature")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nucleus sampling; 1: off")
+    top_k: CountOrZero = Field(0, description="sample among this many likeliest tokens; 0: off")
+
+
+class GrpoSection(Section):
+    """Group relative policy optimisation (DeepSeekMath, section 4.1; R1, section 2.2.1)."""
+
+    steps: Count = Field(50, description="rollouts, each followed by its updates")
+    clip_low: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="the ratio is clipped below at 1 - clip_low")
+    clip_high: Amount = Field(0.2, description="and above at 1 + clip_high (DAPO: clip-higher)")
+    beta: Amount = Field(0.0, description="weight of the KL divergence from the reference; 0: none is kept")
+    aggregation: Literal["sequence", "token"] = Field(
+        "sequence", description="loss: the mean over sequences of token means (the papers), or over all tokens (DAPO)"
+    )
+    updates_per_rollout: Count = Field(1, description="optimiser steps on a rollout, on a share of its groups each")
+    epochs: Count = Field(1, description="passes over a rollout")
+    reference_refresh: CountOrZero = Field(0, description="steps until the policy becomes the reference; 0: never")
+    scale_rewards: bool = Field(True, description="divide by the group's standard deviation; false: Dr. GRPO")
+    replay_routes: bool = Field(True, description="the update uses the experts that the rollout chose")
+    micro_batch_tokens: Count = Field(8192, description="tokens, padding included, in one forward and backward pass")
+
+
+class RewardSection(Section):
+    """What a completion earns: a weighted sum."""
+
+    accuracy: Amount = Field(1.0, description="reward of a right answer")
+    format: Amount = Field(0.1, description="reward of the form <think>...</think><answer>...</answer>")
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Self:
+        if self.accuracy == 0 and self.format == 0:
+            raise ValueError("accuracy and format are both 0, so that nothing would be learnt; raise one")
+        return self
+
+
+class EvaluateSection(Section):
+    """The held-out evaluation before and after a run, and during it."""
+
+    every: CountOrZero = Field(0, description="steps between evaluations during the run; 0: before and after only")
+    problems: Count = Field(256, description="held-out problems")
+    samples: Count = Field(8, description="completions a problem: the k of pass@k and maj@k")
+    temperature: Amount = Field(0.6, description="sampling temperature; 0: greedy")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="nucleus sampling")
+
+
+class GrpoRecipe(Section):
+    """`luciola grpo`: reinforcement learning from verifiable rewards, of a stored model or of one pre-trained first."""
+
+    kind: ClassVar[str] = "grpo"
+
+    seed: int = Field(0, ge=0, description="seed of the weights, the problems and everything random")
+    dtype: Dtype = Field("auto", description="of the arithmetic (weights stay float32); auto: the faster here")
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, a third slower"
+    )
+    run: RunSection = Field(description="where the run is kept")
+    task: TaskConfig = Field(description="the problems and their verifier")
+    base: Pretraining | None = Field(None, description="pre-train the model first; inherits seed, run and task")
+    model: ModelSection | None = Field(None, description="the model to start from (model.path)")
+    rollout: RolloutSection = Field(RolloutSection(), description="sampling")
+    grpo: GrpoSection = Field(GrpoSection(), description="the objective")
+    reward: RewardSection = Field(RewardSection(), description="rewards")
+    optim: FineTuningOptimSection = Field(FineTuningOptimSection(), description="optimiser")
+    evaluate: EvaluateSection = Field(EvaluateSection(), description="held-out evaluation")
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if (self.base is None) == (self.model is None):
+            raise ValueError("give exactly one of model.path (a stored model) and [base] (pre-train one first)")
+        if self.model is not None:
+            _needs_stored_model(self.model)
+        return self
+
+    @model_validator(mode="after")
+    def _updates_share_the_prompts(self) -> Self:
+        prompts, updates = self.rollout.prompts, self.grpo.updates_per_rollout
+        if prompts % updates:
+            raise ValueError(
+                f"grpo.updates_per_rollout = {updates} must divide rollout.prompts = {prompts} (whole groups)"
+            )
+        return self
+
+    def base_recipe(self) -> PretrainRecipe:
+        """The pre-training of [base] as a recipe of its own, kept in the folder `base` inside this run's."""
+        assert self.base is not None
+        run = self.run.model_copy(update={"name": "base", "folder": f"{self.run.folder}/{self.run.name}"})
+        return PretrainRecipe(seed=self.seed, run=run, task=self.task, **dict(self.base))
+
+
+Recipe = PretrainRecipe | SftRecipe | GrpoRecipe
+
+
+def _needs_stored_model(model: ModelSection) -> None:
+    if model.path is None:
+        raise ValueError("this kind of run starts from a stored model: give model.path instead of model.config")
+
+
+def _needs_task(data: _DataSection, task: object) -> None:
+    if data.source == "task" and task is None:
+        raise ValueError("data.source = 'task' needs a [task] section, for example name = 'arithmetic'")
