@@ -1,0 +1,34 @@
+"""Luciola builds reasoning language models the DeepSeek way, in one readable PyTorch stack.
+
+    lm = luciola.load("path/to/a/model")
+    engine = luciola.Engine(lm)
+    engine.generate(["The capital of France is"], luciola.SamplingParams(max_tokens=8))
+
+The public names are imported when first used, so that `import luciola`, and with it `luciola --help`, loads no torch.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+_HOME = {
+    "load": "luciola.model.language_model",
+    "LanguageModel": "luciola.model.language_model",
+    "Engine": "luciola.engine.engine",
+    "SamplingParams": "luciola.engine.engine",
+    "Completion": "luciola.engine.engine",
+}
+
+__all__ = ["Completion", "Engine", "LanguageModel", "SamplingParams", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("luciola")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'luciola' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

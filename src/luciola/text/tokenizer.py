@@ -1,0 +1,292 @@
+"""Text to token ids and back, over the `tokenizers` library; folders in Hugging Face layout are read and written.
+
+`encode` never adds tokens of its own accord: where bos belongs is the chat template's business. Special tokens spelled
+out in the text are recognised, so a rendered template encodes to the ids its author meant.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models
+
+from luciola.text import chat
+
+UNKNOWN = "<unk>"
+REASONING_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
+
+# What a folder with a tokenizer in some form holds at least one of; only the first can be read here.
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` together with the names of its bos, eos and padding tokens and its chat template.
+
+    Attributes:
+        vocab_size: the highest token id plus one, which is the number of embedding rows a model needs.
+        bos_token_id, pad_token_id: None when there is no such token.
+        eos_token_ids: every id that ends a completion, the main one first; empty when there is none.
+        chat_template: jinja2 source, or None.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        pad_token: str | None = None,
+        further_eos_ids: Sequence[int] = (),
+        chat_template: str | None = None,
+    ) -> None:
+        # A tokenizer.json may carry truncation and padding from the moment it was saved; both would falsify ids.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._bos_token, self._eos_token, self._pad_token = bos_token, eos_token, pad_token
+        self.chat_template = chat_template
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.bos_token_id = self._named("bos_token", bos_token)
+        self.pad_token_id = self._named("pad_token", pad_token)
+        eos_id = self._named("eos_token", eos_token)
+        own = () if eos_id is None else (eos_id,)
+        self.eos_token_ids = tuple(dict.fromkeys((*own, *further_eos_ids)))
+
+    def _named(self, role: str, token: str | None) -> int | None:
+        if token is None:
+            return None
+        token_id = self.token_id(token)
+        if token_id is None:
+            raise ValueError(
+                f"The tokenizer's {role} is {token!r}, which is not in its vocabulary of {self.vocab_size} tokens; "
+                f"add it to tokenizer.json, or take {role} out of tokenizer_config.json."
+            )
+        return token_id
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, bos={self._bos_token!r}, eos={self._eos_token!r})"
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token given by name, such as "</think>"; None when the vocabulary lacks it."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`; nothing is added, and special tokens written in the text are recognised."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`. Ids beyond the vocabulary (padding rows of an embedding) decode to nothing."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def stream(self, skip_special_tokens: bool = True) -> "DecodeStream":
+        """A decoder for tokens which arrive one at a time."""
+        return DecodeStream(self, skip_special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt text of chat `messages` by this tokenizer's chat template; errors as `chat.render`."""
+        if self.chat_template is None:
+            raise ValueError(
+                "This tokenizer has no chat template; give the prompt as text, or put a chat_template.jinja file "
+                "into the model's folder."
+            )
+        return chat.render(
+            self.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            bos_token=self._bos_token,
+            eos_token=self._eos_token,
+            variables=variables,
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The token ids of chat `messages`: `encode` of `render`."""
+        return self.encode(
+            self.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables)
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as transformers reads them.
+
+        Eos ids beyond the main one have no place in these files: the model's generation_config.json lists them.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(folder / "tokenizer.json"))
+        tokens = {"bos_token": self._bos_token, "eos_token": self._eos_token, "pad_token": self._pad_token}
+        if self.token_id(UNKNOWN) is not None:
+            tokens["unk_token"] = UNKNOWN
+        tokens = {role: token for role, token in tokens.items() if token is not None}
+        config = {**tokens, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", tokens)):
+            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def present(cls, folder: Path) -> bool:
+        """Whether `folder` holds a tokenizer in any form; `load` tells when the form cannot be read."""
+        return any((folder / name).is_file() for name in _FILES)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Read a folder which this class or transformers 4.x or 5.x wrote.
+
+        Raises:
+            ValueError: no tokenizer.json, a file which is not what its name says, or a named token which is missing.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} has no tokenizer.json; write one with transformers: "
+                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for everything, a missing comma included
+            raise ValueError(f"{path} is not a tokenizer the `tokenizers` library can read: {error}") from error
+        config = _read_json(folder / "tokenizer_config.json")
+        names = {**_read_json(folder / "special_tokens_map.json"), **config}
+        return cls(
+            backend,
+            bos_token=_token_text(names.get("bos_token")),
+            eos_token=_token_text(names.get("eos_token")),
+            pad_token=_token_text(names.get("pad_token")),
+            further_eos_ids=_eos_ids(folder, has_name=names.get("eos_token") is not None),
+            chat_template=_chat_template(folder, config),
+        )
+
+    @classmethod
+    def characters(
+        cls,
+        alphabet: str,
+        *,
+        chat_template: str | None = None,
+        added_tokens: Sequence[str] = REASONING_TOKENS,
+    ) -> "Tokenizer":
+        """A tokenizer whose tokens are the characters of `alphabet`; any other character becomes `<unk>`.
+
+        `added_tokens` are single tokens which survive decoding. Ids: DeepSeek's bos 0, eos 1 and padding 2, the other
+        special tokens, the added tokens, the alphabet. Without `chat_template` it is DeepSeek's.
+        """
+        special = (chat.BOS, chat.EOS, chat.PAD, UNKNOWN, chat.USER, chat.ASSISTANT)
+        vocab = {token: index for index, token in enumerate(dict.fromkeys((*special, *added_tokens, *alphabet)))}
+        # Byte-pair encoding without a single merge leaves every character by itself.
+        backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
+        backend.decoder = decoders.Fuse()
+        return finished(backend, special=special, added_tokens=added_tokens, chat_template=chat_template)
+
+
+def finished(
+    backend: tokenizers.Tokenizer, *, special: Sequence[str], added_tokens: Sequence[str], chat_template: str | None
+) -> Tokenizer:
+    """A Tokenizer of our own making: register its special and added tokens, name them DeepSeek's way."""
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in added_tokens])
+    template = chat.DEFAULT_TEMPLATE if chat_template is None else chat_template
+    return Tokenizer(backend, bos_token=chat.BOS, eos_token=chat.EOS, pad_token=chat.PAD, chat_template=template)
+
+
+class DecodeStream:
+    """Decodes tokens one at a time, and holds back what may still be half a character.
+
+    A character of up to four bytes may be spread over several tokens; until the last has come, decoding gives U+FFFD
+    in its place. So a trailing U+FFFD waits for more, and everything before it is shown. The pieces and the flush
+    together are the text that `decode` gives for all tokens at once.
+    """
+
+    # Bytes that form no character at all come out as U+FFFD one by one. No unfinished character makes so long a run.
+    _HOPELESS = 16
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._window: list[int] = []  # the tokens decoded together: shown ones for context, then the open ones
+        self._open = 0  # window[open:] came after the last moment at which nothing was held back
+        self._shown = 0  # characters of the window's text already given out
+
+    def push(self, token_id: int) -> str:
+        """Add one token; the text which is certain now and was not given out before, often "" or one word."""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window, self._skip_special_tokens)
+        certain = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        if len(text) - len(certain) > self._HOPELESS:
+            certain = text
+        piece = certain[self._shown :]
+        self._shown = max(self._shown, len(certain))
+        if len(certain) == len(text):
+            self._forget()
+        return piece
+
+    def flush(self) -> str:
+        """What is still held back, as it decodes; call it once, after the last token."""
+        text = self._tokenizer.decode(self._window, self._skip_special_tokens)
+        piece = text[self._shown :]
+        self._window, self._open, self._shown = [], 0, 0
+        return piece
+
+    def _forget(self) -> None:
+        """Keep as context only the tokens of the last step. Decoders that look left need one with some text."""
+        context = self._window[self._open :]
+        length = len(self._tokenizer.decode(context, self._skip_special_tokens))
+        if length:
+            self._window, self._shown = context, length
+        self._open = len(self._window)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
+def _token_text(entry: object) -> str | None:
+    """transformers writes a token as text, or as a dict that holds its text under "content"."""
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+    return entry if isinstance(entry, str) else None
+
+
+def _eos_ids(folder: Path, has_name: bool) -> tuple[int, ...]:
+    """Eos ids from generation_config.json; from config.json only when nothing else names one (base models)."""
+    entry = _read_json(folder / "generation_config.json").get("eos_token_id")
+    if entry is None and not has_name:
+        entry = _read_json(folder / "config.json").get("eos_token_id")
+    entries = entry if isinstance(entry, list) else [] if entry is None else [entry]
+    return tuple(int(token_id) for token_id in entries)
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja (transformers 5) before the entry in tokenizer_config.json, which may be a list by name."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    entry = config.get("chat_template")
+    if isinstance(entry, list):
+        entry = {named["name"]: named["template"] for named in entry}.get("default")
+    return entry if isinstance(entry, str) else None
