@@ -102,8 +102,9 @@ class Rope(nn.Module):
         f = self.frequencies
         if self._table is None or len(self._table.cos) < length or self._table.cos.device != f.device:
             length = max(256, 1 << (length - 1).bit_length())
-            angles = torch.arange(length, device=f.device, dtype=torch.float32)[:, None] * f.float()
-            self._table = Rotation(angles.cos() * self.factor, angles.sin() * self.factor)
+            with torch.inference_mode(False):  # a table made while generating must still serve training
+                angles = torch.arange(length, device=f.device, dtype=torch.float32)[:, None] * f.float()
+                self._table = Rotation(angles.cos() * self.factor, angles.sin() * self.factor)
         return self._table
 
     def forward(self, length: int, positions_BT: Tensor | None = None) -> Rotation:

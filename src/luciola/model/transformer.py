@@ -106,6 +106,11 @@ class Transformer(nn.Module):
         """The MoE feed-forwards of the main layers, first to last."""
         return [block.mlp for block in self.layers if isinstance(block.mlp, MoE)]  # type: ignore[union-attr]
 
+    @property
+    def mtp_moe_layers(self) -> list[MoE]:
+        """Those of the multi-token prediction modules."""
+        return [module.block.mlp for module in self.mtp if isinstance(module.block.mlp, MoE)]  # type: ignore[union-attr]
+
     def num_parameters(self, *, active: bool = False) -> int:
         """Weights of the main model (MTP modules not counted); with `active`, only those one token meets."""
         config = self.config

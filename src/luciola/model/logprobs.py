@@ -1,0 +1,89 @@
+"""Log-probabilities of given tokens straight from hidden states, without keeping all logits.
+
+    logp_n = l_n[t_n] - logsumexp(l_n),   l_n = W h_n / temperature;    d logp / d l = onehot(t) - softmax(l)
+
+Rows go through the head in chunks small enough to stay in cache. Where the softmax of a whole call fits a modest
+budget it is kept for the backward pass, overwritten there by the gradient (as DeepSeek LLM did, section 2.4 of its report);
+beyond that it is computed again, so a vocabulary of 100,000 costs no more memory than one chunk.
+
+Shapes: N rows (tokens), D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK_NUMBERS = 1 << 20  # logits in flight, 4 MiB in float32
+KEPT_NUMBERS = 1 << 26  # softmax values kept for backward, 256 MiB at the most
+
+
+def _softmax(
+    h_ND: Tensor, W_VD: Tensor, scale: float, targets_N: Tensor, out_NV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax of each row, float32 (in `out_NV` where given), and the log-probability of each row's target."""
+    if out_NV is not None and h_ND.dtype == torch.float32:
+        l_NV = torch.mm(h_ND, W_VD.T, out=out_NV)
+    else:
+        l_NV = (h_ND @ W_VD.T).float()
+    if scale != 1.0:
+        l_NV.mul_(scale)
+    lse_N1 = l_NV.logsumexp(-1, keepdim=True)
+    logp_N = (l_NV.gather(1, targets_N.unsqueeze(1)) - lse_N1).squeeze(1)  # before l is overwritten: exact where p underflows
+    p_NV = l_NV.sub_(lse_N1).exp_()
+    if out_NV is not None and h_ND.dtype != torch.float32:
+        out_NV.copy_(p_NV)
+    return p_NV, logp_N
+
+
+class _LogProbsFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_ND, W_VD, targets_N, scale, with_entropy):  # type: ignore[no-untyped-def]
+        N, V = h_ND.shape[0], W_VD.shape[0]
+        rows = max(1, CHUNK_NUMBERS // V)
+        kept = N * V <= KEPT_NUMBERS and any(ctx.needs_input_grad)
+        p_NV = h_ND.new_empty(N, V, dtype=torch.float32) if kept else None
+        logp_N = h_ND.new_empty(N, dtype=torch.float32)
+        entropy_N = torch.empty_like(logp_N) if with_entropy else None
+        for start in range(0, N, rows):
+            part = slice(start, start + rows)
+            out = None if p_NV is None else p_NV[part]
+            p, logp_N[part] = _softmax(h_ND[part], W_VD, scale, targets_N[part], out)
+            if entropy_N is not None:
+                entropy_N[part] = torch.special.entr(p).sum(-1)
+        ctx.scale, ctx.rows = scale, rows
+        ctx.save_for_backward(h_ND, W_VD, targets_N, p_NV)
+        if entropy_N is not None:
+            ctx.mark_non_differentiable(entropy_N)
+        return logp_N, entropy_N
+
+    @staticmethod
+    def backward(ctx, g_N, _):  # type: ignore[no-untyped-def]
+        h_ND, W_VD, targets_N, p_NV = ctx.saved_tensors
+        dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
+        dW_VD = torch.zeros_like(W_VD) if ctx.needs_input_grad[1] else None
+        g_N1 = (g_N * ctx.scale).unsqueeze(-1)
+        for start in range(0, h_ND.shape[0], ctx.rows):
+            part = slice(start, start + ctx.rows)
+            h, targets = h_ND[part], targets_N[part]
+            p = _softmax(h, W_VD, ctx.scale, targets)[0] if p_NV is None else p_NV[part]
+            dl = p.mul_(-g_N1[part]).scatter_add_(1, targets.unsqueeze(1), g_N1[part]).to(h.dtype)
+            if dh_ND is not None:
+                torch.mm(dl, W_VD, out=dh_ND[part])
+            if dW_VD is not None:
+                dW_VD.addmm_(dl.T, h)
+        return dh_ND, dW_VD, None, None, None
+
+
+def token_logprobs(h_ND: Tensor, W_VD: Tensor, targets_N: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(W h / temperature)[target] of each row, (N,) float32, differentiable in h and W."""
+    logp: Tensor = _LogProbsFunction.apply(h_ND, W_VD, targets_N, 1.0 / temperature, False)[0]
+    return logp
+
+
+def token_logprobs_and_entropy(
+    h_ND: Tensor, W_VD: Tensor, targets_N: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs`, and the entropy of each row's distribution in nats, (N,) float32 without gradient."""
+    logp, entropy = _LogProbsFunction.apply(h_ND, W_VD, targets_N, 1.0 / temperature, True)
+    return logp, entropy

@@ -1,0 +1,1 @@
+"""Training: optimiser, schedules, exact checkpoints, pre-training and supervised fine-tuning."""

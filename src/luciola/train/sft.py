@@ -1,0 +1,57 @@
+"""`luciola sft`: supervised fine-tuning of a stored model; the loss is on what the assistant says."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luciola.data.documents import Conversations, Documents, TaskDocuments
+from luciola.data.packing import Rows
+from luciola.model.language_model import load
+from luciola.recipe import SftRecipe
+from luciola.run import Run
+from luciola.text.tokenizer import Tokenizer
+from luciola.train.loop import fit
+from luciola.train.pretrain import estimate, finish
+
+
+def sft(recipe: SftRecipe, resume: bool = False) -> Path:
+    """Run the recipe; returns the run folder, whose `model/` holds the result in Hugging Face layout."""
+    began = time.perf_counter()
+    with Run.create(recipe, "sft", resume) as run:
+        assert recipe.model.path is not None  # the recipe's own check
+        lm = load(recipe.model.path)
+        lm.model.to(getattr(torch, run.dtype))
+        data = recipe.data
+        rows = Rows(
+            conversations(recipe, lm.tokenizer),
+            data.packing,
+            data.sequence_length,
+            data.batch_size,
+            recipe.seed,
+            truncate=data.source == "files",
+        )
+        metrics = fit(lm.model, rows, recipe, run, "fine-tuning")
+        finish(run, lm, metrics, time.perf_counter() - began)
+    return run.path
+
+
+def conversations(recipe: SftRecipe, tokenizer: Tokenizer | None) -> Documents:
+    """The conversations of the recipe's [data] section, rendered for the model."""
+    if tokenizer is None:
+        raise ValueError(f"the model {recipe.model.path} has no tokenizer, so no conversation can be rendered for it")
+    data = recipe.data
+    if data.source == "files":
+        return Conversations(data.paths, tokenizer, data.messages_field, data.prompt_field, data.completion_field)
+    assert recipe.task is not None  # the recipe's own check
+    return TaskDocuments(recipe.task, tokenizer, recipe.seed, data.error_rate, completion_only=True)
+
+
+def describe(recipe: SftRecipe) -> dict[str, Any]:
+    """What a run would take, without starting it (see `luciola.train.pretrain.describe`)."""
+    assert recipe.model.path is not None  # the recipe's own check
+    lm = load(recipe.model.path)
+    return estimate(lm.model, lm.config, recipe)

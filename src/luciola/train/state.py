@@ -1,0 +1,77 @@
+"""Exact checkpoints: everything that decides what the next step does.
+
+`checkpoints/step-000050/` holds `optimizer.safetensors` (float32 weights and both moments), `buffers.safetensors` (the
+experts' biases), further named sets of tensors (GRPO's reference) and `state.json`. All randomness derives from (seed,
+step, item), so nothing else needs saving.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from luciola.run import Run
+from luciola.train.optim import Optimizer
+
+
+class Restored(NamedTuple):
+    """Where a run goes on: the number of finished steps, the facts and the further tensors saved along."""
+
+    step: int
+    facts: dict[str, Any]
+    extra: dict[str, dict[str, Tensor]]
+
+
+def save(
+    run: Run,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Write the state after `step` finished steps; the run keeps the newest few.
+
+    Raises OSError when the disk is full; earlier checkpoints are then untouched.
+    """
+    sets: dict[str, Mapping[str, Tensor]] = {"optimizer": optimizer.state(), "buffers": _buffers(model), **(extra or {})}
+    with run.checkpoint(step) as folder:
+        for name, tensors in sets.items():
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")
+        (folder / "state.json").write_text(json.dumps({"step": step, "facts": dict(facts or {})}))
+
+
+def restore(run: Run, model: nn.Module, optimizer: Optimizer) -> Restored:
+    """Put model and optimiser back to the newest checkpoint, if there is one, and forget what was logged after it."""
+    checkpoints = run.checkpoints()
+    if not checkpoints:
+        run.truncate(0)
+        return Restored(0, {}, {})
+    step, folder = checkpoints[-1]
+    optimizer.restore(load_file(folder / "optimizer.safetensors"))
+    buffers = dict(model.named_buffers())
+    with torch.no_grad():
+        for name, tensor in load_file(folder / "buffers.safetensors").items():
+            buffers[name].copy_(tensor)
+    own = {"optimizer", "buffers"}
+    extra = {p.stem: load_file(p) for p in sorted(folder.glob("*.safetensors")) if p.stem not in own}
+    run.truncate(step)
+    return Restored(step, json.loads((folder / "state.json").read_text())["facts"], extra)
+
+
+def last_checkpoint(run: Run) -> Path | None:
+    """The newest checkpoint's folder."""
+    checkpoints = run.checkpoints()
+    return checkpoints[-1][1] if checkpoints else None
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    persistent = model.state_dict()
+    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
