@@ -1,0 +1,1 @@
+"""Measure a model on the problems of a task: pass@k, maj@k and their confidence intervals."""

@@ -1,0 +1,14 @@
+"""Task families. A task yields problems and grades completions; its fields are the [task] section of a recipe."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from luciola.tasks.arithmetic import Arithmetic
+from luciola.tasks.base import Problem, Split, Task
+from luciola.tasks.countdown import Countdown
+from luciola.tasks.jsonl import Jsonl
+
+TaskConfig = Annotated[Arithmetic | Countdown | Jsonl, Field(discriminator="name")]
+
+__all__ = ["Arithmetic", "Countdown", "Jsonl", "Problem", "Split", "Task", "TaskConfig"]

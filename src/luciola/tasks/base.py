@@ -1,0 +1,85 @@
+"""What every task offers, and the two rules that keep them honest.
+
+Train and held-out problems are disjoint because a problem's *key* decides where it belongs, whoever draws it and
+whenever. All randomness comes from (seed, split, index), so that a stopped run finds the same problems when it resumes.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from luciola.verify.verdict import Verdict
+
+Split = Literal["train", "heldout"]
+
+R1_INSTRUCTION = (
+    "Solve the problem. Think first, and write your reasoning between <think> and </think>. "
+    "Then give the final answer alone, between <answer> and </answer>."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One instance: what is asked, the reference answer, and the key that identifies it across splits."""
+
+    prompt: str
+    truth: str
+    key: str
+
+
+class Task(Protocol):
+    """A family of problems. Each is one frozen pydantic model, told from the others by its `name`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def problem(self, split: Split, index: int, seed: int) -> Problem:
+        """The problem at `index`, a pure function of its arguments; any index >= 0 is allowed."""
+        ...
+
+    def messages(self, problem: Problem) -> list[dict[str, str]]:
+        """The chat messages that put the problem to a model: perhaps a system message, then the user's."""
+        ...
+
+    def solution(self, problem: Problem, rng: random.Random, error_rate: float = 0.0) -> str:
+        """A completion in the form the task rewards, each of whose steps is wrong with probability `error_rate`.
+
+        A wrong step is followed consistently, so that the answer is wrong whenever a step is.
+
+        Raises:
+            ValueError: for tasks which have no worked solutions.
+        """
+        ...
+
+    def grade(self, problem: Problem, completion: str) -> Verdict:
+        """Whether the completion solves the problem."""
+        ...
+
+    def size(self, split: Split) -> int | None:
+        """How many problems a data set has in this split; None where problems are made up as they are needed."""
+        ...
+
+
+def split_of(key: str, held_out_fraction: float) -> Split:
+    """Where a problem belongs, from a hash of its key that is the same on every machine (Python's hash() is not)."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return "heldout" if int.from_bytes(digest) < held_out_fraction * 2**64 else "train"
+
+
+def generator(split: Split, index: int, seed: int) -> random.Random:
+    """Random numbers for one problem; a text seed is hashed with SHA-512 and so is the same on every machine."""
+    assert index >= 0, index
+    return random.Random(f"{seed}/{split}/{index}")
+
+
+def draws_allowed(split: Split, held_out_fraction: float) -> int:
+    """After how many draws in vain a split may be called empty (wrongly with a probability below e^-100)."""
+    share = held_out_fraction if split == "heldout" else 1 - held_out_fraction
+    return 1000 + int(1000 / share)
+
+
+def chat(prompt: str, instruction: str) -> list[dict[str, str]]:
+    """The prompt as a user message, behind the instruction as a system message unless that is empty."""
+    system = [{"role": "system", "content": instruction}] if instruction else []
+    return [*system, {"role": "user", "content": prompt}]

@@ -1,0 +1,1 @@
+"""Verifiers: programs that say whether a completion is right, and never hang, crash or fail silently."""

@@ -1,0 +1,54 @@
+"""Grade the final answer of a completion against a reference: the accuracy reward of R1 (report, section 2.2.2).
+
+Which text is the answer? The first row that fits decides, and where it finds none there is no answer:
+
+| the completion                                       | its answer                                                  |
+| ---------------------------------------------------- | ----------------------------------------------------------- |
+| think tags repeated, nested, unordered or not closed | none                                                        |
+| answer tags after the thinking                       | the content of the one <answer> block; none when there are  |
+|                                                      | more tags than two, or it is empty or not closed            |
+| \\boxed{} after the thinking                         | the content of the last box, provided that all boxes agree  |
+| tags, but no answer after the thinking               | none                                                        |
+| "answer is ...", and no tag anywhere                 | what follows, provided that all such statements agree       |
+| a number, and no tag anywhere                        | the one number that the last sentence with a number states  |
+
+Text without </think> counts as not thought at all. Where the *prompt* opened the thinking, grade "<think>" +
+completion, so that a completion cut off inside its thoughts has no answer. An answer block may stand alone, without
+thinking: the format reward (`style.py`) teaches the rest. A box inside the block gives its content.
+
+When is it right? Equal spelling after normalisation; equal value as exact fractions where both are numbers; the same
+word, whatever its case; otherwise math-verify decides in a worker process (`pool.py`) that has limits of time and
+memory. A list never passes for one of its members, and a calculation never for its result.
+"""
+
+from collections.abc import Sequence
+
+from luciola.verify import pool as pools
+from luciola.verify.extract import find
+from luciola.verify.verdict import Verdict
+
+__all__ = ["extract", "grade", "grade_many"]
+
+
+def extract(completion: str) -> str | None:
+    """The answer that the table above finds, or None."""
+    return find(completion).answer
+
+
+def grade(completion: str, truth: str, *, pool: pools.Pool | None = None) -> Verdict:
+    """Whether the answer of `completion` equals `truth`. Never hangs, whatever the completion; reward 1.0 or 0.0.
+
+    Args:
+        completion: what the model wrote, of any length, tags included.
+        truth: the reference answer, plain or LaTeX, without `\\boxed{}`.
+        pool: where to compare by algebra; by default the workers shared by this process, with their limits.
+
+    Raises:
+        ValueError: when `truth` is blank.
+    """
+    return pools.grade_many([(completion, truth)], pool)[0]
+
+
+def grade_many(pairs: Sequence[tuple[str, str]], *, pool: pools.Pool | None = None) -> list[Verdict]:
+    """`grade` for every (completion, truth), side by side; verdicts in the order of the pairs."""
+    return pools.grade_many(pairs, pool)

@@ -1,0 +1,201 @@
+"""Worker processes that compare answers by algebra, each killed when it is late or too large.
+
+Simplifying one hostile answer can take sympy for ever, in C code that no signal or thread interrupts, and off the main
+thread no alarm can even be set. So the bound is a process: it starts on first use, serves answer after answer, and is
+killed and replaced when it misses its deadline. It is an interpreter of its own, not a fork, and thus holds no copy of
+torch's threads or of the caller's `__main__`.
+"""
+
+import atexit
+import json
+import os
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from luciola.verify import extract, plain
+from luciola.verify.verdict import Verdict, no_answer
+
+SECONDS = 5.0  # of wall time for one comparison; 99 % of MATH's take under a tenth
+MEMORY_MB = 1024
+_START_SECONDS = 60.0  # for an interpreter to import sympy on a machine that is busy with training
+_REPLACE_AFTER = 2000  # comparisons; sympy's caches grow
+
+
+class Pool:
+    """Up to `size` worker processes, shared by any number of threads.
+
+    Args:
+        size: how many comparisons may run at once; by default one for each core this process may use, at most four.
+        seconds: wall time for one comparison.
+        memory_mb: address space of one worker (on Linux; macOS cannot limit it).
+    """
+
+    def __init__(self, size: int | None = None, seconds: float = SECONDS, memory_mb: int = MEMORY_MB) -> None:
+        self.size = size or min(4, _cores())
+        self.seconds = seconds
+        self.memory_mb = memory_mb
+        self._places = threading.BoundedSemaphore(self.size)
+        self._lock = threading.Lock()
+        self._idle: list[_Worker] = []
+        self._busy: set[_Worker] = set()
+
+    def check(self, answer: str, truth: str) -> Verdict:
+        """Compare one answer with its reference. Waits while all workers are busy; the wait is not counted as time."""
+        with self._places:
+            with self._lock:
+                worker = self._idle.pop() if self._idle else _Worker(self.memory_mb)
+                self._busy.add(worker)
+            try:
+                return worker.check(answer, truth, self.seconds)
+            finally:
+                with self._lock:
+                    self._busy.discard(worker)
+                    self._idle.append(worker)
+
+    def check_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """`check` for each (answer, truth), side by side; verdicts in the order of the pairs."""
+        if len(pairs) < 2:
+            return [self.check(answer, truth) for answer, truth in pairs]
+        with ThreadPoolExecutor(self.size) as threads:
+            return list(threads.map(lambda pair: self.check(*pair), pairs))
+
+    def close(self) -> None:
+        """End all workers. The pool may be used again: they start anew."""
+        with self._lock:
+            for worker in [*self._idle, *self._busy]:
+                worker.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def grade_many(pairs: Sequence[tuple[str, str]], pool: Pool | None = None) -> list[Verdict]:
+    """Verdicts for (completion, truth) pairs, in their order, whichever comparison ends first.
+
+    Most are decided in this process; what needs algebra goes to `pool`, by default the one shared by this process.
+
+    Raises:
+        ValueError: when a truth is blank.
+    """
+    verdicts: dict[int, Verdict] = {}
+    algebra: dict[int, tuple[str, str]] = {}
+    for index, (completion, truth) in enumerate(pairs):
+        found = extract.find(completion)
+        if found.answer is None:
+            verdicts[index] = no_answer(found.why)
+        elif (verdict := plain.compare(found.answer, truth)) is not None:
+            verdicts[index] = verdict
+        else:
+            algebra[index] = (found.answer, truth)
+    if algebra:
+        checked = (pool or shared()).check_many(list(algebra.values()))
+        verdicts.update(zip(algebra, checked, strict=True))
+    return [verdicts[index] for index in range(len(pairs))]
+
+
+_of_process: dict[int, Pool] = {}  # by process id: a forked child must not share its parent's pipes
+_choosing = threading.Lock()
+
+
+def shared() -> Pool:
+    """The pool which all callers in this process share; it closes when the process ends."""
+    with _choosing:
+        if os.getpid() not in _of_process:
+            pool = _of_process[os.getpid()] = Pool()
+            atexit.register(pool.close)
+        return _of_process[os.getpid()]
+
+
+class _Worker:
+    """One process, started when first asked and again after it was killed."""
+
+    def __init__(self, memory_mb: int) -> None:
+        self._memory_mb = memory_mb
+        self._process: subprocess.Popen[bytes] | None = None
+        self._served = 0
+
+    def check(self, answer: str, truth: str, seconds: float) -> Verdict:
+        process = self._running()
+        self._served += 1
+        try:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps([answer, truth, seconds]).encode() + b"\n")
+            process.stdin.flush()
+            reply = _read_line(process, seconds)
+        except TimeoutError:
+            self.kill()
+            return Verdict("timeout", 0.0, f"not compared within {seconds:g} seconds")
+        except (OSError, EOFError):
+            self.kill()
+            return Verdict("crash", 0.0, f"the comparison ended its process (status {process.returncode})")
+        except BaseException:  # an interrupt must not leave this reply in the pipe for the next answer
+            self.kill()
+            raise
+        return Verdict(reply["kind"], float(reply["kind"] == "correct"), reply["detail"])
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _running(self) -> "subprocess.Popen[bytes]":
+        if self._process is not None and (self._process.poll() is not None or self._served >= _REPLACE_AFTER):
+            self.kill()
+        if self._process is None:
+            self._process, self._served = self._start(), 0
+        return self._process
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        # -P keeps the file names of this folder out of the child's imports. A session of its own, so that Ctrl-C
+        # reaches only the parent; a fixed hash seed, so that the order of sympy's sets is the same in every worker.
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), str(self._memory_mb)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONHASHSEED": "0"},
+            start_new_session=True,
+        )
+        try:
+            _read_line(process, _START_SECONDS)
+        except (TimeoutError, EOFError) as error:
+            process.kill()
+            process.communicate()
+            raise RuntimeError(
+                "The process that compares answers did not start; `python -c 'import math_verify'` may say why."
+            ) from error
+        return process
+
+
+def _read_line(process: "subprocess.Popen[bytes]", seconds: float) -> Any:
+    """The next line of JSON; TimeoutError when it is late, EOFError when the process has ended."""
+    assert process.stdout is not None
+    descriptor, deadline, line = process.stdout.fileno(), time.monotonic() + seconds, b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        while not line.endswith(b"\n"):
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError
+            piece = os.read(descriptor, 1 << 16)
+            if not piece:
+                raise EOFError
+            line += piece
+    return json.loads(line)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

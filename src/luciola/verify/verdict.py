@@ -1,0 +1,40 @@
+"""What a verifier says about a completion."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Kind = Literal["correct", "wrong", "no_answer", "timeout", "crash"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One outcome with its reward. `detail` is a short reason for people who read samples; nothing depends on it.
+
+    | kind      | what it says                                                                                |
+    | --------- | ------------------------------------------------------------------------------------------- |
+    | correct   | the answer equals the reference                                                             |
+    | wrong     | there is an answer, and it does not                                                         |
+    | no_answer | no answer in an accepted form, several that disagree, or one that cannot be read            |
+    | timeout   | the comparison was still running at its time limit and was killed                           |
+    | crash     | the comparison died or could not read the reference: it says nothing about the completion   |
+
+    Only "correct" earns a reward. The last two are apart from "wrong" so that a run can count them, and can leave such
+    samples out of their group instead of punishing them.
+    """
+
+    kind: Kind
+    reward: float
+    detail: str = ""
+
+
+def correct() -> Verdict:
+    return Verdict("correct", 1.0)
+
+
+def wrong(detail: str = "") -> Verdict:
+    return Verdict("wrong", 0.0, detail)
+
+
+def no_answer(detail: str) -> Verdict:
+    return Verdict("no_answer", 0.0, detail)
