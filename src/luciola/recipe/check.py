@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -30,6 +32,7 @@ EXPECTED = {
     "int_type": "a whole number",
     "list_type": "a list in brackets",
     "model_type": "a table of keys",
+    "path_type": "a path in quotes",
     "string_type": "a string in quotes",
     "tuple_type": "a list in brackets",
 }
@@ -93,8 +96,8 @@ def documented_keys(Model: type[BaseModel], data: Mapping[str, Any] | None = Non
     """Every key that `Model` accepts, sections before their keys, in the order of the source.
 
     Where a section has several forms (one for each task), all of them are listed, or, given `data`, those that fit it.
+    A key without a description, such as task.name, is a constant that chooses the form: the form's docstring describes it.
     """
-    seen = set()
     for name, field in Model.model_fields.items():
         sections = [Form for Form in _models_in(field.annotation) if data is None or _fits(Form, data.get(name))]
         default = field.get_default(call_default_factory=False)
@@ -109,14 +112,17 @@ def documented_keys(Model: type[BaseModel], data: Mapping[str, Any] | None = Non
             type="section" if sections else ", ".join([_type_name(field.annotation), *limits]),
             default=None if default is PydanticUndefined else default,
             required=field.is_required(),
-            description=field.description or "",
+            description=field.description or f"{_type_name(field.annotation)}: {inspect.getdoc(Model)}".splitlines()[0],
         )
-        for Form in sections:
-            inner = data.get(name) if data is not None else None
-            for key in documented_keys(Form, inner if isinstance(inner, dict) else None, f"{prefix}{name}."):
-                if key.name not in seen:
-                    seen.add(key.name)
-                    yield key
+        inner = data.get(name) if data is not None else None
+        forms = (documented_keys(F, inner if isinstance(inner, dict) else None, f"{prefix}{name}.") for F in sections)
+        merged: dict[str, Key] = {}
+        for key in chain.from_iterable(forms):
+            known = merged.setdefault(key.name, key)
+            if key.type not in known.type:
+                both = f"{known.description} {key.description}"
+                merged[key.name] = replace(known, type=f"{known.type} or {key.type}", description=both)
+        yield from merged.values()
 
 
 def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str:

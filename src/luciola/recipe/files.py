@@ -78,7 +78,7 @@ def to_toml(recipe: BaseModel) -> str:
 
     TOML has no null: keys that are None are left out, which is why no key has another default than None beside None.
     """
-    table: dict[str, Any] = _without_none(recipe.model_dump())
+    table: dict[str, Any] = _without_none(recipe.model_dump(mode="json"))
     return tomli_w.dumps(table)
 
 
@@ -115,7 +115,7 @@ def _text_where_text_is_due(
             validate(Model, data)
         except ValidationError as failure:
             error, location = first_error(failure, data)
-            if error["type"] == "string_type" and location in written:
+            if error["type"] in ("string_type", "path_type") and location in written:
                 _set(data, location, written[location].partition("=")[2].strip())
     return data
 

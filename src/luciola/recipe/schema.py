@@ -143,8 +143,8 @@ class OptimSection(Section):
     clip_grad_norm: Amount = Field(1.0, description="largest global gradient norm; 0: no clipping")
     schedule: Literal["constant", "cosine", "multi-step", "wsd", "linear"] = Field(
         "constant",
-        description="after the warm-up: constant; cosine or linear down to lr * final_lr_ratio; multi-step: in jumps at 80 % "
-        "and 90 % of the steps (DeepSeek LLM, section 2.3); wsd: stable, then falling over the last fifth",
+        description="after the warm-up: constant; cosine or linear down to lr * final_lr_ratio; multi-step: in jumps at "
+        "80 % and 90 % of the steps (DeepSeek LLM, section 2.3); wsd: stable, then falling over the last fifth",
     )
     warmup_steps: CountOrZero = Field(0, description="steps of linear rise from 0 to lr")
     final_lr_ratio: Share = Field(0.1, description="last learning rate as a share of lr; not used by constant")
