@@ -92,7 +92,7 @@ class Engine:
         if max_cached_tokens is None:
             max_cached_tokens = max(4096, hardware.available_memory_bytes() // 4 // self.cache_bytes_per_token)
         self.max_cached_tokens = max_cached_tokens
-        self._eos = torch.tensor(sorted(lm.eos_token_ids), device=self.device)
+        self._eos = torch.tensor(_end_tokens(lm), dtype=torch.long, device=self.device)
 
     def generate(
         self,
@@ -298,3 +298,12 @@ class Engine:
             tempered_logprobs=row.tempered if row.params.logprobs else None,
             routes=torch.cat(row.routes) if row.routes else None,
         )
+
+
+def _end_tokens(lm: LanguageModel) -> list[int]:
+    """Every token that ends a text, by the tokenizer's word or the configuration's."""
+    ends = set(lm.tokenizer.eos_token_ids) if lm.tokenizer is not None else set()
+    configured = lm.config.eos_token_id
+    if configured is not None:
+        ends |= {configured} if isinstance(configured, int) else set(configured)
+    return sorted(ends)

@@ -66,6 +66,12 @@ class SamplingParams:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {expected}")
 
 
+def derived_seed(*parts: int) -> int:
+    """A 63-bit seed from (seed, step, item, ...): the same parts, the same seed, on every machine."""
+    state = np.random.SeedSequence([part % 2**64 for part in parts]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
 class UniformStream:
     """The uniform numbers of one sample, in [0, 1)."""
 

@@ -12,7 +12,8 @@ Shapes: B batch, T time, N = B*T tokens, D hidden, E routed experts, K chosen a 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,14 @@ class Gate(nn.Module):
         if config.topk_method == "noaux_tc":
             # Not a parameter: no gradient reaches it. Training moves it by `balance.update_bias`.
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Casting the model leaves the bias in float32: its steps of 0.001 vanish in bfloat16."""
+        bias = getattr(self, "e_score_correction_bias", None)
+        super()._apply(fn, recurse)
+        if bias is not None:
+            self.e_score_correction_bias = fn(bias).to(torch.float32) if bias.is_meta else bias.to(self.weight.device)
+        return self
 
     def scores(self, x_ND: Tensor) -> Tensor:
         """Affinity of every token to every expert, (N, E) float32."""

@@ -14,7 +14,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from luciola.model.config import ModelConfig, RopeScaling, yarn_temperature
 
@@ -87,29 +87,26 @@ def _llama3(f: Tensor, s: RopeScaling) -> Tensor:
     return f * blend + f / s.factor * (1 - blend)
 
 
-class Rope(nn.Module):
-    """The table of cosines and sines, grown on demand; no parameters, nothing saved."""
-
-    frequencies: Tensor
+class Rope:
+    """The table of cosines and sines, grown on demand. Not a module: nothing here is trained, saved, or cast to less
+    than float32 together with the weights."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        f, self.factor = frequencies(config)
-        self.register_buffer("frequencies", f, persistent=False)
+        self.config = config
         self._table: Rotation | None = None
 
-    def _table_of(self, length: int) -> Rotation:
-        f = self.frequencies
-        if self._table is None or len(self._table.cos) < length or self._table.cos.device != f.device:
+    def _table_of(self, length: int, device: torch.device) -> Rotation:
+        if self._table is None or len(self._table.cos) < length or self._table.cos.device != device:
             length = max(256, 1 << (length - 1).bit_length())
-            with torch.inference_mode(False):  # a table made while generating must still serve training
-                angles = torch.arange(length, device=f.device, dtype=torch.float32)[:, None] * f.float()
-                self._table = Rotation(angles.cos() * self.factor, angles.sin() * self.factor)
+            with torch.inference_mode(False), torch.device("cpu"):  # a table made while generating must serve training too
+                f, factor = frequencies(self.config)
+                angles = torch.arange(length, dtype=torch.float32)[:, None] * f
+                self._table = Rotation((angles.cos() * factor).to(device), (angles.sin() * factor).to(device))
         return self._table
 
-    def forward(self, length: int, positions_BT: Tensor | None = None) -> Rotation:
+    def __call__(self, length: int, device: torch.device, positions_BT: Tensor | None = None) -> Rotation:
         """Rotation of positions 0..length-1, or of `positions_BT` (all below `length`) where it is given."""
-        cos, sin = self._table_of(length)
+        cos, sin = self._table_of(length, device)
         if positions_BT is None:
             return Rotation(cos[:length], sin[:length])
         return Rotation(cos[positions_BT], sin[positions_BT])

@@ -123,13 +123,14 @@ class Transformer(nn.Module):
 
     def context(self, length: int, segments_BT: Tensor | None = None) -> Context:
         """Angles and mask of rows of `length` tokens; with `segments_BT` each document counts positions from 0."""
+        device = self.embed_tokens.weight.device
         if segments_BT is None:
-            return Context(self.rope(length))
-        positions = torch.arange(length, device=segments_BT.device).expand_as(segments_BT)
+            return Context(self.rope(length, device))
+        positions = torch.arange(length, device=device).expand_as(segments_BT)
         starts = torch.ones_like(segments_BT, dtype=torch.bool)
         starts[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
         begin = (positions * starts).cummax(dim=1).values
-        return Context(self.rope(length, positions - begin), segment_mask(segments_BT))
+        return Context(self.rope(length, device, positions - begin), segment_mask(segments_BT))
 
     def hidden(
         self,
@@ -170,7 +171,7 @@ class Transformer(nn.Module):
         """
         x_BD = self.embed_tokens(tokens_B)
         length = caches[0].shape[1]
-        step = Step(self.rope(length, positions_B.unsqueeze(1)), mask_BS)
+        step = Step(self.rope(length, x_BD.device, positions_B.unsqueeze(1)), mask_BS)
         routings: list[Routing] = []
         for block, cache_BSC in zip(self.layers, caches, strict=True):
             x_BD, routing = block.decode(x_BD, step, cache_BSC)  # type: ignore[operator]

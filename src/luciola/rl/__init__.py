@@ -1,0 +1,1 @@
+"""Reinforcement learning from verifiable rewards: rollouts, group advantages, the GRPO objective and its loop."""

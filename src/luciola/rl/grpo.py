@@ -1,0 +1,205 @@
+"""`luciola grpo`: group relative policy optimisation with rule-based rewards only, as R1-Zero was trained.
+
+A step is a rollout (prompts x group_size completions), its verdicts, and one or more updates. The run starts from a stored
+model, or from a base that it pre-trains first.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luciola import hardware
+from luciola.engine.engine import Engine
+from luciola.evaluate.run import evaluate
+from luciola.model.flops import forward_flops
+from luciola.model.language_model import LanguageModel, load
+from luciola.model.transformer import Transformer
+from luciola.recipe import GrpoRecipe
+from luciola.rl.rollout import rollout
+from luciola.rl.update import update
+from luciola.run import Run, atomic_write
+from luciola.text.tokenizer import Tokenizer
+from luciola.train import pretrain as pretraining
+from luciola.train import state
+from luciola.train.optim import Optimizer
+from luciola.train.schedule import learning_rate
+from luciola.train.stopping import Diverged, stop_on_signal
+
+
+def grpo(recipe: GrpoRecipe, resume: bool = False) -> Path:
+    """Run the recipe; returns the run folder, whose `model/` holds the result and `summary.json` the final table."""
+    began = time.perf_counter()
+    with Run.create(recipe, "grpo", resume) as run:
+        lm = starting_model(recipe, run)
+        tokenizer = lm.tokenizer
+        if tokenizer is None:
+            raise ValueError(f"the model {recipe.model.path if recipe.model else run.path} has no tokenizer to write prompts with")
+        lm.model.to(getattr(torch, run.dtype))
+        trainer = _Trainer(recipe, run, lm, tokenizer)
+        before = trainer.before()
+        trainer.fit()
+        lm.save(run.model_folder)
+        after = trainer.evaluate()
+        seconds = trainer.seconds_before + time.perf_counter() - began
+        run.summary({"before": before, "after": after, "seconds": round(seconds, 1)})
+        run.plot()
+    return run.path
+
+
+def starting_model(recipe: GrpoRecipe, run: Run) -> LanguageModel:
+    """The model RL starts from; a base named by the recipe is pre-trained in `base/` unless that is finished already."""
+    if recipe.base is None:
+        assert recipe.model is not None and recipe.model.path is not None  # the recipe's own check
+        return load(recipe.model.path)
+    base = recipe.base_recipe()
+    folder = Path(base.run.folder, base.run.name)
+    if not (folder / "summary.json").exists():
+        pretraining.pretrain(base, resume=True)
+    return load(folder)
+
+
+class _Trainer:
+    """The state of a GRPO run between its steps."""
+
+    def __init__(self, recipe: GrpoRecipe, run: Run, lm: LanguageModel, tokenizer: Tokenizer) -> None:
+        hardware.keep_freed_memory()
+        self.recipe, self.run, self.lm, self.tokenizer = recipe, run, lm, tokenizer
+        self.model: Transformer = lm.model
+        self.model.activation_checkpointing = recipe.activation_checkpointing
+        self.optimizer = Optimizer(self.model, recipe.optim)
+        self.engine = Engine(lm, dtype="model")
+        self.reference: Transformer | None = None
+        if recipe.grpo.beta:
+            self.reference = copy.deepcopy(self.model).requires_grad_(False)
+        restored = state.restore(run, self.model, self.optimizer)
+        self.start, self.facts = restored.step, restored.facts
+        self.seconds_before: float = self.facts.get("seconds", 0.0)
+        self._began = time.perf_counter()
+        if self.reference is not None and "reference" in restored.extra:
+            self.reference.load_state_dict(restored.extra["reference"])
+
+    def before(self) -> dict[str, Any]:
+        """The held-out result of the model as it came; measured once, kept with the run."""
+        kept = self.run.path / "before.json"
+        if kept.exists():
+            result: dict[str, Any] = json.loads(kept.read_text())
+            return result
+        assert self.start == 0, "a checkpoint without the evaluation that precedes it"
+        result = self.evaluate()
+        atomic_write(kept, json.dumps(result, indent=2) + "\n")
+        return result
+
+    def evaluate(self) -> dict[str, Any]:
+        """Held-out figures of the model as it is now."""
+        section = self.recipe.evaluate
+        return evaluate(
+            self.lm,
+            self.recipe.task,
+            problems=section.problems,
+            samples=section.samples,
+            temperature=section.temperature,
+            top_p=section.top_p,
+            max_tokens=self.recipe.rollout.max_tokens,
+            seed=self.recipe.seed,
+            engine=self.engine,
+        ).figures
+
+    def fit(self) -> None:
+        """All remaining steps."""
+        recipe, run, steps = self.recipe, self.run, self.recipe.grpo.steps
+        with stop_on_signal() as stop, run.progress(steps, "GRPO", self.start) as advance:
+            for step in range(self.start, steps):
+                metrics = self.step(step)
+                done = step + 1
+                if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < steps:
+                    figures = self.evaluate()
+                    metrics |= {f"evaluate/{name}": figures[name] for name in ("accuracy", "format_rate", "mean_length")}
+                run.log(done, metrics)
+                every = recipe.run.checkpoint_every
+                if done == steps or stop.requested or (every and done % every == 0):
+                    self.save(done)
+                right = metrics["verdict/correct"] / (recipe.rollout.prompts * recipe.rollout.group_size)
+                advance(f"right {right:.0%}  reward {metrics['reward/mean']:.3f}")
+                if stop.requested and done < steps:
+                    raise KeyboardInterrupt
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One rollout and its updates; returns the step's metrics."""
+        recipe = self.recipe
+        refresh = recipe.grpo.reference_refresh
+        if self.reference is not None and refresh and step > 0 and step % refresh == 0:
+            self.reference.load_state_dict(self.model.state_dict())
+        began = time.perf_counter()
+        sampled = rollout(self.engine, self.tokenizer, recipe, step)
+        updating = time.perf_counter()
+        lr = learning_rate(recipe.optim, step, recipe.grpo.steps)
+        metrics = update(self.model, self.optimizer, self.reference, sampled, recipe, step, lr)
+        ended = time.perf_counter()
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                raise Diverged(name, metrics[name], step + 1, state.last_checkpoint(self.run))
+        self.run.samples(step + 1, sampled.samples())
+        tokens = sum(len(c.token_ids) for group in sampled.completions for c in group)
+        return {
+            **metrics,
+            **sampled.metrics(),
+            "tokens_per_second": tokens / (ended - began),
+            "seconds/rollout": sampled.seconds_sampling,
+            "seconds/verify": sampled.seconds_verifying,
+            "seconds/update": ended - updating,
+            "memory/peak_bytes": hardware.peak_memory_bytes(),
+        }
+
+    def save(self, done: int) -> None:
+        """A checkpoint after `done` steps."""
+        seconds = self.seconds_before + time.perf_counter() - self._began
+        extra = {} if self.reference is None else {"reference": _untied(self.reference)}
+        state.save(self.run, done, self.model, self.optimizer, facts={"seconds": seconds}, extra=extra)
+
+
+def _untied(model: Transformer) -> dict[str, torch.Tensor]:
+    """The model's tensors, each with memory of its own (a tied head shares the embedding's)."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def describe(recipe: GrpoRecipe) -> dict[str, Any]:
+    """What a run would take, without starting it; base and RL together. See `luciola.train.pretrain.describe`."""
+    dtype, reason = hardware.choose_dtype(recipe.dtype)
+    if recipe.base is not None:
+        base = pretraining.describe(recipe.base_recipe())
+        tokenizer = pretraining.make_tokenizer(recipe.base_recipe())
+        config = pretraining.model_config(recipe.base_recipe(), tokenizer)
+        with torch.device("meta"):
+            model = Transformer(config)
+    else:
+        assert recipe.model is not None and recipe.model.path is not None  # the recipe's own check
+        lm = load(recipe.model.path)
+        base, model, config = {"tokens": 0, "seconds": 0.0, "memory_bytes": 0}, lm.model, lm.config
+        tokenizer = lm.tokenizer  # type: ignore[assignment]
+    settings = recipe.rollout
+    prompt = len(tokenizer.chat(recipe.task.messages(recipe.task.problem("train", 0, recipe.seed))))
+    length = prompt + settings.max_tokens
+    sequences = settings.prompts * settings.group_size
+    tokens = recipe.grpo.steps * sequences * length
+    # A forward pass to sample, three (forward and backward) to learn, one more for a reference.
+    passes = 1 + recipe.grpo.epochs * (3 + (recipe.grpo.beta > 0))
+    peak = hardware.measured()["gemm_gflops"][dtype] * 1e9
+    stored = sum(p.numel() for p in model.parameters())
+    models = 16 + 4 * (recipe.grpo.beta > 0)
+    cache = sequences * length * config.cached_per_token_and_layer * config.num_hidden_layers * 4
+    activations = recipe.grpo.micro_batch_tokens * pretraining.activation_bytes(config, recipe.activation_checkpointing)
+    return {
+        "parameters": stored,
+        "active_parameters": model.num_parameters(active=True),
+        "tokens": base["tokens"] + tokens,
+        "dtype": f"{dtype} ({reason})",
+        "memory_bytes": max(base["memory_bytes"], int(stored * models + cache + activations)),
+        "seconds": base["seconds"] + tokens * passes * forward_flops(model, length) / (peak / 3),
+    }

@@ -1,0 +1,244 @@
+"""The update half of a GRPO step: from a judged rollout to new weights.
+
+The log-probabilities of the rollout serve as pi_old: engine and trainer run the same modules, so no second forward pass is
+needed to recover them, and `kl/engine` measures on every step that this is true. With replayed routes each token meets the
+experts it met when it was sampled.
+
+Shapes: B sequences of a micro-batch, T time, N completion tokens, L MoE layers, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from luciola.engine.sampler import derived_seed
+from luciola.model import balance
+from luciola.model.logprobs import token_logprobs, token_logprobs_and_entropy
+from luciola.model.moe import Routing
+from luciola.model.transformer import Transformer
+from luciola.recipe import GrpoRecipe
+from luciola.rl.advantage import group_advantages, spread
+from luciola.rl.objective import grpo_loss, kl_estimate, token_weights
+from luciola.rl.rollout import Rollout
+from luciola.train.optim import Optimizer
+
+
+@dataclass(slots=True)
+class Sample:
+    """One completion with its prompt, as the update sees it."""
+
+    prompt: list[int]
+    completion: list[int]
+    old_logp: list[float]
+    advantage: float
+    known: bool
+    routes_TLK: Tensor | None
+    weight: float = 0.0
+
+
+class MicroBatch(NamedTuple):
+    """Right-padded rows, and for each completion token the place (row, column) whose state predicts it."""
+
+    tokens_BT: Tensor
+    routes_BTLK: Tensor | None
+    rows_N: Tensor
+    columns_N: Tensor
+    targets_N: Tensor
+    old_logp_N: Tensor
+    advantages_N: Tensor
+    weights_N: Tensor
+
+
+def sequences(rollout: Rollout, recipe: GrpoRecipe) -> list[Sample]:
+    """The completions of a rollout with their advantages, group by group."""
+    advantages_PG = group_advantages(rollout.rewards_PG, rollout.known_PG, scale=recipe.grpo.scale_rewards)
+    found = []
+    for p, (prompt, group) in enumerate(zip(rollout.prompts, rollout.completions, strict=True)):
+        for g, completion in enumerate(group):
+            assert completion.tempered_logprobs is not None
+            routes = completion.routes if recipe.grpo.replay_routes else None
+            found.append(
+                Sample(
+                    prompt,
+                    completion.token_ids,
+                    completion.tempered_logprobs,
+                    float(advantages_PG[p, g]),
+                    bool(rollout.known_PG[p, g]),
+                    routes,
+                )
+            )
+    return found
+
+
+def micro_batches(chosen: Sequence[Sample], most_tokens: int) -> Iterator[MicroBatch]:
+    """Cut sequences, sorted by length so that little is padded, into batches of at most `most_tokens` padded tokens."""
+    ordered = sorted(chosen, key=lambda s: len(s.prompt) + len(s.completion))
+    batch: list[Sample] = []
+    for sequence in ordered:
+        length = len(sequence.prompt) + len(sequence.completion) - 1
+        if batch and (len(batch) + 1) * length > most_tokens:
+            yield _collate(batch)
+            batch = []
+        batch.append(sequence)
+    if batch:
+        yield _collate(batch)
+
+
+def _collate(batch: list[Sample]) -> MicroBatch:
+    width = max(len(s.prompt) + len(s.completion) for s in batch) - 1  # the last token is only predicted
+    tokens_BT = torch.zeros(len(batch), width, dtype=torch.long)
+    first = batch[0].routes_TLK
+    routes_BTLK = None
+    if first is not None:
+        # Padding goes to some K different experts; nothing of it is ever read.
+        spare = torch.arange(first.shape[-1], dtype=first.dtype)
+        routes_BTLK = spare.expand(len(batch), width, *first.shape[1:]).contiguous()
+    rows, columns, targets, old, advantages, weights = [], [], [], [], [], []
+    for row, s in enumerate(batch):
+        length, count = len(s.prompt) + len(s.completion) - 1, len(s.completion)
+        tokens_BT[row, :length] = torch.tensor((s.prompt + s.completion)[:-1])
+        if routes_BTLK is not None:
+            assert s.routes_TLK is not None
+            routes_BTLK[row, :length] = s.routes_TLK
+        rows.append(torch.full((count,), row))
+        columns.append(torch.arange(len(s.prompt) - 1, length))
+        targets.append(torch.tensor(s.completion))
+        old.append(torch.tensor(s.old_logp))
+        advantages.append(torch.full((count,), s.advantage))
+        weights.append(torch.full((count,), s.weight))
+    parts = (torch.cat(x) for x in (rows, columns, targets, old, advantages, weights))
+    return MicroBatch(tokens_BT, routes_BTLK, *parts)
+
+
+def update(
+    model: Transformer,
+    optimizer: Optimizer,
+    reference: Transformer | None,
+    rollout: Rollout,
+    recipe: GrpoRecipe,
+    step: int,
+    lr: float,
+) -> dict[str, Any]:
+    """All optimiser steps of one rollout; returns their metrics, token sums turned into means.
+
+    A rollout is cut into `updates_per_rollout` parts of whole groups, in an order drawn from (seed, step, epoch), and gone
+    through `epochs` times.
+    """
+    settings, groups = recipe.grpo, len(rollout.prompts)
+    everything = sequences(rollout, recipe)
+    size, per_group = groups // settings.updates_per_rollout, recipe.rollout.group_size
+    sums = _Sums()
+    for epoch in range(settings.epochs):
+        generator = torch.Generator().manual_seed(derived_seed(recipe.seed, step, epoch))
+        order = torch.randperm(groups, generator=generator).tolist() if settings.updates_per_rollout > 1 else range(groups)
+        for start in range(0, groups, size):
+            chosen = [everything[g * per_group + j] for g in order[start : start + size] for j in range(per_group)]
+            fresh = epoch == 0 and start == 0  # the weights are still those that sampled
+            _step(model, optimizer, reference, chosen, recipe, lr, sums, fresh)
+    metrics = sums.metrics(recipe.grpo.beta > 0)
+    metrics["groups/without_spread"] = 1.0 - float(spread(rollout.rewards_PG, rollout.known_PG).float().mean())
+    metrics["lr"] = lr
+    return metrics
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Sums over the tokens and optimiser steps of one rollout."""
+
+    loss: float = 0.0
+    norm: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    clipped: float = 0.0
+    kl: float = 0.0
+    entropy: float = 0.0
+    engine_kl: float = 0.0
+    engine_tokens: int = 0
+    trained_tokens: int = 0
+    loads: list[Tensor] | None = None
+
+    def metrics(self, with_reference: bool) -> dict[str, Any]:
+        tokens = max(1, self.tokens)
+        values: dict[str, Any] = {
+            "loss": self.loss / self.steps,
+            "grad_norm": self.norm / self.steps,
+            "clip_fraction": self.clipped / tokens,
+            "entropy": self.entropy / tokens,
+            "kl/engine": self.engine_kl / max(1, self.engine_tokens),
+        }
+        if with_reference:
+            values["kl/reference"] = self.kl / tokens
+        if self.loads:
+            values["expert_load/max_violation"] = max(balance.max_violation(load) for load in self.loads)
+        return values
+
+
+def _step(
+    model: Transformer,
+    optimizer: Optimizer,
+    reference: Transformer | None,
+    chosen: list[Sample],
+    recipe: GrpoRecipe,
+    lr: float,
+    sums: _Sums,
+    fresh: bool,
+) -> None:
+    """One optimiser step on the chosen sequences."""
+    settings = recipe.grpo
+    lengths = torch.tensor([len(s.completion) for s in chosen])
+    known = torch.tensor([s.known for s in chosen])
+    for sequence, weight in zip(chosen, token_weights(lengths, settings.aggregation, known).tolist(), strict=True):
+        sequence.weight = weight
+    # A completion without advantage adds nothing to the policy's gradient; only the KL term still looks at it.
+    useful = chosen if settings.beta else [s for s in chosen if s.advantage != 0.0]
+    for batch in micro_batches(useful or chosen[:1], settings.micro_batch_tokens):
+        hidden = model.hidden(batch.tokens_BT, routes_BTLK=batch.routes_BTLK)
+        states_ND = hidden.states[batch.rows_N, batch.columns_N]
+        logp_N, entropy_N = token_logprobs_and_entropy(
+            states_ND, model.lm_head.weight, batch.targets_N, recipe.rollout.temperature
+        )
+        reference_N = None if reference is None else _reference_logprobs(reference, batch, recipe.rollout.temperature)
+        result = grpo_loss(
+            logp_N,
+            batch.old_logp_N,
+            batch.advantages_N,
+            batch.weights_N,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            beta=settings.beta,
+            reference_logp_N=reference_N,
+        )
+        result.loss.backward()
+        optimizer.accumulate()
+        sums.loss += float(result.loss.detach())
+        sums.tokens += len(logp_N)
+        sums.trained_tokens += batch.tokens_BT.numel()
+        sums.clipped += float(result.clipped)
+        sums.kl += float(result.kl)
+        sums.entropy += float(entropy_N.sum())
+        if fresh:
+            sums.engine_kl += float(kl_estimate(batch.old_logp_N, logp_N.detach()).sum())
+            sums.engine_tokens += len(logp_N)
+        _count_experts(hidden.routings, batch, sums)
+    sums.norm += optimizer.step(lr)
+    sums.steps += 1
+
+
+def _reference_logprobs(reference: Transformer, batch: MicroBatch, temperature: float) -> Tensor:
+    with torch.no_grad():
+        states_ND = reference.hidden(batch.tokens_BT).states[batch.rows_N, batch.columns_N]
+        return token_logprobs(states_ND, reference.lm_head.weight, batch.targets_N, temperature)
+
+
+def _count_experts(routings: list[Routing], batch: MicroBatch, sums: _Sums) -> None:
+    if not routings:
+        return
+    mask_BT = torch.zeros(batch.tokens_BT.shape, dtype=torch.bool)
+    mask_BT[batch.rows_N, batch.columns_N] = True
+    loads = [balance.load(routing, mask_BT) for routing in routings]
+    sums.loads = loads if sums.loads is None else [a + b for a, b in zip(sums.loads, loads, strict=True)]
