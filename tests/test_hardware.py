@@ -11,6 +11,8 @@ from luciola import hardware
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    hardware._measure.cache_clear()
     return tmp_path / "luciola"
 
 
@@ -31,16 +33,22 @@ def test_speeds_are_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     assert first["gemm_gflops"]["bfloat16"] > 0.01
     assert first["bandwidth_gb_per_s"] > 0.1
     assert len(list(cache.iterdir())) == 1
-    monkeypatch.setattr(hardware, "_gemm_gflops", lambda dtype: pytest.fail("measured twice"))
+    monkeypatch.setattr(hardware, "_measure", lambda: pytest.fail("measured twice"))
     assert hardware.measured() == first
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     with pytest.raises(pytest.fail.Exception):
         hardware.measured()
 
 
+def test_what_a_busy_machine_measured_is_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "_measure", lambda: speeds(8, 3))
+    monkeypatch.setattr("os.getloadavg", lambda: (100.0, 0.0, 0.0))
+    assert hardware.measured() == speeds(8, 3)
+    assert not cache.exists()
+
+
 def test_an_unwritable_or_torn_cache_is_no_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "_gemm_gflops", lambda dtype: 100.0)
-    monkeypatch.setattr(hardware, "_bandwidth", lambda: 20.0)
+    monkeypatch.setattr(hardware, "_measure", lambda: speeds(100, 50))
     expected = hardware.measured()
     (file,) = cache.iterdir()
     file.write_text('{"gemm_gfl')

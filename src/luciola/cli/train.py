@@ -1,0 +1,110 @@
+"""Commands that train: quickstart, pretrain, sft, grpo."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from luciola.cli.tables import aligned, figure, figures, size
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Recipe = Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that go before the recipe's: key.path=value ...")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print every setting and what the run would take; start nothing.")
+]
+
+
+def quickstart(overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """Train a small model to reason, from nothing, in a few minutes.
+
+    The same as `luciola grpo recipes/quickstart.toml`: pre-training on flawed worked solutions, then GRPO.
+
+    \b
+    Example: luciola quickstart seed=3 run.name=try2
+    """
+    _train("quickstart", "grpo", "quickstart", overrides, resume, dry_run)
+
+
+def pretrain(recipe: Recipe, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """Pre-train a model on a task's texts or on files.
+
+    \b
+    Example: luciola pretrain my.toml optim.lr=1e-3 steps=500
+    """
+    _train(f"pretrain {shlex.quote(recipe)}", "pretrain", recipe, overrides, resume, dry_run)
+
+
+def sft(recipe: Recipe, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """Fine-tune a stored model on conversations.
+
+    \b
+    Example: luciola sft my.toml model.path=runs/base data.paths='["chats.jsonl"]'
+    """
+    _train(f"sft {shlex.quote(recipe)}", "sft", recipe, overrides, resume, dry_run)
+
+
+def grpo(recipe: Recipe, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
+    """Reinforcement learning from verifiable rewards (GRPO).
+
+    \b
+    Example: luciola grpo recipes/quickstart.toml optim.lr=2e-4 run.name=try2
+    """
+    _train(f"grpo {shlex.quote(recipe)}", "grpo", recipe, overrides, resume, dry_run)
+
+
+def _train(command: str, kind: str, name: str, overrides: list[str] | None, resume: bool, dry_run: bool) -> None:
+    from luciola.recipe import GrpoRecipe, PretrainRecipe, SftRecipe, load, to_toml
+
+    kinds: dict[str, type[BaseModel]] = {"pretrain": PretrainRecipe, "sft": SftRecipe, "grpo": GrpoRecipe}
+    recipe = load(kinds[kind], name, overrides or ())
+    room = import_module("luciola.rl.grpo" if kind == "grpo" else f"luciola.train.{kind}")
+    if dry_run:
+        # Valid TOML as a whole, so that it can be kept as a recipe.
+        print(to_toml(recipe))
+        print(aligned(_estimate(room.describe(recipe)), indent="# "))
+        return
+    start: Callable[..., Path] = getattr(room, kind)
+    try:
+        path = start(recipe, resume=resume)
+    except KeyboardInterrupt:
+        again = " ".join(["luciola", command, *map(shlex.quote, overrides or ()), "--resume"])
+        print(f"stopped; continue with: {again}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(_report(path))
+
+
+def _estimate(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    from luciola.run import duration
+
+    shown: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "memory_bytes": ("memory", size),
+        "seconds": ("time", duration),
+    }
+    names = {name: shown.get(name, (name.replace("_", " "), figure)) for name in facts}
+    return [(label, text(facts[name])) for name, (label, text) in names.items()]
+
+
+def _report(path: Path) -> str:
+    """The final table of a run and what to do with it."""
+    summary_file = path / "summary.json"
+    summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+    before, after = summary.get("before"), summary.get("after")
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        rest = {name: value for name, value in summary.items() if name not in ("before", "after")}
+        old, new = dict(figures(before)), dict(figures(after))
+        rows = [("", "before", "after"), *((name, old.get(name, ""), value) for name, value in new.items())]
+        text = f"{aligned(rows)}\n\n{aligned(figures(rest))}"
+    else:
+        text = aligned(figures(summary))
+    return f"{text}\n\n{path} holds the model, its curves and samples.  Try it: luciola chat {shlex.quote(str(path))}"

@@ -1,0 +1,176 @@
+"""Commands: exit codes, what is printed where, and one sentence for every failure."""
+
+import errno
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from luciola.cli import app
+from luciola.recipe import PretrainRecipe, load
+from luciola.run import Run
+
+RECIPE = """
+steps = 10
+dtype = "float32"
+[run]
+name = "tiny"
+[model.config]
+model_type = "llama"
+hidden_size = 16
+intermediate_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+[tokenizer]
+kind = "characters"
+alphabet = "abc"
+[data]
+source = "files"
+paths = ["text.txt"]
+"""
+
+
+@pytest.fixture
+def luciola(workplace: Path) -> Callable[..., Result]:
+    (workplace / "tiny.toml").write_text(RECIPE)
+    (workplace / "text.txt").write_text("abcabc")
+
+    def run(*arguments: str, stdin: str = "") -> Result:
+        return CliRunner().invoke(app, arguments, input=stdin)
+
+    return run
+
+
+def fails(result: Result, code: int, sentence: str) -> None:
+    assert result.exit_code == code, result.output
+    assert sentence in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", [command.callback.__name__ for command in app.registered_commands])
+def test_every_command_has_help_with_an_example(luciola: Callable[..., Result], command: str) -> None:
+    result = luciola(command, "--help")
+    assert result.exit_code == 0
+    assert f"luciola {command}" in result.stdout
+    assert "--debug" in result.stdout
+
+
+def test_wrong_usage_exits_2(luciola: Callable[..., Result]) -> None:
+    assert luciola("nonsense").exit_code == 2
+    assert luciola("grpo").exit_code == 2
+    assert luciola("grpo", "quickstart", "--nonsense").exit_code == 2
+    fails(
+        luciola("pretrain", "tiny.toml", "stpes=3"),
+        2,
+        "error: override stpes=3: unknown key stpes; did you mean steps?",
+    )
+    fails(luciola("pretrain", "tniy.toml"), 2, "error: no recipe tniy.toml; did you mean tiny.toml?")
+    fails(luciola("grpo", "tiny.toml"), 2, "is a recipe for `luciola pretrain`")
+    fails(luciola("pretrain", "tiny.toml", "model.config.hiden_size=3", "--dry-run"), 2, "did you mean hidden_size?")
+
+
+def test_an_existing_run_is_named_with_the_ways_out(luciola: Callable[..., Result]) -> None:
+    Run.create(load(PretrainRecipe, "tiny.toml"), "pretrain").close()
+    fails(luciola("pretrain", "tiny.toml"), 1, "the run runs/tiny exists; continue it with --resume")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+            1,
+            "error: there is no space left on the disk for runs/x",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 1, "error: runs/x: Permission denied"),
+        (ValueError("the message\nover two lines"), 1, "error: the message over two lines"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "error: there is not enough memory"),
+        (ModuleNotFoundError("No module named 'trl'", name="trl"), 1, "error: the package trl is not installed"),
+        (KeyError("oops"), 1, "error: KeyError: 'oops' (this should not happen; --debug shows where it did)"),
+        (KeyboardInterrupt(), 130, "stopped; continue with: luciola pretrain tiny.toml run.name=a+b --resume"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_a_failure_is_one_sentence(
+    luciola: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, sentence: str
+) -> None:
+    def failing(recipe: PretrainRecipe, resume: bool = False) -> Path:
+        raise error
+
+    monkeypatch.setattr("luciola.train.pretrain.pretrain", failing)
+    fails(luciola("pretrain", "tiny.toml", "run.name=a+b"), code, sentence)
+    if code == 1:
+        assert luciola("pretrain", "tiny.toml", "--debug").exception is error
+
+
+def test_a_dry_run_prints_a_whole_recipe_and_starts_nothing(luciola: Callable[..., Result], workplace: Path) -> None:
+    result = luciola("pretrain", "tiny.toml", "steps=7", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    table = tomllib.loads(result.stdout)
+    assert table["steps"] == 7
+    assert table["optim"]["clip_grad_norm"] == 1.0
+    assert "# parameters" in result.stdout
+    assert "# memory" in result.stdout
+    assert not (workplace / "runs").exists()
+    (workplace / "resolved.toml").write_text(result.stdout)
+    assert load(PretrainRecipe, "resolved.toml") == load(PretrainRecipe, "tiny.toml", ["steps=7"])
+
+
+def test_the_result_of_a_run_is_a_table(luciola: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(recipe: PretrainRecipe, resume: bool = False) -> Path:
+        assert resume
+        with Run.create(recipe, "pretrain") as run:
+            run.summary({"before": {"accuracy": 0.36}, "after": {"accuracy": 0.9771}, "seconds": 12.5})
+        return run.path
+
+    monkeypatch.setattr("luciola.train.pretrain.pretrain", trained)
+    result = luciola("pretrain", "tiny.toml", "--resume")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[:2] == ["          before  after", "accuracy  0.36    0.9771"]
+    assert "luciola chat runs/tiny" in result.stdout
+
+
+def test_runs_are_listed_and_compared(luciola: Callable[..., Result]) -> None:
+    assert "no runs in runs yet" in luciola("runs").stdout
+    for name, lr in (("one", "0.1"), ("two", "0.2")):
+        with Run.create(load(PretrainRecipe, "tiny.toml", [f"run.name={name}", f"optim.lr={lr}"]), "pretrain") as run:
+            run.log(4, {"loss": 1.5})
+    listed = luciola("runs").stdout.splitlines()
+    assert listed[0].split()[:4] == ["run", "kind", "state", "step"]
+    assert listed[1].split()[:5] == ["one", "pretrain", "stopped", "4/10", "1.5"]
+    compared = luciola("runs", "two", "one").stdout.splitlines()
+    assert [line.split() for line in compared] == [["two", "one"], ["optim.lr", "0.2", "0.1"], ["step", "4/10", "4/10"]]
+    fails(luciola("runs", "three"), 1, "there is no run three in runs; there are one, two")
+
+
+def test_doctor_says_what_auto_means(luciola: Callable[..., Result]) -> None:
+    text = luciola("doctor")
+    assert text.exit_code == 0
+    assert "dtype auto" in text.stdout
+    facts = json.loads(luciola("doctor", "--json").stdout)
+    assert facts["cores"] >= 1
+    assert facts["dtype auto"].startswith(("float32 (", "bfloat16 ("))
+
+
+def test_bench_runs_what_stands_in_its_folder(
+    luciola: Callable[..., Result], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workplace / "compared").mkdir()
+    (workplace / "compared" / "decode_cli_test.py").write_text(
+        '"""Decoding against a peer."""\ndef run(): return {"ratio": 1.25}'
+    )
+    monkeypatch.setattr("luciola.bench.__path__", [str(workplace / "compared")])
+    assert luciola("bench", "--list").stdout == "decode_cli_test: Decoding against a peer.\n"
+    assert "ratio  1.25" in luciola("bench", "--output", "out.json").stdout
+    assert json.loads(Path("out.json").read_text()) == {"decode_cli_test": {"ratio": 1.25}}
+    fails(luciola("bench", "nothing"), 1, "there is no comparison nothing; there are decode_cli_test")
+
+
+def test_the_version_is_printed(luciola: Callable[..., Result]) -> None:
+    result = luciola("--version")
+    assert result.exit_code == 0
+    assert result.stdout[0].isdigit()
