@@ -55,8 +55,8 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int | No
     k = len(answers) if k is None else k
     if len(answers) != len(correct) or not 1 <= k <= len(answers):
         raise ValueError(
-            f"maj@k needs one verdict for each of the {len(answers)} answers, not {len(correct)}; and k from 1 to their "
-            f"number, not {k}"
+            f"maj@k needs one verdict for each of {len(answers)} answers, not {len(correct)}; "
+            f"and k from 1 to their number, not {k}"
         )
     winner = majority(answers[:k])
     return float(winner is not None and correct[winner])

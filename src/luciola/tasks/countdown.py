@@ -66,7 +66,9 @@ class Countdown(BaseModel):
             if target is None or (not self.use_all and target in numbers):
                 continue
             key = f"{','.join(map(str, numbers))}->{target}"
-            if split_of(key, self.held_out_fraction) == split and _reachable(_exact(numbers), target, self.use_all):
+            if split_of(key, self.held_out_fraction) != split:
+                continue
+            if self.target is None or _reachable(_exact(numbers), target, self.use_all):
                 rng.shuffle(numbers)
                 return Problem(self._prompt(numbers, target), truth=str(target), key=key)
         raise ValueError(
@@ -78,16 +80,17 @@ class Countdown(BaseModel):
         return chat(problem.prompt, self.instruction)
 
     def solution(self, problem: Problem, rng: random.Random, error_rate: float = 0.0) -> str:
-        """One of the ways found by search, step by step; each result is off by 1 or 2 with probability `error_rate`.
+        """One of the ways that search finds, step by step; each step is wrong with probability `error_rate`.
 
-        After a slip the search goes on from the wrong value. Should the answer come out right in spite of it, another
-        attempt is written instead.
+        A wrong step's result is off by 1 or 2, and the search goes on from there; a wrong last step pretends to reach
+        the target. Should the answer come out right in spite of it, another attempt is written, at last a faultless one.
         """
         numbers, target = _parts(problem)
-        while True:
-            steps, answer, slipped = self._attempt(numbers, target, rng, error_rate)
-            if not slipped or evaluate(answer)[0] != target:
-                return "<think>\n" + "\n".join(steps) + f"\n</think>\n<answer>{answer}</answer>"
+        for rate in [error_rate] * 20 + [0.0]:
+            steps, answer, slipped = self._attempt(numbers, target, rng, rate)
+            if not slipped or not _makes(answer, target):
+                break
+        return "<think>\n" + "\n".join(steps) + f"\n</think>\n<answer>{answer}</answer>"
 
     def grade(self, problem: Problem, completion: str) -> Verdict:
         """Whether the expression in the <answer> block makes the target from the numbers. `= target` may follow it."""
@@ -120,9 +123,13 @@ class Countdown(BaseModel):
 
     def _makeable(self, numbers: list[int], rng: random.Random) -> int | None:
         """A whole number from 1 to max_target that random operations on all the numbers made, if they did."""
-        values = _exact(numbers)
+        values = [Fraction(number) for number in numbers]
         while len(values) > 1:
-            values = rng.choice(list(_moves(values)))[3]
+            rng.shuffle(values)
+            left, right, sign = values.pop(), values.pop(), rng.choice("+-*/")
+            if sign == "/" and right == 0:
+                return None
+            values.append(_OPERATIONS[sign](left, right))
         target = values[0]
         return int(target) if target.denominator == 1 and 1 <= target <= self.max_target else None
 
@@ -135,11 +142,14 @@ class Countdown(BaseModel):
         slipped = False
         while len(made) > 1 and not _done(tuple(value for value, _ in made), target, self.use_all):
             moves = list(_moves(_exact(value for value, _ in made)))
-            good = [move for move in moves if _reachable(move[3], target, self.use_all)]
-            left, sign, right, _ = rng.choice(good or moves)
+            rng.shuffle(moves)
+            slip, last = rng.random() < error_rate, len(made) == 2
+            slipped |= slip
+            good = (move for move in moves if _reachable(move[3], target, self.use_all) != (slip and last))
+            left, sign, right, _ = next(good, moves[0])
             result = _OPERATIONS[sign](left, right)
-            if rng.random() < error_rate:
-                result, slipped = result + rng.choice((-2, -1, 1, 2)), True
+            if slip:
+                result = Fraction(target) if last else result + rng.choice((-2, -1, 1, 2))
             steps.append(f"{_show(left)}{sign}{_show(right)}={_show(result)}")
             made.append((result, f"({_take(made, left)}{sign}{_take(made, right)})"))
         values = [value for value, _ in made]
@@ -178,6 +188,13 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]]:
 
 
 _Values = tuple[Fraction, ...]
+
+
+def _makes(expression: str, target: int) -> bool:
+    try:
+        return evaluate(expression)[0] == target
+    except ValueError:  # an expression that slips led to may divide by zero
+        return False
 
 
 def _moves(values: _Values) -> Iterator[tuple[Fraction, str, Fraction, _Values]]:

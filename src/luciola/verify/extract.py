@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from luciola.verify.plain import canonical
 
+MAX_WORDS = 20_000  # characters from the end of a reply in ordinary words; who writes more has not made up their mind
+
 _TAG = re.compile(r"</?(?:think|answer)>")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,2}\{")
 _ANSWER_IS = re.compile(r"\banswer\s{0,3}(?:is|:)[\s:]{0,3}", re.IGNORECASE)
@@ -63,7 +65,8 @@ def final_number(completion: str, given: Sequence[int] = ()) -> Found:
     the first "is") must be. An earlier sentence that claims another result makes the reply a spray of guesses, and so
     no answer: a number standing alone, the whole question repeated, or, with `given`, a word like "sum" or "answer".
     """
-    sentences = [part for part in _END_OF_SENTENCE.split(completion.replace("−", "-")) if _NUMBER.search(part)]
+    text = completion[-MAX_WORDS:].replace("−", "-")
+    sentences = [part for part in _END_OF_SENTENCE.split(text) if _NUMBER.search(part)]
     if not sentences:
         return Found(None, "no number in the reply")
     *earlier, last = sentences
@@ -109,7 +112,8 @@ def _agreed(answers: Sequence[str], name: str) -> Found:
     """The last answer, provided that all are the same and none is empty."""
     if not all(answers):
         return Found(None, "an answer that is empty, does not end, or holds a box inside a box")
-    if len({canonical(answer) for answer in answers}) > 1:
+    last = canonical(answers[-1])
+    if any(canonical(answer) != last for answer in set(answers)):
         return Found(None, f"{len(answers)} {name} that do not agree")
     return Found(answers[-1])
 

@@ -42,6 +42,7 @@ _NOT_UNITS = re.compile(
     re.IGNORECASE,
 )
 _CALCULATION = re.compile(r"[0-9)}] ?(?:[-+*/×÷!]|\\times|\\cdot|\\div|\\pm)")
+_INEQUALITY = re.compile(r"[<>]|\\[lg](?:e|eq|t)(?![a-z])")
 _WORDS = re.compile(r"\\(?:text|textbf|mathrm|mbox)\{[^{},]+\}\.?|\(?[A-Za-z]\)?|[A-Za-z][A-Za-z' -]*[A-Za-z]{3}")
 _SEPARATOR = re.compile(r"[,;\n]|\\\\|\\q?quad(?![a-zA-Z])|(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])|(?<=[0-9]) (?=[0-9])")
 
@@ -100,11 +101,11 @@ def compare(answer: str, truth: str) -> Verdict | None:
         answered = number(answer)
         if answered is not None:
             return correct() if answered == value else wrong()
-        if _CALCULATION.search(given):
+        if _CALCULATION.search(given) or _NOT_UNITS.search(given):
             return wrong("the answer is a calculation where a number is asked for")
     if _WORDS.fullmatch(truth.strip()):
         return correct() if _fold(given) == _fold(asked) else wrong()
-    if _count(given) != _count(asked):
+    if _count(given) != _count(asked) and not _INEQUALITY.search(given):  # -2 < x < 7 has the two ends of an interval
         return wrong(f"the answer lists {_count(given)} values where {_count(asked)} are asked for")
     return None
 

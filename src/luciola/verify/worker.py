@@ -23,7 +23,6 @@ from sympy import nan, zoo
 _NORMALIZE = NormalizationConfig(
     basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none", equations=False
 )
-_EQUALS = re.compile(r"(?<![\\<>!=])=(?!=)")
 _NAMED = re.compile(r"\s*[a-zA-Z](?:_\w|\(\w\))?\s*")
 
 
@@ -33,8 +32,8 @@ def check(answer: str, truth: str) -> dict[str, str]:
         gold = _read(truth)
     except Exception as error:
         return {"kind": "crash", "detail": f"the reference cannot be read as mathematics ({type(error).__name__})"}
-    sides = _EQUALS.split(answer)
-    if len(sides) > 1 and not _EQUALS.search(truth):
+    sides = _sides(answer)
+    if len(sides) > 1 and len(_sides(truth)) == 1:
         sides = [side for side in sides if not _NAMED.fullmatch(side)]
     else:
         sides = [answer]
@@ -65,6 +64,18 @@ def _read(text: str) -> Any:
     return latex2sympy(
         latex, is_real=not should_treat_as_complex(latex), convert_degrees=False, normalization_config=None
     )
+
+
+def _sides(text: str) -> list[str]:
+    """What stands between the equals signs, save those inside brackets, as in `\\sum_{k=1}`, and in `<=`."""
+    sides, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "=" and depth == 0 and not sides[-1].endswith(("<", ">", "!")):
+            sides.append("")
+        else:
+            sides[-1] += character
+    return sides
 
 
 def _decimal_places(gold: Any) -> int:
