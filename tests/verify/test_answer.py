@@ -1,4 +1,4 @@
-"""The reward court for answers: every cheat in cheats.jsonl earns nothing, every row of honest.jsonl earns its reward."""
+"""The reward court: every cheat in cheats.jsonl earns nothing, every answer in honest.jsonl earns its reward."""
 
 import json
 import os

@@ -39,11 +39,15 @@ def test_decimals(value: object) -> None:
     assert plain.number(str(value)) == Fraction(str(value))
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "-", ".", "1,00", "1,0000", "1..2", "1/0", "1/2/3", "--1", "1e9999", "0x1", "1_0", "٣", "４", "4²", "½", "nan"]
-    + ["inf", "1 or 2", "5 million", "5x", "5 pi", "1 2", "1, 200", "9" * 2000, "1/" + "0" * 40, "3 4/0"],
+NOT_NUMBERS = (
+    *("", "-", ".", "--1", "1..2", "nan", "inf", "0x1", "1_0", "1e9999", "9" * 2000),
+    *("1,00", "1,0000", "1, 200", "1 2", "1 or 2", "5 million", "5x", "5 pi"),
+    *("1/0", "1/2/3", "3 4/0", "1/" + "0" * 40),
+    *("٣", "４", "4²", "½"),
 )
+
+
+@pytest.mark.parametrize("text", NOT_NUMBERS)
 def test_not_a_number(text: str) -> None:
     assert plain.number(text) is None
 
