@@ -9,13 +9,18 @@ The public names are imported when first used, so that `import luciola`, and wit
 
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from luciola.engine.engine import Completion, Engine
+    from luciola.engine.sampler import SamplingParams
+    from luciola.model.language_model import LanguageModel, load
 
 _HOME = {
     "load": "luciola.model.language_model",
     "LanguageModel": "luciola.model.language_model",
     "Engine": "luciola.engine.engine",
-    "SamplingParams": "luciola.engine.engine",
+    "SamplingParams": "luciola.engine.sampler",
     "Completion": "luciola.engine.engine",
 }
 

