@@ -2,7 +2,6 @@
 
 import contextlib
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +196,7 @@ def test_every_cut_is_noticed(tmp_path: Path) -> None:
 def test_damage_anywhere_ends_in_a_model_or_a_value_error(tmp_path: Path) -> None:
     content = write(tmp_path / "m.gguf", random_model()).read_bytes()
     header = len(content) - 4 * sum(tensor.numel() for tensor in random_model().state_dict().values())
-    rng, started = random.Random(0), time.monotonic()
+    rng = random.Random(0)
     for _ in range(300):
         damaged = bytearray(content)
         for _ in range(rng.randrange(1, 4)):
@@ -205,7 +204,6 @@ def test_damage_anywhere_ends_in_a_model_or_a_value_error(tmp_path: Path) -> Non
         (tmp_path / "damaged.gguf").write_bytes(damaged)
         with contextlib.suppress(ValueError):
             load(tmp_path / "damaged.gguf")
-    assert time.monotonic() - started < 60
 
 
 def test_numbers_are_the_shortest_with_their_float32(tmp_path: Path) -> None:

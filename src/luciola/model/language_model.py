@@ -8,7 +8,7 @@ import torch
 
 from luciola.model.config import ModelConfig
 from luciola.model.transformer import Transformer
-from luciola.run import publish_folder, recover_folder
+from luciola.run import publish_folder
 from luciola.text.tokenizer import Tokenizer
 from luciola.weights import gguf, hf
 
@@ -78,8 +78,6 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> LanguageModel:
     path = Path(path).expanduser()
     if path.is_file():
         return LanguageModel(*gguf.load(path, dtype))
-    if not path.exists():
-        recover_folder(path)  # a save may have been killed between its two renames
     folder = path / "model" if (path / "model").is_dir() and not (path / "config.json").is_file() else path
     if not folder.is_dir():
         raise ValueError(f"{path} does not exist; give a model folder, a GGUF file, a run folder or pypi:NAME.")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from luciola.text import template as template_program
+from luciola.text import template as program
 from luciola.text.template import MAX_CHARACTERS, MEMORY_MB, SECONDS, render_here
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -149,7 +149,7 @@ class _Worker:
         # its own so that Ctrl-C reaches only the parent. -P keeps this folder's file names out of its imports.
         keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "TZ") if name in os.environ}
         process = subprocess.Popen(
-            [sys.executable, "-P", template_program.__file__],
+            [sys.executable, "-P", program.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
