@@ -20,7 +20,7 @@ quickstart: $(VENV)/.runtime  ## install, then train a reasoning model from noth
 lint: $(VENV)/.dev  ## ruff, mypy --strict and the floors of the architecture
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 test: lint  ## lint, then every test on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

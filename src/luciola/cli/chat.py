@@ -96,18 +96,17 @@ def show(pieces: Iterable[str], inside: bool, hide_thinking: bool) -> None:
         print()
         return
     dim, reset = (DIM, RESET) if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
-    shown_thinking = False
-    begun = False  # blank space before the first text of a part is dropped
+    part: bool | None = None  # what is being shown: None nothing yet, True thinking, False the answer
+    gap = ""  # blank space that is shown only if text follows: none stands at the borders of a part
     for thinking, text in split(pieces, inside):
         if thinking and hide_thinking:
             continue
-        if shown_thinking and not thinking:
-            print("\n\n" if begun else "", end="")
-            shown_thinking, begun = False, False
-        text = text if begun else text.lstrip()
-        if text:
-            print(f"{dim}{text}{reset}" if thinking else text, end="", flush=True)
-            begun, shown_thinking = True, thinking
+        text = gap + text if thinking == part else text.lstrip()
+        gap = text[len(text.rstrip()) :]
+        if text := text.rstrip():
+            border = "\n\n" if part is not None and thinking != part else ""
+            print(f"{border}{dim}{text}{reset}" if thinking else border + text, end="", flush=True)
+            part = thinking
     print()
 
 

@@ -73,12 +73,16 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the facts
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Comparisons to run; left out: all.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The peer to compare with; left out: each comparison's first.")
+    ] = None,
     list_only: Annotated[bool, typer.Option("--list", help="List the comparisons; run none.")] = False,
 ) -> None:
     """Measure Luciola against other software, as ratios.
 
     \b
-    Example: luciola bench --list
+    Examples: luciola bench train --against transformers
+              luciola bench grpo --against trl --output grpo.json
     """
     from importlib import import_module
     from pkgutil import iter_modules
@@ -86,7 +90,7 @@ def bench(
     from luciola import bench as room
     from luciola.run import atomic_write
 
-    known = sorted(module.name for module in iter_modules(room.__path__))
+    known = sorted(module.name for module in iter_modules(room.__path__) if module.name != "turns")
     unknown = [name for name in names or () if name not in known]
     if unknown:
         raise ValueError(f"there is no comparison {unknown[0]}; there are {', '.join(known) or 'none'}")
@@ -96,10 +100,16 @@ def bench(
         subject = (module.__doc__ or name).strip().splitlines()[0]
         print(f"{name}: {subject}", flush=True)
         if not list_only:
-            results[name] = module.run()
+            results[name] = module.run(_peer(name, module.PEERS, against))
             print(aligned(figures(results[name]), indent="  "), flush=True)
     if output is not None and results:
         atomic_write(output, json.dumps(results, indent=2) + "\n")
+
+
+def _peer(name: str, peers: tuple[str, ...], wanted: str | None) -> str:
+    if wanted is not None and wanted not in peers:
+        raise ValueError(f"{name} cannot be compared with {wanted}; it knows {', '.join(peers)}")
+    return wanted or peers[0]
 
 
 def _row(run: RunInfo) -> tuple[str, ...]:

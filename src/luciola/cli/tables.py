@@ -25,6 +25,25 @@ def figures(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def evaluation(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of `luciola.evaluate` that one looks at first, as rows of name and value."""
+    k = result.get("samples", 0)
+    rows = [("accuracy", f"{result['accuracy']:.1%}")]
+    if "accuracy_low" in result:
+        rows.append(("  95 % interval", f"{result['accuracy_low']:.1%} to {result['accuracy_high']:.1%}"))
+    names = {
+        "pass@1": "pass@1",
+        "pass@k": f"pass@{k}",
+        "maj@k": f"maj@{k}",
+        "format_rate": "well formed",
+        "truncated": "truncated",
+    }
+    rows += [(label, f"{result[name]:.1%}") for name, label in names.items() if name in result]
+    if "mean_length" in result:
+        rows.append(("mean length", f"{result['mean_length']:.1f} tokens"))
+    return rows
+
+
 def figure(value: Any) -> str:
     """A number with as many digits as one reads: 1,234,567 or 0.977."""
     if isinstance(value, bool) or value is None:

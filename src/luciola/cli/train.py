@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luciola.cli.tables import aligned, figure, figures, size
+from luciola.cli.tables import aligned, evaluation, figure, figures, size
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -99,12 +99,12 @@ def _report(path: Path) -> str:
     """The final table of a run and what to do with it."""
     summary_file = path / "summary.json"
     summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
-    before, after = summary.get("before"), summary.get("after")
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        rest = {name: value for name, value in summary.items() if name not in ("before", "after")}
-        old, new = dict(figures(before)), dict(figures(after))
-        rows = [("", "before", "after"), *((name, old.get(name, ""), value) for name, value in new.items())]
-        text = f"{aligned(rows)}\n\n{aligned(figures(rest))}"
-    else:
-        text = aligned(figures(summary))
+    before, after = summary.pop("before", None), summary.pop("after", None)
+    text = aligned(figures(summary))
+    if before and after:
+        old = dict(evaluation(before))
+        text = (
+            aligned([("", "before", "after"), *((name, old.get(name, ""), new) for name, new in evaluation(after))])
+            + f"\n\n{text}"
+        )
     return f"{text}\n\n{path} holds the model, its curves and samples.  Try it: luciola chat {shlex.quote(str(path))}"

@@ -75,7 +75,7 @@ def _series(title: str, records: Records, key: str, color: str) -> Panel:
 
 def _accuracy(records: Records, summary: Mapping[str, Any]) -> Panel:
     """The share of right completions in rollouts, and as points the held-out evaluations."""
-    panel = Panel("accuracy", [], [], GLOW, percent=True)
+    panel = Panel("accuracy (line: rollouts, dots: held out)", [], [], GLOW, percent=True)
     for record in records:
         verdicts = {key: float(value or 0) for key, value in record.items() if key.startswith("verdict/")}
         if sum(verdicts.values()) > 0:
@@ -132,7 +132,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and its neighbours, half a window to either side; shorter at the ends."""
-    half = min(window, max(1, len(values) // 5)) // 2
-    spans = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(span) / len(span) for span in spans]
+    """The mean of each value and as many neighbours on either side, fewer towards the ends, which keep their values."""
+    half, last = min(window, len(values) // 5) // 2, len(values) - 1
+    reaches = [min(half, i, last - i) for i in range(len(values))]
+    return [sum(values[i - reach : i + reach + 1]) / (2 * reach + 1) for i, reach in enumerate(reaches)]
