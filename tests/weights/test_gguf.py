@@ -156,6 +156,10 @@ def test_tokenizer(tmp_path: Path) -> None:
     assert '"TemplateProcessing"' in (tmp_path / "saved" / "tokenizer.json").read_text()
 
 
+def test_a_file_without_tokenizer_loads_without_one(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "m.gguf", random_model(), **{"tokenizer.ggml.model": None}))[1] is None
+
+
 def test_end_of_turn_ends_too(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", random_model(), **{"tokenizer.ggml.eot_token_id": 1})
     assert tokenizer_of(GGUFFile(path)).eos_token_ids == (0, 1)
@@ -171,6 +175,7 @@ def test_end_of_turn_ends_too(tmp_path: Path) -> None:
         ({"llama.block_count": 3}, r"blk\.2\.attn_norm\.weight is missing"),
         ({"llama.block_count": 1}, r"blk\.1\.\w+\.weight has no place"),
         ({"llama.feed_forward_length": 32}, r"ffn_down\.weight should have shape \[32, 32\] and has \[32, 64\]"),
+        ({"llama.rope.scaling.type": "linear"}, "rope_scaling.factor: Field required"),
         ({"llama.rope.scaling.type": "yarn"}, "by yarn, which cannot be read"),
         ({"tokenizer.ggml.model": "llama"}, "the tokenizer is .llama."),
         ({"tokenizer.ggml.pre": "default"}, "pre-tokenizer 'default'; readable are"),

@@ -38,15 +38,15 @@ METADATA = {
 _ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1's stretched frequencies are divided by, (head_dim / 2,)
 
 
-def load(path: Path, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer]:
-    """The model and tokenizer in a GGUF file; `dtype` None means float32.
+def load(path: Path, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer | None]:
+    """The model and tokenizer (None if there is none) in a GGUF file; `dtype` None means float32.
 
     Raises:
         ValueError: a damaged file, another architecture than llama, a quantisation or tokenizer that is not supported.
     """
     file = GGUFFile(path)
     config = config_of(file)
-    tokenizer = tokenizer_of(file)
+    tokenizer = None if file.metadata.get("tokenizer.ggml.model") in (None, "no_vocab") else tokenizer_of(file)
     rows = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
 
     def read(name: str) -> Tensor:
@@ -92,12 +92,16 @@ def config_of(file: GGUFFile) -> ModelConfig:
     data["tie_word_embeddings"] = "output.weight" not in tensors
     data["attention_bias"] = "blk.0.attn_q.bias" in tensors
     data["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+    scaling = metadata.get("llama.rope.scaling.type", "none")
+    if scaling == "linear":
+        data["rope_scaling"] = {"type": "linear", "factor": metadata.get("llama.rope.scaling.factor")}
+    elif scaling != "none":
+        raise ValueError(f"{file.path} stretches its rotary frequencies by {scaling}, which cannot be read from GGUF.")
     config = config_from(data, file.path)
     config = config.model_copy(update={"head_dim": config.rope_dim})
     if metadata.get("llama.rope.dimension_count", config.rope_dim) != config.rope_dim:
         raise ValueError(f"{file.path} rotates only part of each head, which this version cannot do.")
-    scaling = _rope_scaling(file, config)
-    return config if scaling is None else config.model_copy(update={"rope_scaling": scaling})
+    return _with_llama3_scaling(config, file) if _ROPE_FACTORS in tensors else config
 
 
 def _shortest(value: Any) -> Any:
@@ -105,24 +109,15 @@ def _shortest(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _rope_scaling(file: GGUFFile, config: ModelConfig) -> RopeScaling | None:
-    """RopeScaling of the file, None when frequencies are plain.
-
-    Llama 3.1's scaling is stored as the factors themselves; they must be those of its published parameters.
-    """
-    kind = file.metadata.get("llama.rope.scaling.type", "none")
-    if kind == "linear":
-        return RopeScaling(rope_type="linear", factor=file.metadata.get("llama.rope.scaling.factor", 1.0))
-    if kind == "none" and _ROPE_FACTORS in file.tensors:
-        factors = torch.from_numpy(file.tensor(_ROPE_FACTORS))
+def _with_llama3_scaling(config: ModelConfig, file: GGUFFile) -> ModelConfig:
+    """Llama 3.1's scaling is stored as the factors themselves; they must be those of its published parameters."""
+    factors, plain = torch.from_numpy(file.tensor(_ROPE_FACTORS)), frequencies(config)[0]
+    if factors.shape == plain.shape and factors.min() > 0:
         scaling = RopeScaling(rope_type="llama3", factor=float(factors.max()), original_max_position_embeddings=8192)
-        stretched = frequencies(config.model_copy(update={"rope_scaling": scaling}))[0]
-        if torch.allclose(frequencies(config)[0] / factors, stretched, rtol=1e-4):
-            return scaling
-        kind = "an unknown table"
-    if kind != "none":
-        raise ValueError(f"{file.path} stretches its rotary frequencies by {kind}, which cannot be read from GGUF.")
-    return None
+        stretched = config.model_copy(update={"rope_scaling": scaling})
+        if torch.allclose(plain / factors, frequencies(stretched)[0], rtol=1e-4):
+            return stretched
+    raise ValueError(f"{file.path} stretches its rotary frequencies by a table other than Llama 3.1's.")
 
 
 def _half_split(rows: Tensor, heads: int) -> Tensor:

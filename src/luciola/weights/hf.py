@@ -97,10 +97,10 @@ def _fp8_block(data: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
     scheme = data.get("quantization_config")
     if scheme is None:
         return None
-    if scheme.get("quant_method") != "fp8":
+    method = scheme.get("quant_method") if isinstance(scheme, dict) else scheme
+    if method != "fp8":
         raise ValueError(
-            f"{folder} is quantised by {scheme.get('quant_method')!r}; of quantised folders only DeepSeek's 'fp8' "
-            "can be read."
+            f"{folder} is quantised by {method!r}; of quantised folders only DeepSeek's 'fp8' can be read."
         )
     rows, columns = scheme.get("weight_block_size") or (FP8_BLOCK, FP8_BLOCK)
     return int(rows), int(columns)
