@@ -83,6 +83,14 @@ def _measure() -> dict[str, Any]:
     return speeds
 
 
+def gemm_peak(dtype: str) -> float:
+    """Fastest matrix products seen on this machine, in operations a second: what `mfu` is a share of.
+
+    Measured once more here, because the kept figure may stem from a busy moment; the higher one counts.
+    """
+    return 1e9 * max(measured()["gemm_gflops"][dtype], _gemm_gflops(dtype))
+
+
 def cache_folder() -> Path:
     """Where Luciola keeps what it can make again: $XDG_CACHE_HOME/luciola, or ~/.cache/luciola."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luciola"

@@ -190,7 +190,7 @@ def describe(recipe: GrpoRecipe) -> dict[str, Any]:
     tokens = recipe.grpo.steps * sequences * length
     # A forward pass to sample, three (forward and backward) to learn, one more for a reference.
     passes = 1 + recipe.grpo.epochs * (3 + (recipe.grpo.beta > 0))
-    peak = hardware.measured()["gemm_gflops"][dtype] * 1e9
+    peak = hardware.gemm_peak(dtype)
     stored = sum(p.numel() for p in model.parameters())
     models = 16 + 4 * (recipe.grpo.beta > 0)
     cache = sequences * length * config.cached_per_token_and_layer * config.num_hidden_layers * 4

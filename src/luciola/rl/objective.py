@@ -42,7 +42,7 @@ def token_weights(lengths: Tensor, aggregation: Literal["sequence", "token"], kn
 def kl_estimate(logp_N: Tensor, other_N: Tensor) -> Tensor:
     """Estimator of KL(pi || other) from tokens sampled from pi: r - log r - 1 with r = other/pi. Never negative."""
     d = (other_N - logp_N).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return d.exp() - d - 1.0
+    return torch.expm1(d) - d
 
 
 def grpo_loss(

@@ -222,7 +222,7 @@ def _step(
         sums.kl += float(result.kl)
         sums.entropy += float(entropy_N.sum())
         if fresh:
-            sums.engine_kl += float(kl_estimate(batch.old_logp_N, logp_N.detach()).sum())
+            sums.engine_kl += float(kl_estimate(batch.old_logp_N.double(), logp_N.detach().double()).sum())
             sums.engine_tokens += len(logp_N)
         _count_experts(hidden.routings, batch, sums)
     sums.norm += optimizer.step(lr)

@@ -40,7 +40,7 @@ def fit(model: Transformer, rows: Rows, recipe: TrainRecipe, run: Run, descripti
     model.activation_checkpointing = recipe.activation_checkpointing
     optimizer = Optimizer(model, recipe.optim)
     start = state.restore(run, model, optimizer).step
-    peak = hardware.measured()["gemm_gflops"][run.dtype] * 1e9
+    peak = hardware.gemm_peak(run.dtype)
     metrics: dict[str, Any] = {}
     with stop_on_signal() as stop, run.progress(recipe.steps, description, start) as advance:
         for step in range(start, recipe.steps):

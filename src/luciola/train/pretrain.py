@@ -145,7 +145,7 @@ def estimate(model: Transformer, config: ModelConfig, recipe: TrainRecipe) -> di
     dtype, reason = hardware.choose_dtype(recipe.dtype)
     per_token = activation_bytes(config, recipe.activation_checkpointing)
     flops = tokens * training_flops(model, length, mtp=recipe.mtp_weight > 0)
-    peak = hardware.measured()["gemm_gflops"][dtype] * 1e9
+    peak = hardware.gemm_peak(dtype)
     return {
         "parameters": stored,
         "active_parameters": model.num_parameters(active=True),
