@@ -40,15 +40,17 @@ def choose_dtype(requested: str) -> tuple[str, str]:
         if speeds["cuda"]["bfloat16"]:
             return "bfloat16", f"{name} computes in bfloat16"
         return "float32", f"{name} does not compute in bfloat16"
-    float32, bfloat16 = speeds["gemm_gflops"]["float32"], speeds["gemm_gflops"]["bfloat16"]
-    numbers = f"measured: float32 {float32:.0f} GFLOP/s, bfloat16 {bfloat16:.0f} GFLOP/s"
+    float32, bfloat16 = speeds["core_gflops"]["float32"], speeds["core_gflops"]["bfloat16"]
+    numbers = f"measured on one core: float32 {float32:.0f} GFLOP/s, bfloat16 {bfloat16:.0f} GFLOP/s"
     if bfloat16 >= WORTHWHILE * float32:
         return "bfloat16", f"{numbers}; bfloat16 is {bfloat16 / float32:.1f} times as fast"
     return "float32", f"{numbers}; bfloat16 would not be worth its lower precision"
 
 
 def measured() -> dict[str, Any]:
-    """Measured speeds: `gemm_gflops` by dtype, `bandwidth_gb_per_s`, and with a GPU `cuda` (name, memory_bytes ...).
+    """Measured speeds: `gemm_gflops` by dtype with all threads, `core_gflops` by dtype with one (which is what the dtype is
+    chosen by: threads that wait for each other on a busy machine would falsify the comparison), `bandwidth_gb_per_s`, and
+    with a GPU `cuda` (name, memory_bytes ...).
 
     Kept in the user's cache folder for this CPU, number of threads and torch version, unless the machine was busy or
     the folder cannot be written: then the next process measures again.
@@ -76,6 +78,7 @@ def measured() -> dict[str, Any]:
 def _measure() -> dict[str, Any]:
     speeds: dict[str, Any] = {
         "gemm_gflops": {dtype: _gemm_gflops(dtype) for dtype in ("float32", "bfloat16")},
+        "core_gflops": {dtype: _gemm_gflops(dtype, one_thread=True) for dtype in ("float32", "bfloat16")},
         "bandwidth_gb_per_s": _bandwidth(),
     }
     if (gpu := _cuda()) is not None:
@@ -88,7 +91,8 @@ def gemm_peak(dtype: str) -> float:
 
     Measured once more here, because the kept figure may stem from a busy moment; the higher one counts.
     """
-    return 1e9 * max(measured()["gemm_gflops"][dtype], _gemm_gflops(dtype))
+    kept: float = measured()["gemm_gflops"][dtype]
+    return 1e9 * max(kept, _gemm_gflops(dtype))
 
 
 def cache_folder() -> Path:
@@ -180,18 +184,24 @@ def torch_version() -> str:
         return "not installed"
 
 
-def _gemm_gflops(dtype: str) -> float:
-    """Speed of square matrix products, in 1e9 operations a second, at the largest size that fits the time."""
+def _gemm_gflops(dtype: str, *, one_thread: bool = False) -> float:
+    """Speed of square matrix products, in 1e9 operations a second, the best of a few sizes that fit the time."""
     import torch
 
-    speed = 0.0
-    for size in (256, 512, 1024):
-        a, b = (torch.ones(size, size, dtype=getattr(torch, dtype)) for _ in range(2))
-        out = torch.empty_like(a)
-        operations = 2 * size**3
-        if speed and operations / speed > BUDGET / 6:
-            break  # too slow for a larger size: this one's speed stands
-        speed = operations / _best_time(partial(torch.mm, a, b, out=out), BUDGET / 3)
+    speed, before = 0.0, torch.get_num_threads()
+    if one_thread:
+        torch.set_num_threads(1)
+    try:
+        for size in (256, 512, 1024):
+            a, b = (torch.ones(size, size, dtype=getattr(torch, dtype)) for _ in range(2))
+            out = torch.empty_like(a)
+            operations = 2 * size**3
+            if speed and operations / speed > BUDGET / 6:
+                break  # too slow for a larger size
+            seconds = _best_time(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), BUDGET / 4)  # type: ignore[misc]
+            speed = max(speed, operations / seconds)
+    finally:
+        torch.set_num_threads(before)
     return speed / 1e9
 
 

@@ -161,13 +161,15 @@ def test_bench_runs_what_stands_in_its_folder(
 ) -> None:
     (workplace / "compared").mkdir()
     (workplace / "compared" / "decode_cli_test.py").write_text(
-        '"""Decoding against a peer."""\ndef run(): return {"ratio": 1.25}'
+        '"""Decoding against a peer."""\nPEERS = ("peer", "other")\ndef run(against): return {against: 1.25}\n'
     )
     monkeypatch.setattr("luciola.bench.__path__", [str(workplace / "compared")])
     assert luciola("bench", "--list").stdout == "decode_cli_test: Decoding against a peer.\n"
-    assert "ratio  1.25" in luciola("bench", "--output", "out.json").stdout
-    assert json.loads(Path("out.json").read_text()) == {"decode_cli_test": {"ratio": 1.25}}
+    assert "  peer  1.25" in luciola("bench", "--output", "out.json").stdout
+    assert json.loads(Path("out.json").read_text()) == {"decode_cli_test": {"peer": 1.25}}
+    assert "  other  1.25" in luciola("bench", "decode_cli_test", "--against", "other").stdout
     fails(luciola("bench", "nothing"), 1, "there is no comparison nothing; there are decode_cli_test")
+    assert "cannot be compared with nobody; it knows peer, other" in luciola("bench", "--against", "nobody").stderr
 
 
 def test_the_version_is_printed(luciola: Callable[..., Result]) -> None:
