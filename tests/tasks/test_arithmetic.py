@@ -66,7 +66,7 @@ def test_an_answer_is_wrong_exactly_when_a_carry_was_forgotten(
 
 
 def test_carries_are_forgotten_as_often_as_asked() -> None:
-    sums = [problem_of(199, "+", 801) for _ in range(2000)]  # the first carry decides alone: without it there is no second
+    sums = [problem_of(199, "+", 801) for _ in range(2000)]  # without the first carry there is no second one
     wrong = sum(BOTH.grade(p, BOTH.solution(p, random.Random(i), 0.6)).kind == "wrong" for i, p in enumerate(sums))
     assert wrong / 2000 == pytest.approx(0.6 + 0.4 * 0.6, abs=0.03)
 

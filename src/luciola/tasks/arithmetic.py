@@ -99,8 +99,8 @@ class Arithmetic(BaseModel):
     def solution(self, problem: Problem, rng: random.Random, error_rate: float = 0.0) -> str:
         """The digits worked out one by one; each carry (or borrowed ten) is forgotten with probability `error_rate`.
 
-        Forgetting is a mistake that a reader of such texts takes over: above one half it is what most texts do, and a model
-        trained on them gets the sums without carries right and the others wrong, however long it trains.
+        Forgetting is a mistake that a reader of such texts takes over: above one half it is what most texts do, and a
+        model trained on them gets the sums without carries right and the others wrong, however long it trains.
         """
         a, op, b = _parts(problem)
         steps, answer = (_add if op == "+" else _subtract)(a, b, rng, error_rate)

@@ -43,7 +43,7 @@ class Task(Protocol):
         ...
 
     def solution(self, problem: Problem, rng: random.Random, error_rate: float = 0.0) -> str:
-        """A completion in the form the task rewards, each of whose steps that can go wrong does so with this probability.
+        """A completion in the form the task rewards; each step that can go wrong does so with probability `error_rate`.
 
         A wrong step is followed consistently, so that the answer is wrong whenever a step is.
 

@@ -83,7 +83,8 @@ class Countdown(BaseModel):
         """One of the ways that search finds, step by step; each step is wrong with probability `error_rate`.
 
         A wrong step's result is off by 1 or 2, and the search goes on from there; a wrong last step pretends to reach
-        the target. Should the answer come out right in spite of it, another attempt is written, at last a faultless one.
+        the target. Should the answer come out right in spite of it, another attempt is written; at last a faultless
+        one.
         """
         numbers, target = _parts(problem)
         for rate in [error_rate] * 20 + [0.0]:

@@ -43,7 +43,7 @@ _NOT_UNITS = re.compile(
 )
 _CALCULATION = re.compile(r"[0-9)}] ?(?:[-+*/×÷!]|\\times|\\cdot|\\div|\\pm)")
 _INEQUALITY = re.compile(r"[<>]|\\[lg](?:e|eq|t)(?![a-z])")
-_WORDS = re.compile(r"\\(?:text|textbf|mathrm|mbox)\{[^{},]+\}\.?|\(?[A-Za-z]\)?|[A-Za-z][A-Za-z' -]*[A-Za-z]{3}")
+_WORDS = re.compile(r"\\(?:text|textbf|mathrm|mbox)\{[^{},]+\}\.?|\(?[A-Za-z]\)?|[Nn]o|[A-Za-z][A-Za-z' -]*[A-Za-z]{2}")
 _SEPARATOR = re.compile(r"[,;\n]|\\\\|\\q?quad(?![a-zA-Z])|(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])|(?<=[0-9]) (?=[0-9])")
 
 

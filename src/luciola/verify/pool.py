@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from luciola import hardware
 from luciola.verify import extract, plain
 from luciola.verify.verdict import Verdict, no_answer
 
@@ -39,7 +40,7 @@ class Pool:
     """
 
     def __init__(self, size: int | None = None, seconds: float = SECONDS, memory_mb: int = MEMORY_MB) -> None:
-        self.size = size or min(4, _cores())
+        self.size = size or min(4, hardware.cores())
         self.seconds = seconds
         self.memory_mb = memory_mb
         self._places = threading.BoundedSemaphore(self.size)
@@ -195,7 +196,3 @@ def _read_line(process: "subprocess.Popen[bytes]", seconds: float) -> Any:
                 raise EOFError
             line += piece
     return json.loads(line)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
