@@ -86,6 +86,11 @@ def test_an_existing_run_is_named_with_the_ways_out(luciola: Callable[..., Resul
             1,
             "error: there is no space left on the disk for runs/x",
         ),
+        (
+            Exception("I/O error: No space left on device (os error 28)"),
+            1,
+            "error: there is no space left on the disk; make",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 1, "error: runs/x: Permission denied"),
         (ValueError("the message\nover two lines"), 1, "error: the message over two lines"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "error: there is not enough memory"),

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's share of it
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -48,8 +51,9 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 def _sentence(error: BaseException) -> str:
     message = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" for {error.filename}" if error.filename else ""
+    # safetensors reports a full disk with an exception class of its own.
+    if (isinstance(error, OSError) and error.errno in FULL) or os.strerror(errno.ENOSPC) in message:
+        where = f" for {error.filename}" if isinstance(error, OSError) and error.filename else ""
         return f"there is no space left on the disk{where}; make room, and continue a run with --resume"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
