@@ -11,7 +11,7 @@ from luciola.verify.verdict import Verdict
 
 
 def judge(task: Task, problems: Sequence[Problem], completions: Sequence[Sequence[str]]) -> list[list[Verdict]]:
-    """Grade every completion of every problem; verdicts stand in the order of the completions, whoever is done first."""
+    """Grade every completion of every problem; verdicts stand in the order of the completions, whoever ends first."""
     pairs = [(problem, text) for problem, group in zip(problems, completions, strict=True) for text in group]
     with ThreadPoolExecutor(hardware.cores()) as threads:
         verdicts = iter(list(threads.map(lambda pair: task.grade(*pair), pairs)))
