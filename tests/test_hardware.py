@@ -17,7 +17,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def speeds(float32: float, bfloat16: float, **more: object) -> dict[str, object]:
-    return {"gemm_gflops": {"float32": float32, "bfloat16": bfloat16}, "bandwidth_gb_per_s": 20.0} | more
+    by_dtype = {"float32": float32, "bfloat16": bfloat16}
+    return {"gemm_gflops": by_dtype, "core_gflops": by_dtype, "bandwidth_gb_per_s": 20.0} | more
 
 
 def test_the_machine_has_something_to_work_with() -> None:
@@ -31,6 +32,7 @@ def test_speeds_are_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     first = hardware.measured()
     assert first["gemm_gflops"]["float32"] > 0.1
     assert first["gemm_gflops"]["bfloat16"] > 0.01
+    assert first["core_gflops"].keys() == {"float32", "bfloat16"}
     assert first["bandwidth_gb_per_s"] > 0.1
     assert len(list(cache.iterdir())) == 1
     monkeypatch.setattr(hardware, "_measure", lambda: pytest.fail("measured twice"))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 BUDGET = 0.15  # seconds for each measurement
+FORMAT = 2  # of the kept measurements; a change of what `measured` returns raises it
 WORTHWHILE = 1.3  # bfloat16 loses precision, so it must be this much faster to be chosen
 
 
@@ -48,9 +49,11 @@ def choose_dtype(requested: str) -> tuple[str, str]:
 
 
 def measured() -> dict[str, Any]:
-    """Measured speeds: `gemm_gflops` by dtype with all threads, `core_gflops` by dtype with one (which is what the dtype is
-    chosen by: threads that wait for each other on a busy machine would falsify the comparison), `bandwidth_gb_per_s`, and
-    with a GPU `cuda` (name, memory_bytes ...).
+    """Measured speeds: `gemm_gflops` by dtype with all threads, `core_gflops` by dtype with one, `bandwidth_gb_per_s`,
+    and with a GPU `cuda` (name, memory_bytes ...).
+
+    The dtype is chosen by the speed of one core: threads that wait for each other on a busy machine would falsify the
+    comparison.
 
     Kept in the user's cache folder for this CPU, number of threads and torch version, unless the machine was busy or
     the folder cannot be written: then the next process measures again.
@@ -198,8 +201,7 @@ def _gemm_gflops(dtype: str, *, one_thread: bool = False) -> float:
             operations = 2 * size**3
             if speed and operations / speed > BUDGET / 6:
                 break  # too slow for a larger size
-            seconds = _best_time(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), BUDGET / 4)  # type: ignore[misc]
-            speed = max(speed, operations / seconds)
+            speed = max(speed, operations / _best_time(partial(torch.mm, a, b, out=out), BUDGET / 4))
     finally:
         torch.set_num_threads(before)
     return speed / 1e9
@@ -241,7 +243,14 @@ def _cuda() -> dict[str, Any] | None:
 
 
 def _fingerprint() -> str:
-    facts = [cpu_name(), *cpu_features(), threads(), torch_version(), os.environ.get("CUDA_VISIBLE_DEVICES", "")]
+    facts = [
+        FORMAT,
+        cpu_name(),
+        *cpu_features(),
+        threads(),
+        torch_version(),
+        os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+    ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
