@@ -6,6 +6,7 @@ recipe holds settings only: what they resolve to on a machine (the dtype behind 
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -39,7 +40,9 @@ class RunSection(Section):
     name: Annotated[str, AfterValidator(_folder_name)] = Field(
         description="name of the run: its folder below run.folder"
     )
-    folder: str = Field("runs", description="folder of all runs, relative to where luciola is started")
+    folder: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
+        "runs", description="folder of all runs, relative to where luciola is started"
+    )
     checkpoint_every: CountOrZero = Field(50, description="steps between checkpoints; 0: only at the end")
     keep_checkpoints: Count = Field(2, description="newest checkpoints kept; older ones are deleted")
     tensorboard: bool = Field(False, description="also write TensorBoard event files (extra: tensorboard)")
