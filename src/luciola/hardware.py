@@ -67,6 +67,9 @@ def measured() -> dict[str, Any]:
     speeds = _measure()
     if os.getloadavg()[0] > cores() / 2:
         return speeds
+    busy = any(speeds["gemm_gflops"][dtype] < speeds["core_gflops"][dtype] / 2 for dtype in ("float32", "bfloat16"))
+    if busy:
+        return speeds  # all cores slower than one: other programs were running, and this is nothing to keep
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")

@@ -60,8 +60,10 @@ class _LogProbsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_N, _):  # type: ignore[no-untyped-def]
         h_ND, W_VD, targets_N, p_NV = ctx.saved_tensors
-        dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
-        dW_VD = torch.zeros_like(W_VD) if ctx.needs_input_grad[1] else None
+        needs_dh, needs_dW = ctx.needs_input_grad[:2]
+        dh_ND = torch.empty_like(h_ND) if needs_dh else None
+        # A sum over many chunks is kept in float32: bfloat16 would lose what each of them adds.
+        dW_VD = torch.zeros_like(W_VD, dtype=torch.float32) if needs_dW and p_NV is None else None
         g_N1 = (g_N * ctx.scale).unsqueeze(-1)
         for start in range(0, h_ND.shape[0], ctx.rows):
             part = slice(start, start + ctx.rows)
@@ -71,8 +73,10 @@ class _LogProbsFunction(torch.autograd.Function):
             if dh_ND is not None:
                 torch.mm(dl, W_VD, out=dh_ND[part])
             if dW_VD is not None:
-                dW_VD.addmm_(dl.T, h)
-        return dh_ND, dW_VD, None, None, None
+                dW_VD += dl.T @ h
+        if needs_dW and p_NV is not None:  # by now overwritten by dl
+            dW_VD = p_NV.to(h_ND.dtype).T @ h_ND
+        return dh_ND, None if dW_VD is None else dW_VD.to(W_VD.dtype), None, None, None
 
 
 def token_logprobs(h_ND: Tensor, W_VD: Tensor, targets_N: Tensor, temperature: float = 1.0) -> Tensor:
