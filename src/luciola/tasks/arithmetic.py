@@ -71,7 +71,9 @@ class Arithmetic(BaseModel):
     def _lengths_ordered(self) -> Self:
         if self.min_digits > self.max_digits:
             raise ValueError(f"min_digits={self.min_digits} is larger than max_digits={self.max_digits}; lower it")
-        if self.max_value is not None and {"min_digits", "max_digits"} & self.model_fields_set:
+        # By value, not by what was written: a run's resolved recipe writes the defaults out too.
+        changed = [name for name in ("min_digits", "max_digits") if getattr(self, name) != _default(name)]
+        if self.max_value is not None and changed:
             raise ValueError("max_value stands instead of min_digits and max_digits; give one or the other")
         return self
 
@@ -135,6 +137,10 @@ class Arithmetic(BaseModel):
             return rng.randint(0, self.max_value)
         digits = rng.randint(self.min_digits, self.max_digits)
         return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
+
+
+def _default(name: str) -> object:
+    return Arithmetic.model_fields[name].default
 
 
 def _parts(problem: Problem) -> tuple[int, str, int]:
