@@ -1,0 +1,147 @@
+"""The two entries of an attention module agree: `decode` against a cache, a token at a time, and `forward` over rows.
+
+The slow twin of both is softmax attention written out.
+"""
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from luciola.model.attention import Context, Step, attend, segment_mask
+from luciola.model.config import ModelConfig
+from luciola.model.gqa import GQA
+from luciola.model.mla import MLA
+from luciola.model.rope import Rope
+
+SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
+TOLERANCE = 5e-5  # float32 outputs of size about 5; absorbed and expanded form add up in another order
+SIZES = {"vocab_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+
+
+@st.composite
+def mla(draw: st.DrawFn) -> dict[str, Any]:
+    yarn = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 16}
+    yarn |= {"mscale": 1.0, "mscale_all_dim": 0.7}
+    return SIZES | {
+        "hidden_size": draw(st.sampled_from([7, 24])),
+        "num_attention_heads": draw(st.integers(1, 5)),
+        "q_lora_rank": draw(st.sampled_from([None, 5])),
+        "kv_lora_rank": draw(st.sampled_from([3, 16])),
+        "qk_nope_head_dim": draw(st.integers(1, 9)),
+        "qk_rope_head_dim": draw(st.sampled_from([2, 6, 8])),
+        "v_head_dim": draw(st.integers(1, 20)),  # narrower and wider than keys
+        "rope_interleave": draw(st.booleans()),
+        "attention_bias": draw(st.booleans()),
+        "rope_scaling": draw(st.sampled_from([None, yarn])),
+    }
+
+
+@st.composite
+def gqa(draw: st.DrawFn) -> dict[str, Any]:
+    kv_heads = draw(st.integers(1, 3))
+    return SIZES | {
+        "model_type": "llama",
+        "hidden_size": draw(st.sampled_from([7, 24])),
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": kv_heads * draw(st.integers(1, 3)),
+        "head_dim": draw(st.sampled_from([2, 6, 10])),
+        "attention_bias": draw(st.booleans()),
+    }
+
+
+def module(settings: dict[str, Any], seed: int) -> tuple[MLA | GQA, ModelConfig]:
+    config = ModelConfig.model_validate(settings)
+    attention = MLA(config) if config.is_mla else GQA(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in attention.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.4 + (p.ndim == 1))
+    return attention, config
+
+
+@given(
+    st.one_of(mla(), gqa()), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 4), st.integers(0, 99)
+)
+@SETTINGS
+@torch.no_grad()
+def test_decode_with_left_padding_equals_forward(
+    config: dict[str, Any], prompts: list[int], steps: int, seed: int
+) -> None:
+    """Rows of different lengths are aligned at the right; what lies left of them is rubbish that is masked."""
+    attention, shape = module(config, seed)
+    rope = Rope(shape)
+    generator = torch.Generator().manual_seed(seed + 1)
+    longest = max(prompts)
+    rows = [torch.randn(1, n + steps, shape.hidden_size, generator=generator) for n in prompts]
+    cache = 1e3 * torch.randn(len(rows), longest + steps, shape.cached_per_token_and_layer, generator=generator)
+    mask = torch.zeros(len(rows), longest + steps)
+    whole = []
+    for b, (row, n) in enumerate(zip(rows, prompts, strict=True)):
+        pad = longest - n
+        attention(row[:, :n], Context(rope(n, row.device)), cache[b : b + 1, pad:longest])
+        mask[b, :pad] = -torch.inf
+        whole.append(attention(row, Context(rope(n + steps, row.device))))
+    for i in range(steps):
+        columns = longest + i + 1
+        positions = torch.tensor([[n + i] for n in prompts])
+        step = Step(rope(columns, cache.device, positions), mask[:, :columns])
+        x = torch.cat([row[:, n + i] for row, n in zip(rows, prompts, strict=True)])
+        y = attention.decode(x, step, cache[:, :columns])
+        expected = torch.cat([all_[:, n + i] for all_, n in zip(whole, prompts, strict=True)])
+        scale = max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(y, expected, atol=TOLERANCE * scale, rtol=0)
+
+
+@given(mla(), st.integers(1, 12), st.integers(0, 99))
+@SETTINGS
+@torch.no_grad()
+def test_prefill_and_decode_write_the_same_cache(config: dict[str, Any], length: int, seed: int) -> None:
+    """What a token leaves in the cache (normed latent, rotated shared key) does not depend on how it was processed."""
+    attention, shape = module(config, seed)
+    rope = Rope(shape)
+    x = torch.randn(2, length, shape.hidden_size, generator=torch.Generator().manual_seed(seed))
+    at_once, one_by_one = (torch.zeros(2, length, shape.cached_per_token_and_layer) for _ in range(2))
+    attention(x, Context(rope(length, x.device)), at_once)
+    for t in range(length):
+        step = Step(rope(t + 1, x.device, torch.full((2, 1), t)))
+        attention.decode(x[:, t], step, one_by_one[:, : t + 1])
+    torch.testing.assert_close(at_once, one_by_one, atol=1e-5, rtol=1e-5)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:
+    repeats = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
+    weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("bhts,bshv->bthv", weights, v)
+
+
+@given(
+    st.integers(1, 7), st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.booleans(),
+    st.integers(0, 99),
+)  # fmt: skip
+@SETTINGS
+def test_attention_is_the_formula(
+    time: int, groups: int, repeats: int, width: int, v_width: int, packed: bool, seed: int
+) -> None:
+    """Also its gradients, where values are narrower or wider than keys, and under the mask of packed documents."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(2, time, groups * repeats, width, generator=generator, requires_grad=True)
+    k = torch.randn(2, time, groups, width, generator=generator, requires_grad=True)
+    v = torch.randn(2, time, groups, v_width, generator=generator, requires_grad=True)
+    segments = torch.randint(0, 3, (2, time), generator=generator).sort(dim=1).values
+    mask = segment_mask(segments) if packed else segment_mask(torch.zeros_like(segments))
+    ours = attend(q, k, v, 0.7, mask if packed else None)
+    expected = plain_attention(q, k, v, 0.7, mask)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    g = torch.randn(ours.shape, generator=generator)
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(expected, (q, k, v), g), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_segment_mask_by_hand() -> None:
+    seen = segment_mask(torch.tensor([[0, 0, 1, 1, 2]]))[0].int().tolist()
+    assert seen == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
