@@ -156,7 +156,7 @@ def _files(paths: Sequence[str]) -> list[Path]:
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     empty = True
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -165,6 +165,8 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where} is not UTF-8 text (byte {error.start}); convert it or leave it out") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{where} is not a JSON object")
             empty = False

@@ -49,6 +49,7 @@ class Rows:
         if documents.size == 0:
             raise ValueError("the data holds no document; there is nothing to train on")
         self._epoch_rows = lru_cache(maxsize=2)(self._make_epoch)
+        self._row_counts: list[int] = []  # of the epochs so far
 
     def batch(self, number: int) -> Batch:
         """Batch number `number`, from 0."""
@@ -64,9 +65,14 @@ class Rows:
         if self.packing == "pad":
             epoch, index = divmod(index, self.documents.size)
         else:
-            while index >= (count := len(self._epoch_rows(epoch))):
+            while index >= (count := self._row_count(epoch)):
                 index, epoch = index - count, epoch + 1
         return self._epoch_rows(epoch)[index]
+
+    def _row_count(self, epoch: int) -> int:
+        if epoch == len(self._row_counts):
+            self._row_counts.append(len(self._epoch_rows(epoch)))
+        return self._row_counts[epoch]
 
     def _endless_row(self, index: int) -> list[Document]:
         if self.packing == "pad":
