@@ -15,7 +15,7 @@ PACKINGS: list[Packing] = ["pad", "stream", "segments"]
 
 
 class Numbered:
-    """Documents whose tokens say where they come from: 1000 * (number + 1) + place; the first `prompt` carry no loss."""
+    """Documents whose tokens say where they come from, 1000 * (number + 1) + place; `prompt` of them carry no loss."""
 
     def __init__(self, lengths: list[int], endless: bool = False, prompt: int = 0) -> None:
         self.lengths, self.prompt = lengths, prompt
@@ -164,12 +164,12 @@ def test_different_seeds_and_epochs_have_different_orders() -> None:
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_later_epochs_do_not_read_the_earlier_ones_again(packing: Packing) -> None:
-    """Six epochs of 50 documents in order: each epoch's documents are read once, not once for every row."""
+    """Up to six epochs of 50 documents: each epoch's documents are read once, not once for every row."""
     documents = Numbered([3, 5] * 25)
     rows = Rows(documents, packing, 12, 1, 0)
-    for n in range(120):
+    for n in range(100):
         rows.batch(n)
-    assert documents.calls <= 50 * 7
+    assert documents.calls <= 50 * 6
 
 
 def test_no_document_at_all_is_refused() -> None:

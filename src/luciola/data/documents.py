@@ -1,7 +1,7 @@
 """Sources of training documents: each turns a document's number into its tokens and says which of them carry loss.
 
-A source is a pure function of the number (and the seed it was made with), so that the batch of any step can be made again
-after a crash without replaying the ones before it.
+A source is a pure function of the number (and the seed it was made with), so that the batch of any step can be made
+again after a crash without replaying the ones before it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Documents(Protocol):
 class TaskDocuments:
     """Worked solutions written by a task, as conversations; a share of their steps may be wrong.
 
-    Pre-training reads prompt and solution alike; with `completion_only` (fine-tuning) the loss is on the solution alone.
+    Pre-training reads prompt and solution alike; with `completion_only` (fine-tuning) the loss is on the solution.
     """
 
     size = None
@@ -126,7 +126,7 @@ def read_texts(paths: Sequence[str], field: str) -> Iterator[str]:
             try:
                 text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it or leave it out") from error
+                raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert or drop it") from error
             if not text.strip():
                 raise ValueError(f"{path} is empty; there is nothing to train on")
             yield text
@@ -166,7 +166,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
             except UnicodeDecodeError as error:
-                raise ValueError(f"{where} is not UTF-8 text (byte {error.start}); convert it or leave it out") from error
+                raise ValueError(f"{where} is not UTF-8 text (byte {error.start}); convert or drop it") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{where} is not a JSON object")
             empty = False

@@ -24,8 +24,8 @@ Packing = Literal["pad", "stream", "segments"]
 class Batch(NamedTuple):
     """Rows of T + 1 tokens: the model reads all but the last and predicts all but the first.
 
-    `trained_BT` marks the tokens whose prediction counts (padding, first tokens and prompts do not); `segments_BT` numbers
-    the documents of packed rows, None where a row is one document or borders do not matter.
+    `trained_BT` marks the tokens whose prediction counts (padding, first tokens and prompts do not); `segments_BT`
+    numbers the documents of packed rows, None where a row is one document or borders do not matter.
     """
 
     tokens_BT: Tensor
@@ -125,8 +125,8 @@ class Rows:
         if len(document.tokens) > self.width:
             if not self.truncate:
                 raise ValueError(
-                    f"document {index} has {len(document.tokens)} tokens, more than data.sequence_length = {self.width - 1} "
-                    "allows; raise it (or data.packing = 'stream', which cuts documents)"
+                    f"document {index} has {len(document.tokens)} tokens, more than data.sequence_length = "
+                    f"{self.width - 1} allows; raise it (or data.packing = 'stream', which cuts documents)"
                 )
             document = Document(document.tokens[: self.width], document.trained[: self.width])
         return document
