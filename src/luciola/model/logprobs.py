@@ -28,12 +28,11 @@ def _softmax(
         l_NV = (h_ND @ W_VD.T).float()
     if scale != 1.0:
         l_NV.mul_(scale)
-    lse_N1 = l_NV.logsumexp(-1, keepdim=True)
-    logp_N = (l_NV.gather(1, targets_N.unsqueeze(1)) - lse_N1).squeeze(1)  # before l is overwritten: exact where p underflows
-    p_NV = l_NV.sub_(lse_N1).exp_()
-    if out_NV is not None and h_ND.dtype != torch.float32:
-        out_NV.copy_(p_NV)
-    return p_NV, logp_N
+    # log p = l - logsumexp(l), from the logits themselves because p may underflow. The largest probability is at least 1/V,
+    # so it gives logsumexp(l) = max l - log max p without a second pass of exponentials.
+    above_N = l_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1) - l_NV.amax(-1)
+    p_NV = torch.softmax(l_NV, -1, out=l_NV if out_NV is None else out_NV)
+    return p_NV, above_N + p_NV.amax(-1).log_()
 
 
 class _LogProbsFunction(torch.autograd.Function):

@@ -23,9 +23,45 @@ from torch import Tensor, nn
 from luciola.model.attention import Context, Step, attend, attend_cache
 from luciola.model.config import ModelConfig
 from luciola.model.norm import RMSNorm
-from luciola.model.rope import Rotation, rotate
+from luciola.model.rope import Rotation, rotate, rotate_back
 
 LATENT_EPS = 1e-6  # DeepSeek's code and the oracle fix it, whatever rms_norm_eps says
+
+
+class _HeadsFunction(torch.autograd.Function):
+    """q = [q_C ; RoPE(q_R)], k = [k_C ; k_R], v, each (B, T, H, width) with one width for all three, zeros beyond its own.
+
+    Written out because autograd through the slices and concatenations would fill, copy and add each piece of every gradient
+    several times over.
+    """
+
+    @staticmethod
+    def forward(ctx, q_BTHx, kv_BTHx, kR_BTr, cos, sin, n, interleaved):  # type: ignore[no-untyped-def]
+        r = kR_BTr.shape[-1]
+        v = kv_BTHx.shape[-1] - n
+        width = max(n + r, v)
+        ctx.rotation, ctx.n, ctx.r, ctx.v, ctx.interleaved = Rotation(cos, sin), n, r, v, interleaved
+        shape = (*q_BTHx.shape[:-1], width)
+        qs, ks, vs = (q_BTHx.new_empty(shape) for _ in range(3))
+        qs[..., :n] = q_BTHx[..., :n]
+        qs[..., n : n + r] = rotate(q_BTHx[..., n:], ctx.rotation, interleaved)
+        ks[..., :n] = kv_BTHx[..., :n]
+        ks[..., n : n + r] = kR_BTr.unsqueeze(2)
+        vs[..., :v] = kv_BTHx[..., n:]
+        for x, own in ((qs, n + r), (ks, n + r), (vs, v)):
+            x[..., own:] = 0.0
+        return qs, ks, vs
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):  # type: ignore[no-untyped-def]
+        n, r, v = ctx.n, ctx.r, ctx.v
+        dq_BTHx = dq.new_empty(*dq.shape[:-1], n + r)
+        dq_BTHx[..., :n] = dq[..., :n]
+        dq_BTHx[..., n:] = rotate_back(dq[..., n : n + r], ctx.rotation, ctx.interleaved)
+        dkv_BTHx = dk.new_empty(*dk.shape[:-1], n + v)
+        dkv_BTHx[..., :n] = dk[..., :n]
+        dkv_BTHx[..., n:] = dv[..., :v]
+        return dq_BTHx, dkv_BTHx, dk[..., n : n + r].sum(2), None, None, None, None
 
 
 class MLA(nn.Module):
@@ -49,13 +85,12 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(rank, heads * (n + v), bias=False)
         self.o_proj = nn.Linear(heads * v, hidden, bias=bias)
 
-    def _queries(self, x_BTD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    def _queries(self, x_BTD: Tensor) -> Tensor:
         if hasattr(self, "q_proj"):
             q = self.q_proj(x_BTD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
-        qC_BTHn, qR_BTHr = q.unflatten(-1, (self.heads, self.n + self.r)).split((self.n, self.r), dim=-1)
-        return qC_BTHn, rotate(qR_BTHr, rotation, self.interleaved)
+        return q.unflatten(-1, (self.heads, self.n + self.r))  # type: ignore[no-any-return]
 
     def _latents(self, x_BTD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         c_BTC, kR_BTr = self.kv_a_proj_with_mqa(x_BTD).split((self.rank, self.r), dim=-1)
@@ -63,20 +98,19 @@ class MLA(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context, cache_BTC: Tensor | None = None) -> Tensor:
         """Whole sequences, expanded. Writes [c ; k_R] of each token into `cache_BTC` where it is given."""
-        qC_BTHn, qR_BTHr = self._queries(x_BTD, context.rotation)
+        q_BTHx = self._queries(x_BTD)
         c_BTC, kR_BTr = self._latents(x_BTD, context.rotation)
         if cache_BTC is not None:
             torch.cat((c_BTC, kR_BTr), dim=-1, out=cache_BTC)
         kv_BTHx = self.kv_b_proj(c_BTC).unflatten(-1, (self.heads, self.n + self.v))
-        kC_BTHn, v_BTHv = kv_BTHx.split((self.n, self.v), dim=-1)
-        kR_BTHr = kR_BTr.unsqueeze(2).expand(-1, -1, self.heads, -1)
-        q_BTHx, k_BTHx = torch.cat((qC_BTHn, qR_BTHr), dim=-1), torch.cat((kC_BTHn, kR_BTHr), dim=-1)
-        o_BTHv = attend(q_BTHx, k_BTHx, v_BTHv, self.scale, context.mask_BTT)
+        heads = _HeadsFunction.apply(q_BTHx, kv_BTHx, kR_BTr, *context.rotation, self.n, self.interleaved)
+        o_BTHv = attend(*heads, self.scale, context.mask_BTT)[..., : self.v]
         return self.o_proj(o_BTHv.flatten(2))  # type: ignore[no-any-return]
 
     def decode(self, x_BD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:
         """One new token a row, absorbed: its [c ; k_R] goes into the last column of `cache_BSC`, then it attends to all."""
-        qC_BTHn, qR_BTHr = self._queries(x_BD.unsqueeze(1), step.rotation)
+        qC_BTHn, qR_BTHr = self._queries(x_BD.unsqueeze(1)).split((self.n, self.r), dim=-1)
+        qR_BTHr = rotate(qR_BTHr, step.rotation, self.interleaved)
         c_BTC, kR_BTr = self._latents(x_BD.unsqueeze(1), step.rotation)
         cache_BSC[:, -1, : self.rank] = c_BTC[:, 0]
         cache_BSC[:, -1, self.rank :] = kR_BTr[:, 0]

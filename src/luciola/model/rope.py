@@ -39,6 +39,14 @@ def rotate(x: Tensor, rotation: Rotation, interleaved: bool) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
+def rotate_back(y: Tensor, rotation: Rotation, interleaved: bool) -> Tensor:
+    """The transpose of `rotate`, which is its inverse: what gradients go through."""
+    y = rotate(y, Rotation(rotation.cos, -rotation.sin), False)
+    if not interleaved:
+        return y
+    return torch.stack(y.chunk(2, dim=-1), dim=-1).flatten(-2)
+
+
 def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     """The d/2 angular frequencies (float32) and the factor on cosine and sine."""
     d, theta, scaling = config.rope_dim, config.rope_theta, config.rope_scaling
