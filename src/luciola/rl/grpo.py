@@ -17,7 +17,7 @@ import torch
 
 from luciola import hardware
 from luciola.engine.engine import Engine
-from luciola.evaluate.run import evaluate
+from luciola.evaluate.run import Evaluation, evaluate
 from luciola.model.flops import forward_flops
 from luciola.model.language_model import LanguageModel, load
 from luciola.model.transformer import Transformer
@@ -47,10 +47,45 @@ def grpo(recipe: GrpoRecipe, resume: bool = False) -> Path:
         trainer.fit()
         lm.save(run.model_folder)
         after = trainer.evaluate()
-        seconds = trainer.seconds_before + time.perf_counter() - began
-        run.summary({"before": before, "after": after, "seconds": round(seconds, 1)})
+        _write_held_out(run, before, after)
+        seconds = round(trainer.seconds_before + time.perf_counter() - began, 1)
+        run.summary({**_costs(recipe, run, before["figures"], after.figures, seconds), "seconds": seconds})
         run.plot()
     return run.path
+
+
+def _costs(
+    recipe: GrpoRecipe, run: Run, before: dict[str, Any], after: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Both evaluations with what was spent to get there: tokens trained on or sampled, and seconds."""
+    spent = {"training_tokens": sum(m["tokens"] for m in run.metrics()), "training_seconds": seconds}
+    if recipe.base is None:
+        return {"before": before, "after": {**after, **spent}}
+    base = json.loads((_base_folder(recipe) / "summary.json").read_text())
+    spent["training_seconds"] = round(seconds - base["seconds"], 1)
+    return {
+        "before": {**before, "training_tokens": base["tokens"], "training_seconds": base["seconds"]},
+        "after": {**after, **spent},
+    }
+
+
+def _write_held_out(run: Run, before: dict[str, Any], after: Evaluation) -> None:
+    """`heldout.jsonl`: every held-out problem with the greedy completion before and after, to be read side by side."""
+    rows = [
+        {"prompt": row.problem.prompt, "truth": row.problem.truth, "before": old, "after": new}
+        for row, old, new in zip(after.judged, before["greedy"], _greedy(after), strict=True)
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    atomic_write(run.path / "heldout.jsonl", lines)
+
+
+def _greedy(evaluation: Evaluation) -> list[dict[str, str]]:
+    return [{"completion": row.completions[0].text, "verdict": row.verdicts[0].kind} for row in evaluation.judged]
+
+
+def _base_folder(recipe: GrpoRecipe) -> Path:
+    section = recipe.base_recipe().run
+    return Path(section.folder, section.name)
 
 
 def starting_model(recipe: GrpoRecipe, run: Run) -> LanguageModel:
@@ -58,10 +93,9 @@ def starting_model(recipe: GrpoRecipe, run: Run) -> LanguageModel:
     if recipe.base is None:
         assert recipe.model is not None and recipe.model.path is not None  # the recipe's own check
         return load(recipe.model.path)
-    base = recipe.base_recipe()
-    folder = Path(base.run.folder, base.run.name)
+    folder = _base_folder(recipe)
     if not (folder / "summary.json").exists():
-        pretraining.pretrain(base, resume=True)
+        pretraining.pretrain(recipe.base_recipe(), resume=True)
     return load(folder)
 
 
@@ -86,18 +120,19 @@ class _Trainer:
             self.reference.load_state_dict(restored.extra["reference"])
 
     def before(self) -> dict[str, Any]:
-        """The held-out result of the model as it came; measured once, kept with the run."""
+        """The held-out `figures` and `greedy` completions of the model as it came; measured once, kept with the run."""
         kept = self.run.path / "before.json"
         if kept.exists():
             result: dict[str, Any] = json.loads(kept.read_text())
             return result
         assert self.start == 0, "a checkpoint without the evaluation that precedes it"
-        result = self.evaluate()
+        measured = self.evaluate()
+        result = {"figures": measured.figures, "greedy": _greedy(measured)}
         atomic_write(kept, json.dumps(result, indent=2) + "\n")
         return result
 
-    def evaluate(self) -> dict[str, Any]:
-        """Held-out figures of the model as it is now."""
+    def evaluate(self) -> Evaluation:
+        """The held-out evaluation of the model as it is now."""
         section = self.recipe.evaluate
         return evaluate(
             self.lm,
@@ -109,7 +144,7 @@ class _Trainer:
             max_tokens=self.recipe.rollout.max_tokens,
             seed=self.recipe.seed,
             engine=self.engine,
-        ).figures
+        )
 
     def fit(self) -> None:
         """All remaining steps."""
@@ -119,15 +154,15 @@ class _Trainer:
                 metrics = self.step(step)
                 done = step + 1
                 if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < steps:
-                    figures = self.evaluate()
+                    figures = self.evaluate().figures
                     metrics |= {f"evaluate/{name}": figures[name] for name in ("accuracy", "format_rate", "mean_length")}
                 run.log(done, metrics)
-                every = recipe.run.checkpoint_every
-                if done == steps or stop.requested or (every and done % every == 0):
+                every, stopping = recipe.run.checkpoint_every, stop.requested  # asked once: who stops has saved
+                if done == steps or stopping or (every and done % every == 0):
                     self.save(done)
                 right = metrics["verdict/correct"] / (recipe.rollout.prompts * recipe.rollout.group_size)
                 advance(f"right {right:.0%}  reward {metrics['reward/mean']:.3f}")
-                if stop.requested and done < steps:
+                if stopping and done < steps:
                     raise KeyboardInterrupt
 
     def step(self, step: int) -> dict[str, Any]:
@@ -150,6 +185,7 @@ class _Trainer:
         return {
             **metrics,
             **sampled.metrics(),
+            "tokens": tokens,
             "tokens_per_second": tokens / (ended - began),
             "seconds/rollout": sampled.seconds_sampling,
             "seconds/verify": sampled.seconds_verifying,

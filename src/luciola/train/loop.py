@@ -31,8 +31,8 @@ from luciola.train.stopping import Diverged, stop_on_signal
 TrainRecipe = PretrainRecipe | SftRecipe
 
 
-def fit(model: Transformer, rows: Rows, recipe: TrainRecipe, run: Run, description: str) -> dict[str, Any]:
-    """Train for `recipe.steps` steps, from the run's newest checkpoint if it has one; returns the last metrics.
+def fit(model: Transformer, rows: Rows, recipe: TrainRecipe, run: Run, description: str) -> None:
+    """Train for `recipe.steps` steps, from the run's newest checkpoint if it has one.
 
     Raises KeyboardInterrupt (after saving) when the user stops the run, `Diverged` when a loss or gradient is not finite.
     """
@@ -41,7 +41,7 @@ def fit(model: Transformer, rows: Rows, recipe: TrainRecipe, run: Run, descripti
     optimizer = Optimizer(model, recipe.optim)
     start = state.restore(run, model, optimizer).step
     peak = hardware.gemm_peak(run.dtype)
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = (run.metrics() or [{}])[-1]
     with stop_on_signal() as stop, run.progress(recipe.steps, description, start) as advance:
         for step in range(start, recipe.steps):
             began = time.perf_counter()
@@ -55,18 +55,18 @@ def fit(model: Transformer, rows: Rows, recipe: TrainRecipe, run: Run, descripti
             length = max(batch.tokens_BT.shape[1] - 1 for batch in batches)
             flops = tokens * training_flops(model, length, mtp=recipe.mtp_weight > 0)
             metrics |= {
+                "tokens": tokens,
                 "tokens_per_second": tokens / seconds,
                 "mfu": flops / seconds / peak,
                 "memory/peak_bytes": hardware.peak_memory_bytes(),
             }
             run.log(step + 1, metrics)
-            done = step + 1
-            if done == recipe.steps or stop.requested or _due(done, recipe.run.checkpoint_every):
+            done, stopping = step + 1, stop.requested  # asked once: who stops has saved
+            if done == recipe.steps or stopping or _due(done, recipe.run.checkpoint_every):
                 state.save(run, done, model, optimizer)
             advance(f"loss {metrics['loss']:.3f}")
-            if stop.requested and done < recipe.steps:
+            if stopping and done < recipe.steps:
                 raise KeyboardInterrupt
-    return metrics
 
 
 def _due(step: int, every: int) -> bool:
