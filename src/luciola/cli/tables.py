@@ -41,6 +41,9 @@ def evaluation(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += [(label, f"{result[name]:.1%}") for name, label in names.items() if name in result]
     if "mean_length" in result:
         rows.append(("mean length", f"{result['mean_length']:.1f} tokens"))
+    if "training_tokens" in result:
+        rows.append(("training", f"{result['training_tokens']:,} tokens"))
+        rows.append(("", f"{result['training_seconds']:.0f} seconds"))
     return rows
 
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,15 +97,39 @@ def _estimate(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _report(path: Path) -> str:
-    """The final table of a run and what to do with it."""
+    """The final table of a run, a few completions to compare, and what to do next."""
     summary_file = path / "summary.json"
     summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
     before, after = summary.pop("before", None), summary.pop("after", None)
-    text = aligned(figures(summary))
+    parts = []
     if before and after:
         old = dict(evaluation(before))
-        text = (
-            aligned([("", "before", "after"), *((name, old.get(name, ""), new) for name, new in evaluation(after))])
-            + f"\n\n{text}"
-        )
-    return f"{text}\n\n{path} holds the model, its curves and samples.  Try it: luciola chat {shlex.quote(str(path))}"
+        rows = [("held-out problems", "base", "after RL")]
+        parts.append(aligned([*rows, *((name, old.get(name, ""), new) for name, new in evaluation(after))]))
+        parts.append(_side_by_side(path / "heldout.jsonl"))
+    parts.append(aligned(figures(summary)))
+    place = shlex.quote(str(path))
+    steps = [("talk to it", f"luciola chat {place}"), ("its curves", f"{place}/curves.png")]
+    if before and after:
+        steps.insert(1, ("measure it", f"luciola evaluate {place}"))
+        steps.append(("every held-out answer", f"{place}/heldout.jsonl"))
+    steps.append(("the model, in Hugging Face layout", f"{place}/model"))
+    parts.append("What next:\n" + aligned(steps, indent="  "))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _side_by_side(held_out: Path, shown: int = 3) -> str:
+    """A few held-out problems, completion before beside completion after; first of all those that RL has mended."""
+    if not held_out.exists():
+        return ""
+    rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
+    rows.sort(key=lambda row: (row["before"]["verdict"] == "correct", row["after"]["verdict"] != "correct"))
+    blocks = []
+    for row in rows[:shown]:
+        columns = [
+            (f"{label}: {row[name]['verdict'].replace('_', ' ')}", *row[name]["completion"].splitlines())
+            for label, name in (("base", "before"), ("after RL", "after"))
+        ]
+        title = row["prompt"] if len(row["prompt"]) <= 100 else row["prompt"][:97] + "..."
+        blocks.append(f"{title}\n" + aligned(zip_longest(*columns, fillvalue=""), indent="  "))
+    return "\n\n".join(blocks)

@@ -40,16 +40,16 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
             recipe.seed,
             truncate=recipe.data.source == "files",
         )
-        metrics = fit(lm.model, rows, recipe, run, "pre-training")
-        finish(run, lm, metrics, time.perf_counter() - began)
+        fit(lm.model, rows, recipe, run, "pre-training")
+        finish(run, lm, time.perf_counter() - began)
     return run.path
 
 
-def finish(run: Run, lm: LanguageModel, metrics: dict[str, Any], seconds: float) -> None:
+def finish(run: Run, lm: LanguageModel, seconds: float) -> None:
     """Write the model, the summary and the curves of a run that came to its end."""
     lm.save(run.model_folder)
-    if metrics:
-        run.summary({"loss": metrics["loss"], "seconds": round(seconds, 1)})
+    logged = run.metrics()
+    run.summary({"loss": logged[-1]["loss"], "tokens": sum(m["tokens"] for m in logged), "seconds": round(seconds, 1)})
     run.plot()
 
 
