@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 64  # uniform numbers drawn from a stream at a time
+COLD = 1e-6  # temperatures below are taken as 0: logits divided by them can overflow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +98,11 @@ class Settings(NamedTuple):
     @classmethod
     def of(cls, rows: Sequence[SamplingParams]) -> Settings:
         """Gather the settings of each row."""
-        greedy = torch.tensor([p.temperature == 0.0 for p in rows])[:, None]
+        greedy = torch.tensor([p.temperature < COLD for p in rows])[:, None]
         top_k = torch.tensor([p.top_k for p in rows])[:, None]
         top_p = torch.tensor([p.top_p for p in rows])[:, None]
         return cls(
-            torch.tensor([p.temperature or 1.0 for p in rows])[:, None],
+            torch.tensor([p.temperature if p.temperature >= COLD else 1.0 for p in rows])[:, None],
             greedy if bool(greedy.any()) else None,
             top_k if bool((top_k > 0).any()) else None,
             top_p if bool((top_p < 1).any()) else None,
