@@ -47,7 +47,7 @@ class Completion:
     finish_reason: FinishReason
     logprobs: list[float] | None = None
     tempered_logprobs: list[float] | None = None
-    routes: Tensor | None = None
+    routes: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(slots=True)
@@ -279,7 +279,8 @@ class Engine:
         indices_BTLK = torch.stack([r.indices_BTK for r in routings], dim=2).short()
         for i, group in enumerate(groups):
             for row in group:
-                row.routes.append(indices_BTLK[i, : len(row.prompt)])
+                if row.params.routes:
+                    row.routes.append(indices_BTLK[i, : len(row.prompt)])
 
     def _record_routes(self, rows: list[_Row], routings: list[Routing]) -> None:
         indices_BLK = torch.stack([r.indices_BTK[:, 0] for r in routings], dim=1).short()
