@@ -50,7 +50,7 @@ def evaluate(
     from luciola import Engine, load
     from luciola.evaluate.run import MAX_TOKENS, evaluate
 
-    settings = _run_settings(Path(model))
+    settings = run_settings(Path(model))
     task = _task(settings, overrides or [], model)
     if max_tokens is None:
         max_tokens = settings.get("rollout", {}).get("max_tokens", MAX_TOKENS)
@@ -82,8 +82,8 @@ def generate(
         bool, typer.Option("--chat", help="Ask it as a user's message, by the model's chat template.")
     ] = False,
     max_tokens: MaxTokens = 256,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 1.0,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
     top_k: TopK = 0,
     n: Annotated[int, typer.Option("-n", help="Number of completions.", min=1)] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends a completion; may be repeated.")] = None,
@@ -117,7 +117,7 @@ def generate(
     print()
 
 
-def _run_settings(folder: Path) -> dict[str, Any]:
+def run_settings(folder: Path) -> dict[str, Any]:
     """The recipe of the run that a model belongs to; empty for other models."""
     from luciola.recipe import read_toml
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luciola.cli.ask import Dtype, MaxTokens, Model, Seed, Temperature, TopK, TopP
+from luciola.cli.ask import Dtype, MaxTokens, Model, Seed, Temperature, TopK, TopP, run_settings
 
 if TYPE_CHECKING:
     from luciola import Engine, LanguageModel, SamplingParams
@@ -22,7 +23,16 @@ HELP = "/reset forgets the conversation, /quit (or Ctrl-D) ends it, Ctrl-C stops
 
 def chat(
     model: Model,
-    system: Annotated[str, typer.Option(help="A system message.")] = "",
+    system: Annotated[
+        str | None, typer.Option(help="A system message; default: the instruction of the task that a run learnt.")
+    ] = None,
+    history: Annotated[
+        bool | None,
+        typer.Option(
+            "--history/--no-history",
+            help="Whether earlier turns are shown to the model; default: yes, except a run that learnt a task of single questions.",
+        ),
+    ] = None,
     hide_thinking: Annotated[bool, typer.Option("--hide-thinking", help="Show the answers only.")] = False,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.6,
@@ -42,9 +52,14 @@ def chat(
     """
     from luciola import Engine, SamplingParams, load
 
+    task = run_settings(Path(model)).get("task", {})
+    if system is None:
+        system = task.get("instruction", "")
+    if history is None:
+        history = not task
     lm = load(model)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    talk = Conversation(lm, Engine(lm, dtype=dtype), params, system, hide_thinking)
+    talk = Conversation(lm, Engine(lm, dtype=dtype), params, system, hide_thinking, history)
     if sys.stdin.isatty():
         _talk_to_a_person(talk, model)
     else:
@@ -59,13 +74,20 @@ class Conversation:
     """The messages so far, and how replies are made and shown."""
 
     def __init__(
-        self, lm: LanguageModel, engine: Engine, params: SamplingParams, system: str = "", hide_thinking: bool = False
+        self,
+        lm: LanguageModel,
+        engine: Engine,
+        params: SamplingParams,
+        system: str = "",
+        hide_thinking: bool = False,
+        history: bool = True,
     ) -> None:
         if lm.tokenizer is None:
             raise ValueError("the model has no tokenizer files, so that no text can be given to it")
         self.tokenizer, self.engine, self.params, self.hide_thinking = lm.tokenizer, engine, params, hide_thinking
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, str]] = []
+        self.history = history
 
     def reset(self) -> None:
         """Forgets everything said, but not the system message."""
@@ -85,7 +107,8 @@ class Conversation:
 
         show(collected(), inside, self.hide_thinking)
         reply = (THINK if inside else "") + "".join(pieces)
-        self.messages += [turn, {"role": "assistant", "content": reply}]
+        if self.history:
+            self.messages += [turn, {"role": "assistant", "content": reply}]
 
 
 def show(pieces: Iterable[str], inside: bool, hide_thinking: bool) -> None:
@@ -136,7 +159,7 @@ def split(pieces: Iterable[str], inside: bool) -> Iterator[tuple[bool, str]]:
 def _talk_to_a_person(talk: Conversation, model: str) -> None:
     import readline  # noqa: F401  (gives input() line editing and history)
 
-    print(f"{model}; {HELP}")
+    print(f"{model}; {HELP}" if talk.history else f"{model}; each question stands alone (--history changes that); {HELP}")
     while True:
         try:
             line = input("\n> ").strip()
