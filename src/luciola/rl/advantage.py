@@ -24,14 +24,14 @@ def group_advantages(rewards_PG: Tensor, known_PG: Tensor, *, scale: bool = True
     Returns:
         Advantages (P, G). A group whose rewards are all equal has none.
     """
-    known = known_PG.to(rewards_PG.dtype)
+    known = known_PG.double()  # sums of float32 rewards are exact in it, and so is the mean of equal ones
     count_P1 = known.sum(1, keepdim=True)
     mean_P1 = (rewards_PG * known).sum(1, keepdim=True) / count_P1.clamp(min=1)
     centred_PG = (rewards_PG - mean_P1) * known
     if not scale:
-        return centred_PG
+        return centred_PG.float()
     variance_P1 = centred_PG.square().sum(1, keepdim=True) / (count_P1 - 1).clamp(min=1)
-    return centred_PG / (variance_P1.sqrt() + EPS)
+    return (centred_PG / (variance_P1.sqrt() + EPS)).float()
 
 
 def spread(rewards_PG: Tensor, known_PG: Tensor) -> Tensor:
