@@ -107,11 +107,12 @@ def rollout(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int)
     formats_PG = torch.tensor([[format_reward(c.text) for c in group] for group in completions])
     correct_PG = torch.tensor([[v.reward for v in group] for group in verdicts])
     known_PG = torch.tensor([[v.kind not in VERIFIER_FAILED for v in group] for group in verdicts])
-    failed = 1.0 - float(known_PG.float().mean())
-    if failed > TOO_MANY_FAILURES:
+    failed = int((~known_PG).sum())
+    if failed > TOO_MANY_FAILURES * known_PG.numel():
         example = next(v for group in verdicts for v in group if v.kind in VERIFIER_FAILED)
         raise ValueError(
-            f"the verifier failed on {failed:.0%} of the completions of step {step + 1} ({example.kind}: {example.detail}); "
+            f"the verifier failed on {failed / known_PG.numel():.0%} of the completions of step {step + 1} "
+            f"({example.kind}: {example.detail}); "
             "rewards would be wrong, so the run has stopped; mend the verifier or give it more time"
         )
     return Rollout(

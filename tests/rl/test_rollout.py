@@ -1,0 +1,126 @@
+"""A rollout: problems of its own step, rewards from verdicts, verifiers that fail, and samples to read."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from luciola.engine.engine import Completion, Engine
+from luciola.engine.sampler import SamplingParams
+from luciola.model.language_model import LanguageModel
+from luciola.recipe import GrpoRecipe
+from luciola.rl.rollout import Rollout, rollout
+from luciola.tasks.arithmetic import Arithmetic
+from luciola.tasks.base import Problem
+from luciola.verify.verdict import Verdict
+
+Make = Callable[..., GrpoRecipe]
+R1 = "<think>x</think><answer>{}</answer>"
+
+
+class Scripted:
+    """An engine that gives completion i of a call the i-th text, round and round."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts, self.params, self.asked = texts, [], []
+
+    def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[Completion]]:
+        self.params, self.asked = params, prompts
+        numbers = iter(range(10_000))
+        return [
+            [Completion(self.texts[next(numbers) % len(self.texts)], [1, 2], "stop", [0.0] * 2, [0.0] * 2)] * p.n
+            for p in params
+        ]
+
+
+class Verifier(Arithmetic):
+    """Arithmetic whose verdict is spelled out in the completion."""
+
+    def grade(self, problem: Problem, completion: str) -> Verdict:
+        if completion == "raise":
+            raise RuntimeError("the verifier's own mistake")
+        kind: Any = completion
+        return Verdict(kind, 1.0 if kind == "correct" else 0.0, f"it was {kind}")
+
+
+def judged(lm: LanguageModel, recipe: GrpoRecipe, texts: Sequence[str]) -> Rollout:
+    """What comes of these completions under the verifier above, one text a group."""
+    assert lm.tokenizer is not None
+    swapped = recipe.model_copy(update={"task": Verifier()})
+    return rollout(Scripted(texts), lm.tokenizer, swapped, 0)  # type: ignore[arg-type]
+
+
+def test_rewards_are_accuracy_and_form_weighted(lm: LanguageModel, recipe: Make) -> None:
+    chosen = recipe(
+        rollout={"prompts": 4, "group_size": 2}, reward={"accuracy": 2.0, "format": 0.5}, task={"answer_form": "r1"}
+    )
+    assert lm.tokenizer is not None
+    truths = [chosen.task.problem("train", i, 0).truth for i in range(4)]
+    texts = [R1.format(truths[0]), R1.format(99), f"<answer>{truths[2]}</answer>", "what?"]
+    found = rollout(Scripted(texts), lm.tokenizer, chosen, 0)  # type: ignore[arg-type]
+    assert found.rewards_PG.tolist() == [[2.5] * 2, [0.5] * 2, [2.0] * 2, [0.0] * 2]
+    assert bool(found.known_PG.all())
+    metrics = found.metrics()
+    kinds = ("correct", "wrong", "no_answer", "timeout", "crash")
+    assert [metrics[f"verdict/{kind}"] for kind in kinds] == [4, 2, 2, 0, 0]
+    assert metrics["reward/mean"] == pytest.approx(1.25)
+    assert metrics["reward/format"] == pytest.approx(0.5)
+
+
+def test_each_step_has_problems_and_seeds_of_its_own(lm: LanguageModel, recipe: Make) -> None:
+    assert lm.tokenizer is not None
+    asked, seeds = [], []
+    for step in (0, 1, 0):
+        engine = Scripted(["1"])
+        rollout(engine, lm.tokenizer, recipe(rollout={"prompts": 3}), step)  # type: ignore[arg-type]
+        asked.append(engine.asked)
+        seeds.append([p.seed for p in engine.params])
+        expected = [recipe().task.problem("train", 3 * step + i, 0) for i in range(3)]
+        assert engine.asked == [lm.tokenizer.chat(recipe().task.messages(p)) for p in expected]
+        assert all(p.n == 8 and p.logprobs and p.routes for p in engine.params)
+    assert asked[0] == asked[2] != asked[1]
+    assert seeds[0] == seeds[2]
+    assert len({*seeds[0], *seeds[1]}) == 6
+
+
+def test_a_verifier_that_fails_now_and_then_masks_the_sample(lm: LanguageModel, recipe: Make) -> None:
+    many = recipe(rollout={"prompts": 40, "group_size": 2})
+    for kind in ("crash", "timeout", "raise"):
+        found = judged(lm, many, [kind] + ["correct", "wrong"] * 20)
+        assert found.known_PG.tolist() == [[False, False]] + [[True, True]] * 39
+        assert found.metrics()["reward/mean"] == pytest.approx(20 / 39)  # of those that are known
+        assert found.metrics()["verdict/timeout" if kind == "timeout" else "verdict/crash"] == 2
+
+
+@pytest.mark.parametrize("kind", ["crash", "timeout"])
+def test_a_verifier_that_fails_often_stops_the_run(lm: LanguageModel, recipe: Make, kind: str) -> None:
+    few = recipe(rollout={"prompts": 10, "group_size": 2})
+    with pytest.raises(ValueError, match=rf"the verifier failed on 10% of the completions of step 1 \({kind}: it was"):
+        judged(lm, few, [kind] + ["wrong"] * 9)
+
+
+def test_exactly_five_percent_is_still_tolerated(lm: LanguageModel, recipe: Make) -> None:
+    judged(lm, recipe(rollout={"prompts": 20, "group_size": 2}), ["crash"] + ["wrong"] * 19)
+
+
+def test_samples_to_read_come_from_several_groups(lm: LanguageModel, recipe: Make) -> None:
+    found = judged(lm, recipe(rollout={"prompts": 5, "group_size": 3}), ["correct", "wrong", "no_answer"])
+    samples = found.samples(groups=3, each=2)
+    assert len(samples) == 6
+    assert len({s["prompt"] for s in samples}) > 1
+    for sample in samples:
+        assert sample["detail"] == f"it was {sample['verdict']}"
+        assert sample["reward"] == float(sample["verdict"] == "correct")
+        assert {"prompt", "truth", "completion", "finish_reason"} <= sample.keys()
+
+
+def test_truncation_and_length_are_counted(lm: LanguageModel, recipe: Make) -> None:
+    assert lm.tokenizer is not None
+    found = rollout(Engine(lm, dtype="model"), lm.tokenizer, recipe(rollout={"max_tokens": 3}), 0)
+    lengths = torch.tensor([[len(c.token_ids) for c in group] for group in found.completions])
+    metrics = found.metrics()
+    assert metrics["completion/length"] == pytest.approx(float(lengths.float().mean()))
+    assert metrics["completion/max_length"] == 3
+    cut = sum(c.finish_reason == "length" for group in found.completions for c in group)
+    assert metrics["completion/truncated"] == pytest.approx(cut / lengths.numel())
