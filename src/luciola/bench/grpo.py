@@ -109,14 +109,14 @@ def trl(model: str, new_tokens: int) -> Step:
     """The same with TRL's GRPOTrainer, held between its steps until it is its turn."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer  # type: ignore[attr-defined]
 
     recipe = _recipe(model, new_tokens)
     problems = [recipe.task.problem("train", i, 0) for i in range(PROMPTS * 200)]
     rows = [{"prompt": recipe.task.messages(problem)} for problem in problems]
     go, done = threading.Semaphore(0), threading.Semaphore(0)
 
-    class Turns(TrainerCallback):  # type: ignore[misc]
+    class Turns(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             go.acquire()
 
@@ -129,7 +129,7 @@ def trl(model: str, new_tokens: int) -> Step:
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model),
         processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
-        reward_funcs=rewards,
+        reward_funcs=rewards,  # type: ignore[arg-type]
         train_dataset=Dataset.from_list(rows),
         callbacks=[Turns()],
         args=GRPOConfig(

@@ -98,7 +98,7 @@ def luciola() -> Step:
 
 def transformers() -> Step:
     """The same with transformers' own model and loss."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM  # type: ignore[attr-defined]
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     torch.manual_seed(0)
     fields = ModelConfig.model_validate(SHAPE).to_hf()

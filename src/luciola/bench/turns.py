@@ -19,11 +19,14 @@ from luciola import hardware
 Step = Callable[[], Any]
 
 
-def take_turns(contenders: Mapping[str, tuple[str, dict[str, Any]]], rounds: int, warmup: int) -> dict[str, list[float]]:
+def take_turns(
+    contenders: Mapping[str, tuple[str, dict[str, Any]]], rounds: int, warmup: int
+) -> dict[str, list[float]]:
     """Seconds of each contender's steps, `rounds` of them after `warmup` uncounted ones.
 
     Args:
-        contenders: for each name, a factory as "module:function" and its arguments; what it returns is called for a step.
+        contenders: for each name, a factory as "module:function" and its arguments; what it returns is called for a
+        step.
 
     Raises:
         RuntimeError: a contender's process failed; its traceback has been printed.

@@ -30,7 +30,7 @@ def chat(
         bool | None,
         typer.Option(
             "--history/--no-history",
-            help="Whether earlier turns are shown to the model; default: yes, except a run that learnt a task of single questions.",
+            help="Show the model earlier turns; default: yes, unless it is a run that learnt single questions.",
         ),
     ] = None,
     hide_thinking: Annotated[bool, typer.Option("--hide-thinking", help="Show the answers only.")] = False,
@@ -159,7 +159,9 @@ def split(pieces: Iterable[str], inside: bool) -> Iterator[tuple[bool, str]]:
 def _talk_to_a_person(talk: Conversation, model: str) -> None:
     import readline  # noqa: F401  (gives input() line editing and history)
 
-    print(f"{model}; {HELP}" if talk.history else f"{model}; each question stands alone (--history changes that); {HELP}")
+    print(
+        f"{model}; {HELP}" if talk.history else f"{model}; each question stands alone (--history changes that); {HELP}"
+    )
     while True:
         try:
             line = input("\n> ").strip()

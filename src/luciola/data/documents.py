@@ -26,7 +26,8 @@ class Document(NamedTuple):
 class Documents(Protocol):
     """A numbered collection of documents; `size` is None where there is no end."""
 
-    size: int | None
+    @property
+    def size(self) -> int | None: ...
 
     def document(self, index: int) -> Document:
         """Document number `index`."""

@@ -1,8 +1,8 @@
 """The key-value cache of a batch of rows: one tensor a layer, (rows, columns, C), allocated once.
 
 C is all a token keeps in a layer: kv_lora_rank + qk_rope_head_dim numbers with MLA, keys and values with GQA. Rows are
-aligned at the right, so that every row's newest token is in the same column and one slice serves the whole batch; columns
-left of a row's first token are masked.
+aligned at the right, so that every row's newest token is in the same column and one slice serves the whole batch;
+columns left of a row's first token are masked.
 
 Shapes: B rows, S columns.
 """

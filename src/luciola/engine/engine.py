@@ -1,7 +1,8 @@
 """The engine: prompts in, completions out, from the very model object that training updates.
 
-A prompt is prefilled once, however many completions it gets; its cache rows are then copied to each of them. All rows of a
-wave decode together, one token a step, with absorbed MLA; finished rows are dropped when enough of them have gathered.
+A prompt is prefilled once, however many completions it gets; its cache rows are then copied to each of them. All rows
+of a wave decode together, one token a step, with absorbed MLA; finished rows are dropped when enough of them have
+gathered.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Completion:
         logprobs: log-probability of each token under the model at temperature 1 (with `logprobs=True`).
         tempered_logprobs: the same at the sampling temperature: what a policy-gradient ratio needs.
         finish_reason: "stop" (end token or stop text), "length" (max_tokens or the model's longest context), "abort".
-        routes: experts of each prompt and generated token but the last, (T - 1, MoE layers, K) int16 (with `routes=True`).
+        routes: experts of each prompt and generated token but the last, (T - 1, MoE layers, K) int16 (with
+        `routes=True`).
     """
 
     text: str
@@ -73,7 +75,8 @@ class Engine:
         lm: the model; it is used in place, not copied, unless `dtype` asks for another precision.
         dtype: "auto" measures which precision this machine multiplies fastest; "float32", "bfloat16", or "model" to
             take the weights as they are.
-        max_cached_tokens: most tokens the cache holds at once; more work is done in waves. None: a quarter of the memory
+        max_cached_tokens: most tokens the cache holds at once; more work is done in waves. None: a quarter of the
+        memory
             that is free now.
     """
 
@@ -96,7 +99,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
+        prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[list[Completion]]:
         """Complete every prompt; result[i] holds the n completions of prompts[i].
@@ -136,7 +139,7 @@ class Engine:
             yield text[shown:]
 
     def _rows(
-        self, prompts: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[list[_Row]]:
         settings = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(settings) != len(prompts):
@@ -149,7 +152,8 @@ class Engine:
             room = self.config.max_position_embeddings - len(ids)
             if room < 1:
                 raise ValueError(
-                    f"prompt {i} has {len(ids)} tokens; the model's context of {self.config.max_position_embeddings} leaves no room to answer"
+                    f"prompt {i} has {len(ids)} tokens; the model's context of "
+                    f"{self.config.max_position_embeddings} leaves no room to answer"
                 )
             rows.append([_Row(ids, p, j, min(p.max_tokens, room)) for j in range(p.n)])
         return rows
@@ -257,9 +261,7 @@ class Engine:
             if plain is not None and warm is not None and row.params.logprobs:
                 row.logprobs.append(plain[b])
                 row.tempered.append(warm[b])
-            if ended[b] and not row.params.ignore_eos:
-                row.finish = "stop"
-            elif row.params.stop and self._stopped(row):
+            if (ended[b] and not row.params.ignore_eos) or (row.params.stop and self._stopped(row)):
                 row.finish = "stop"
             elif len(row.tokens) >= row.max_tokens:
                 row.finish = "length"

@@ -1,8 +1,8 @@
 """From logits to the next token: temperature, top-k, top-p, and randomness that belongs to the request alone.
 
-A sample draws by inverse transform from one uniform number a step. The numbers of sample j of a request come from a Philox
-stream keyed by (seed, j, prompt), so a request's randomness does not depend on what else is in the batch, and different
-prompts of one call do not share their luck.
+A sample draws by inverse transform from one uniform number a step. The numbers of sample j of a request come from a
+Philox stream keyed by (seed, j, prompt), so a request's randomness does not depend on what else is in the batch, and
+different prompts of one call do not share their luck.
 
 Shapes: B rows (samples being generated), V vocabulary.
 """
@@ -114,7 +114,8 @@ class Settings(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """The tokens drawn, (B,) int64; their log-probability under the model, and at the sampling temperature, (B,) or None."""
+    """The tokens drawn, (B,) int64; their log-probability under the model, and at the sampling temperature, (B,) or
+    None."""
 
     tokens: Tensor
     logprobs: Tensor | None

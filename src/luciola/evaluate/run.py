@@ -60,7 +60,8 @@ def evaluate(
 
     Returns:
         figures: `accuracy` (greedy) with its 95 % interval, `pass@1` (mean over samples), `pass@k`, `maj@k`,
-        `format_rate`, `truncated`, `mean_length` (all three greedy), `verdicts` (counts over everything), `tokens`, `seconds`.
+        `format_rate`, `truncated`, `mean_length` (all three greedy), `verdicts` (counts over everything), `tokens`,
+        `seconds`.
 
     Raises:
         ValueError: the model has no tokenizer, or the task no held-out problem.
@@ -88,7 +89,8 @@ def evaluate(
 
 
 def _held_out(task: Task, wanted: int, seed: int) -> Iterator[Problem]:
-    """Different held-out problems: a finite split's rows in order, or draws without repetition while there are new ones."""
+    """Different held-out problems: a finite split's rows in order, or draws without repetition while there are new
+    ones."""
     size = task.size("heldout")
     if size is not None:
         wanted = min(wanted, size)

@@ -1,1 +1,2 @@
-"""One Transformer for the whole DeepSeek family: MLA or GQA attention, SwiGLU or DeepSeekMoE feed-forward, MTP heads."""
+"""One Transformer for the whole DeepSeek family: MLA or GQA attention, SwiGLU or DeepSeekMoE feed-forward, MTP
+heads."""

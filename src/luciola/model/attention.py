@@ -22,14 +22,16 @@ class Context(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one decoding step shares among all layers: the angles (B, 1, d/2), and which cached positions each row sees."""
+    """What one decoding step shares among all layers: the angles (B, 1, d/2), and which cached positions each row
+    sees."""
 
     rotation: Rotation
     mask_BS: Tensor | None = None
 
 
 def segment_mask(segments_BT: Tensor) -> Tensor:
-    """Causal mask (B, T, T), True where query t may see key s: the same document, not later (packed rows do not leak)."""
+    """Causal mask (B, T, T), True where query t may see key s: the same document, not later (packed rows do not
+    leak)."""
     length = segments_BT.shape[1]
     same = segments_BT[:, :, None] == segments_BT[:, None, :]
     return same & torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril()

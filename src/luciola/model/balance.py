@@ -22,7 +22,8 @@ def load(routing: Routing, mask_BT: Tensor | None = None) -> Tensor:
 
 
 def max_violation(load_E: Tensor) -> float:
-    """How far the busiest expert is above the mean: (max - mean) / mean; 0 is perfect balance (V3 report, section 4.5.3)."""
+    """How far the busiest expert is above the mean: (max - mean) / mean; 0 is perfect balance (V3 report, section
+    4.5.3)."""
     mean = load_E.mean()
     return float((load_E.max() - mean) / mean) if mean > 0 else 0.0
 
@@ -59,7 +60,8 @@ def expert_loss(routings: Iterable[Routing], mask_BT: Tensor | None = None) -> T
 
 
 def device_loss(routings: Iterable[Routing], groups: int, mask_BT: Tensor | None = None) -> Tensor:
-    """Device-level balance loss over `groups` of consecutive experts: sum_d mean(f in d) * sum(P in d) (V2 paper, eq. 26 to 28)."""
+    """Device-level balance loss over `groups` of consecutive experts: sum_d mean(f in d) * sum(P in d) (V2 paper, eq.
+    26 to 28)."""
     terms = []
     for routing in routings:
         f_BE, P_BE = _fractions(routing, mask_BT)
@@ -70,7 +72,8 @@ def device_loss(routings: Iterable[Routing], groups: int, mask_BT: Tensor | None
 
 
 def communication_loss(routings: Iterable[Routing], groups: int, limit: int, mask_BT: Tensor | None = None) -> Tensor:
-    """Balance of what each device receives: f''_d = D/(M T) * tokens sent to d, times sum(P in d) (V2 paper, eq. 29 to 31).
+    """Balance of what each device receives: f''_d = D/(M T) * tokens sent to d, times sum(P in d) (V2 paper, eq. 29 to
+    31).
 
     `limit` is M, the most devices a token may be sent to (topk_group).
     """

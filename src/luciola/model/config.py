@@ -2,7 +2,8 @@
 
 Which attention and which feed-forward a layer has follows from the fields alone:
 
-* `kv_lora_rank` set: multi-head latent attention (DeepSeek-V2, V3); absent: grouped-query attention (DeepSeek LLM, Llama).
+* `kv_lora_rank` set: multi-head latent attention (DeepSeek-V2, V3); absent: grouped-query attention (DeepSeek LLM,
+Llama).
 * `n_routed_experts` set: DeepSeekMoE from layer `first_k_dense_replace` on; absent: SwiGLU in every layer.
 """
 
@@ -23,19 +24,49 @@ ARCHITECTURES: dict[str, str] = {
 
 # Fields of published config.json files that say nothing about the computation.
 IGNORED_HF_FIELDS = frozenset(
-    "architectures auto_map transformers_version torch_dtype dtype use_cache pretraining_tp ep_size attention_dropout "
-    "output_router_logits _name_or_path head_dim_original is_llama_config quantization_config qk_head_dim "
-    "num_local_experts num_experts seq_aux aux_loss_alpha router_aux_loss_coef rope_interleaved "
-    "transformers.js_config num_mtp_layers model_max_length return_dict output_attentions output_hidden_states "
-    "chunk_size_feed_forward id2label label2id problem_type is_encoder_decoder tokenizer_class".split()
+    [
+        "architectures",
+        "auto_map",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "pretraining_tp",
+        "ep_size",
+        "attention_dropout",
+        "output_router_logits",
+        "_name_or_path",
+        "head_dim_original",
+        "is_llama_config",
+        "quantization_config",
+        "qk_head_dim",
+        "num_local_experts",
+        "num_experts",
+        "seq_aux",
+        "aux_loss_alpha",
+        "router_aux_loss_coef",
+        "rope_interleaved",
+        "transformers.js_config",
+        "num_mtp_layers",
+        "model_max_length",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "chunk_size_feed_forward",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "is_encoder_decoder",
+        "tokenizer_class",
+    ]
 )
 
 
 class RopeScaling(BaseModel):
     """How rotary frequencies are stretched beyond the length the model was pre-trained on.
 
-    `yarn` is the form of DeepSeek-V2/V3 (YaRN paper, section 3; V3 report, section 4.3), `linear` divides every position by
-    `factor`, `llama3` is the piecewise form of Llama 3.1.
+    `yarn` is the form of DeepSeek-V2/V3 (YaRN paper, section 3; V3 report, section 4.3), `linear` divides every
+    position by `factor`, `llama3` is the piecewise form of Llama 3.1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -144,7 +175,9 @@ class ModelConfig(BaseModel):
             if heads % kv_heads:
                 raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}")
             if self.head_dim is None and self.hidden_size % heads:
-                raise ValueError(f"hidden_size={self.hidden_size} does not divide over num_attention_heads={heads}; set head_dim")
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} does not divide over num_attention_heads={heads}; set head_dim"
+                )
             if self.rope_dim % 2:
                 raise ValueError(f"head_dim={self.rope_dim} must be even: rotary embedding turns pairs")
         else:
@@ -187,7 +220,8 @@ class ModelConfig(BaseModel):
 
     @property
     def cached_per_token_and_layer(self) -> int:
-        """Numbers the cache keeps for one token in one layer: d_c + d_r with MLA, 2 n_kv d_h with GQA (V2 paper, table 1)."""
+        """Numbers the cache keeps for one token in one layer: d_c + d_r with MLA, 2 n_kv d_h with GQA (V2 paper, table
+        1)."""
         if self.kv_lora_rank is not None:
             return self.kv_lora_rank + self.rope_dim
         return 2 * (self.num_key_value_heads or self.num_attention_heads) * self.rope_dim
@@ -202,10 +236,10 @@ class ModelConfig(BaseModel):
 
     @property
     def attention_scale(self) -> float:
-        """What query-key products are multiplied by: width ** -0.5, times YaRN's squared temperature (V2 paper, 3.1.4)."""
+        """The factor on query-key products: width ** -0.5, times YaRN's squared temperature (V2 paper, 3.1.4)."""
         if not self.is_mla:
-            return self.rope_dim**-0.5
-        scale = ((self.qk_nope_head_dim or 0) + self.rope_dim) ** -0.5
+            return float(self.rope_dim**-0.5)
+        scale: float = ((self.qk_nope_head_dim or 0) + self.rope_dim) ** -0.5
         rope = self.rope_scaling
         if rope is not None and rope.rope_type == "yarn" and rope.mscale_all_dim:
             scale *= yarn_temperature(rope.factor, rope.mscale_all_dim) ** 2
@@ -241,10 +275,14 @@ class ModelConfig(BaseModel):
 
     def to_hf(self) -> dict[str, Any]:
         """The content of config.json, in the form that transformers 4.x and 5.x and vLLM all read."""
-        data = {k: v for k, v in self.model_dump(exclude_none=True).items()}
+        data = self.model_dump(exclude_none=True)
         scaling = data.pop("rope_scaling", None)
         if scaling is not None:
-            unused = {"llama3": (), "linear": ("low_freq_factor", "high_freq_factor"), "yarn": ("low_freq_factor", "high_freq_factor")}
+            unused = {
+                "llama3": (),
+                "linear": ("low_freq_factor", "high_freq_factor"),
+                "yarn": ("low_freq_factor", "high_freq_factor"),
+            }
             kind = scaling["rope_type"]
             for name in unused[kind]:
                 scaling.pop(name, None)

@@ -1,9 +1,9 @@
 """The routed experts of a layer as one differentiable operation over tokens sorted by expert.
 
-Each token goes to K of E SwiGLU experts; y = sum_k w_k * down_k(silu(gate_k x) * up_k x). Sorting the N*K assignments by
-expert makes each expert's work one dense product over its own rows. Forward and backward are written out because autograd
-on slices of the stacked weights would fill a zero gradient of the full stack for every expert, and because the weighted
-sum over K and its gradient are then single gather-and-add passes.
+Each token goes to K of E SwiGLU experts; y = sum_k w_k * down_k(silu(gate_k x) * up_k x). Sorting the N*K assignments
+by expert makes each expert's work one dense product over its own rows. Forward and backward are written out because
+autograd on slices of the stacked weights would fill a zero gradient of the full stack for every expert, and because the
+weighted sum over K and its gradient are then single gather-and-add passes.
 
 Shapes: N tokens, K experts a token, E experts, M = N*K assignments in expert order, D hidden, I inner width.
 """

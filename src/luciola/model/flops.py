@@ -9,8 +9,8 @@ from luciola.model.transformer import Transformer
 def forward_flops(model: Transformer, length: int, *, mtp: bool = False) -> float:
     """FLOPs of one token's forward pass in rows of `length` tokens: 2 a weight it meets, plus attention.
 
-    Attention is counted causally (a token meets half of its row on average). Embedding look-ups count nothing. With `mtp`
-    the multi-token prediction modules and their passes through the head are counted as well.
+    Attention is counted causally (a token meets half of its row on average). Embedding look-ups count nothing. With
+    `mtp` the multi-token prediction modules and their passes through the head are counted as well.
     """
     config = model.config
     weights = model.num_parameters(active=True)

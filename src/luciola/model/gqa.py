@@ -1,4 +1,5 @@
-"""Grouped-query attention: the attention of DeepSeek LLM 67B, Llama and SmolLM2 (multi-head when every head has its own key).
+"""Grouped-query attention: the attention of DeepSeek LLM 67B, Llama and SmolLM2 (multi-head when every head has its own
+key).
 
 Shapes: B batch, T time, S cached positions, D hidden, H query heads, G key-value heads, d features a head.
 """
@@ -34,7 +35,8 @@ class GQA(nn.Module):
         return rotate(q_BTHd, rotation, False), rotate(k_BTGd, rotation, False), v_BTGd
 
     def forward(self, x_BTD: Tensor, context: Context, cache_BTC: Tensor | None = None) -> Tensor:
-        """Whole sequences. Writes each token's keys and values (C = 2 G d numbers) into `cache_BTC` where it is given."""
+        """Whole sequences. Writes each token's keys and values (C = 2 G d numbers) into `cache_BTC` where it is
+        given."""
         q_BTHd, k_BTGd, v_BTGd = self._qkv(x_BTD, context.rotation)
         if cache_BTC is not None:
             torch.cat((k_BTGd.flatten(2), v_BTGd.flatten(2)), dim=-1, out=cache_BTC)
@@ -42,7 +44,8 @@ class GQA(nn.Module):
         return self.o_proj(o_BTHd.flatten(2))  # type: ignore[no-any-return]
 
     def decode(self, x_BD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:
-        """One new token a row: its keys and values go into the last column of `cache_BSC`, then it attends to all of them."""
+        """One new token a row: its keys and values go into the last column of `cache_BSC`, then it attends to all of
+        them."""
         q_BTHd, k_BTGd, v_BTGd = self._qkv(x_BD.unsqueeze(1), step.rotation)
         cache_BS2Gd = cache_BSC.unflatten(-1, (2, self.kv_heads, self.width))
         cache_BS2Gd[:, -1, 0] = k_BTGd[:, 0]

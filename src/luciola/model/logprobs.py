@@ -3,8 +3,8 @@
     logp_n = l_n[t_n] - logsumexp(l_n),   l_n = W h_n / temperature;    d logp / d l = onehot(t) - softmax(l)
 
 Rows go through the head in chunks small enough to stay in cache. Where the softmax of a whole call fits a modest
-budget it is kept for the backward pass, overwritten there by the gradient (as DeepSeek LLM did, section 2.4 of its report);
-beyond that it is computed again, so a vocabulary of 100,000 costs no more memory than one chunk.
+budget it is kept for the backward pass, overwritten there by the gradient (as DeepSeek LLM did, section 2.4 of its
+report); beyond that it is computed again, so a vocabulary of 100,000 costs no more memory than one chunk.
 
 Shapes: N rows (tokens), D hidden, V vocabulary.
 """
@@ -28,8 +28,8 @@ def _softmax(
         l_NV = (h_ND @ W_VD.T).float()
     if scale != 1.0:
         l_NV.mul_(scale)
-    # log p = l - logsumexp(l), from the logits themselves because p may underflow. The largest probability is at least 1/V,
-    # so it gives logsumexp(l) = max l - log max p without a second pass of exponentials.
+    # log p = l - logsumexp(l), from the logits themselves because p may underflow. The largest probability is at least
+    # 1/V, so it gives logsumexp(l) = max l - log max p without a second pass of exponentials.
     above_N = l_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1) - l_NV.amax(-1)
     p_NV = torch.softmax(l_NV, -1, out=l_NV if out_NV is None else out_NV)
     return p_NV, above_N + p_NV.amax(-1).log_()

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2 paper, section 2.1; equations 9 to 19 there, 1 to 11 in the V3 report).
 
-Keys and values of all heads are projections of one latent c a token. Only c and one rotated key k_R, shared by all heads,
-are cached: kv_lora_rank + qk_rope_head_dim numbers a token and layer.
+Keys and values of all heads are projections of one latent c a token. Only c and one rotated key k_R, shared by all
+heads, are cached: kv_lora_rank + qk_rope_head_dim numbers a token and layer.
 
     c_Q = RMSNorm(W_DQ h)                    [q_C ; q_R] = W_UQ,QR c_Q       (without query compression: = W_Q h)
     [c ; k_R] = W_DKV,KR h                   c = RMSNorm(c),  q_R = RoPE(q_R),  k_R = RoPE(k_R)
@@ -11,8 +11,8 @@ are cached: kv_lora_rank + qk_rope_head_dim numbers a token and layer.
 absorbed into the query and that of values into the output, so that queries meet the cached latents directly and nothing
 is ever expanded. It is multi-query attention whose one head is as wide as the cache.
 
-Shapes: B batch, T time, S cached positions, D hidden, H heads, C = kv_lora_rank; n, r, v: widths of a head's part without
-position, of its rotary part, of its value.
+Shapes: B batch, T time, S cached positions, D hidden, H heads, C = kv_lora_rank; n, r, v: widths of a head's part
+without position, of its rotary part, of its value.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ LATENT_EPS = 1e-6  # DeepSeek's code and the oracle fix it, whatever rms_norm_ep
 
 
 class _HeadsFunction(torch.autograd.Function):
-    """q = [q_C ; RoPE(q_R)], k = [k_C ; k_R], v, each (B, T, H, width) with one width for all three, zeros beyond its own.
+    """q = [q_C ; RoPE(q_R)], k = [k_C ; k_R], v, each (B, T, H, width) with one width for all three, zeros beyond its
+    own.
 
-    Written out because autograd through the slices and concatenations would fill, copy and add each piece of every gradient
-    several times over.
+    Written out because autograd through the slices and concatenations would fill, copy and add each piece of every
+    gradient several times over.
     """
 
     @staticmethod
@@ -70,7 +71,12 @@ class MLA(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         n, r, v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        rank, heads, hidden, bias = config.kv_lora_rank, config.num_attention_heads, config.hidden_size, config.attention_bias
+        rank, heads, hidden, bias = (
+            config.kv_lora_rank,
+            config.num_attention_heads,
+            config.hidden_size,
+            config.attention_bias,
+        )
         assert n is not None and r is not None and v is not None and rank is not None  # ModelConfig has checked it
         self.heads, self.rank, self.n, self.r, self.v = heads, rank, n, r, v
         self.scale, self.interleaved = config.attention_scale, config.rope_interleave
@@ -86,10 +92,8 @@ class MLA(nn.Module):
         self.o_proj = nn.Linear(heads * v, hidden, bias=bias)
 
     def _queries(self, x_BTD: Tensor) -> Tensor:
-        if hasattr(self, "q_proj"):
-            q = self.q_proj(x_BTD)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        compressed = hasattr(self, "q_a_proj")
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if compressed else self.q_proj(x_BTD)
         return q.unflatten(-1, (self.heads, self.n + self.r))  # type: ignore[no-any-return]
 
     def _latents(self, x_BTD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
@@ -103,18 +107,23 @@ class MLA(nn.Module):
         if cache_BTC is not None:
             torch.cat((c_BTC, kR_BTr), dim=-1, out=cache_BTC)
         kv_BTHx = self.kv_b_proj(c_BTC).unflatten(-1, (self.heads, self.n + self.v))
-        heads = _HeadsFunction.apply(q_BTHx, kv_BTHx, kR_BTr, *context.rotation, self.n, self.interleaved)
-        o_BTHv = attend(*heads, self.scale, context.mask_BTT)[..., : self.v]
+        q_BTHx, k_BTHx, v_BTHx = _HeadsFunction.apply(
+            q_BTHx, kv_BTHx, kR_BTr, *context.rotation, self.n, self.interleaved
+        )
+        o_BTHv = attend(q_BTHx, k_BTHx, v_BTHx, self.scale, context.mask_BTT)[..., : self.v]
         return self.o_proj(o_BTHv.flatten(2))  # type: ignore[no-any-return]
 
     def decode(self, x_BD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:
-        """One new token a row, absorbed: its [c ; k_R] goes into the last column of `cache_BSC`, then it attends to all."""
+        """One new token a row, absorbed: its [c ; k_R] goes into the last column of `cache_BSC`, then it attends to
+        all."""
         qC_BTHn, qR_BTHr = self._queries(x_BD.unsqueeze(1)).split((self.n, self.r), dim=-1)
         qR_BTHr = rotate(qR_BTHr, step.rotation, self.interleaved)
         c_BTC, kR_BTr = self._latents(x_BD.unsqueeze(1), step.rotation)
         cache_BSC[:, -1, : self.rank] = c_BTC[:, 0]
         cache_BSC[:, -1, self.rank :] = kR_BTr[:, 0]
-        W_UK_HnC, W_UV_HvC = self.kv_b_proj.weight.unflatten(0, (self.heads, self.n + self.v)).split((self.n, self.v), dim=1)
+        W_UK_HnC, W_UV_HvC = self.kv_b_proj.weight.unflatten(0, (self.heads, self.n + self.v)).split(
+            (self.n, self.v), dim=1
+        )
         qC_HBC = torch.bmm(qC_BTHn[:, 0].transpose(0, 1), W_UK_HnC)
         q_BHC = torch.cat((qC_HBC.transpose(0, 1), qR_BTHr[:, 0]), dim=-1)
         # The cache serves as keys and, whole, as values: the rotary columns of the result are cut off again, which is

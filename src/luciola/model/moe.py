@@ -1,11 +1,14 @@
-"""DeepSeekMoE: shared experts for everyone, routed experts for some (DeepSeekMoE paper, section 3; V3 report, section 2.1.2).
+"""DeepSeekMoE: shared experts for everyone, routed experts for some (DeepSeekMoE paper, section 3; V3 report, section
+2.1.2).
 
     h' = FFN_shared(u) + sum over chosen i of w_i FFN_i(u)
 
     V2: s = softmax(W_g u),  chosen by s,      w = routed_scaling_factor * s           (not renormalised)
-    V3: s = sigmoid(W_g u),  chosen by s + b,  w = routed_scaling_factor * s / sum s   (b steers the choice, never the weight)
+    V3: s = sigmoid(W_g u),  chosen by s + b,  w = routed_scaling_factor * s / sum s   (b steers the choice, never the
+    weight)
 
-Where n_group > 1 the choice is limited to the best `topk_group` groups of consecutive experts (a group is a device or node).
+Where n_group > 1 the choice is limited to the best `topk_group` groups of consecutive experts (a group is a device or
+node).
 
 Shapes: B batch, T time, N = B*T tokens, D hidden, E routed experts, K chosen a token.
 """

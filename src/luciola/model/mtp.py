@@ -2,9 +2,9 @@
 
     h'_i = M [RMSNorm(Emb(t_{i+k})) ; RMSNorm(h_i)],   h^k = Block(h'),   P(t_{i+k+1}) = Head(RMSNorm(h^k_i))
 
-Embedding and head are the main model's own. The order embedding first and the norm before the shared head are those of the
-released weights (the report prints the pair the other way round and no norm). h^0 is the main model's state after its final
-norm, as the release's inference code feeds it.
+Embedding and head are the main model's own. The order embedding first and the norm before the shared head are those of
+the released weights (the report prints the pair the other way round and no norm). h^0 is the main model's state after
+its final norm, as the release's inference code feeds it.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ The backward pass is written out: with r = 1 / sqrt(mean(x^2) + eps), D the widt
 
     dx = r g w - x r^3 / D * sum(g x w),    dw = sum over rows of r g x
 
-Both sums are matrix-vector products of the one intermediate g x. Autograd's own chain for the same formula reads and writes
-memory about three times as often, and on a CPU that is its cost.
+Both sums are matrix-vector products of the one intermediate g x. Autograd's own chain for the same formula reads and
+writes memory about three times as often, and on a CPU that is its cost.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Rotary position embedding (Su et al., 2021) and its stretched forms: YaRN, linear, Llama 3.
 
 Position p turns feature pair k by the angle p * f_k, f_k = theta^(-2k/d). Which features form a pair is a convention
-of the weights: DeepSeek publishes MLA weights with neighbours (2k, 2k+1) paired ("interleaved"), Llama pairs (k, k + d/2)
-("half-split"). `rotate` is the only place that knows. Its result is half-split in both cases: queries and keys are
+of the weights: DeepSeek publishes MLA weights with neighbours (2k, 2k+1) paired ("interleaved"), Llama pairs (k, k +
+d/2) ("half-split"). `rotate` is the only place that knows. Its result is half-split in both cases: queries and keys are
 permuted alike, so their products do not change.
 
 Shapes: B batch, T time, d rotary features a head.
@@ -27,7 +27,8 @@ class Rotation(NamedTuple):
 
 
 def rotate(x: Tensor, rotation: Rotation, interleaved: bool) -> Tensor:
-    """Turn x_BT..d by `rotation`; axes between T and d (heads) share the angles. Returns x's shape and dtype, half-split."""
+    """Turn x_BT..d by `rotation`; axes between T and d (heads) share the angles. Returns x's shape and dtype,
+    half-split."""
     cos, sin = rotation
     for _ in range(x.ndim - 3):
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
@@ -61,7 +62,8 @@ def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 def _yarn(f: Tensor, s: RopeScaling, config: ModelConfig) -> tuple[Tensor, float]:
-    """YaRN (Peng et al., 2023, section 3.2): fast frequencies stay, slow ones are divided by the factor, a ramp between.
+    """YaRN (Peng et al., 2023, section 3.2): fast frequencies stay, slow ones are divided by the factor, a ramp
+    between.
 
     The ramp's ends are the dimensions that turn `beta_fast` and `beta_slow` times within the original length.
     """
@@ -87,7 +89,8 @@ def _yarn(f: Tensor, s: RopeScaling, config: ModelConfig) -> tuple[Tensor, float
 
 
 def _llama3(f: Tensor, s: RopeScaling) -> Tensor:
-    """Llama 3.1: wavelengths beyond L/low are divided by the factor, those below L/high stay, a linear blend between."""
+    """Llama 3.1: wavelengths beyond L/low are divided by the factor, those below L/high stay, a linear blend
+    between."""
     length = s.original_max_position_embeddings
     assert length is not None  # ModelConfig has checked it
     turns = length * f / (2 * math.pi)
@@ -106,7 +109,10 @@ class Rope:
     def _table_of(self, length: int, device: torch.device) -> Rotation:
         if self._table is None or len(self._table.cos) < length or self._table.cos.device != device:
             length = max(256, 1 << (length - 1).bit_length())
-            with torch.inference_mode(False), torch.device("cpu"):  # a table made while generating must serve training too
+            with (
+                torch.inference_mode(False),
+                torch.device("cpu"),
+            ):  # a table made while generating must serve training too
                 f, factor = frequencies(self.config)
                 angles = torch.arange(length, dtype=torch.float32)[:, None] * f
                 self._table = Rotation((angles.cos() * factor).to(device), (angles.sin() * factor).to(device))

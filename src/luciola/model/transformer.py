@@ -93,7 +93,8 @@ class Transformer(nn.Module):
         self.activation_checkpointing = False
 
     def initialize(self, seed: int) -> None:
-        """Every weight matrix ~ N(0, initializer_range), norms 1, biases 0 (DeepSeek LLM, section 2.2). Same seed, same model."""
+        """Every weight matrix ~ N(0, initializer_range), norms 1, biases 0 (DeepSeek LLM, section 2.2). Same seed, same
+        model."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
@@ -104,7 +105,7 @@ class Transformer(nn.Module):
     @property
     def moe_layers(self) -> list[MoE]:
         """The MoE feed-forwards of the main layers, first to last."""
-        return [block.mlp for block in self.layers if isinstance(block.mlp, MoE)]  # type: ignore[union-attr]
+        return [block.mlp for block in self.layers if isinstance(block.mlp, MoE)]
 
     @property
     def mtp_moe_layers(self) -> list[MoE]:
@@ -189,8 +190,8 @@ class Transformer(nn.Module):
     ) -> MTPStates:
         """States of MTP module `depth` (0 first), which predict the token depth + 2 ahead (V3 report, section 2.2).
 
-        `states_BTD` are the states of the depth before (the main model's for depth 0); `tokens_BT` the row itself. Row i
-        joins state i with token i + depth + 1, so the result has T - depth - 1 columns.
+        `states_BTD` are the states of the depth before (the main model's for depth 0); `tokens_BT` the row itself. Row
+        i joins state i with token i + depth + 1, so the result has T - depth - 1 columns.
         """
         module = self.mtp[depth]
         length = tokens_BT.shape[1] - depth - 1

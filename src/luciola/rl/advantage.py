@@ -1,4 +1,5 @@
-"""Group-relative advantages: the group's mean reward is the baseline, so no critic is needed (DeepSeekMath, section 4.1.2).
+"""Group-relative advantages: the group's mean reward is the baseline, so no critic is needed (DeepSeekMath, section
+4.1.2).
 
 Shapes: P prompts, G completions a prompt.
 """
@@ -18,7 +19,8 @@ def group_advantages(rewards_PG: Tensor, known_PG: Tensor, *, scale: bool = True
         rewards_PG: what each completion earned, float32.
         known_PG: False where the verifier failed (timeout, crash): such a completion neither learns nor counts in the
             statistics of its group.
-        scale: divide by the group's standard deviation, the one with G - 1 (what the paper's formula leaves open and other
+        scale: divide by the group's standard deviation, the one with G - 1 (what the paper's formula leaves open and
+        other
             implementations use); False leaves it out (Dr. GRPO).
 
     Returns:

@@ -1,7 +1,7 @@
 """`luciola grpo`: group relative policy optimisation with rule-based rewards only, as R1-Zero was trained.
 
-A step is a rollout (prompts x group_size completions), its verdicts, and one or more updates. The run starts from a stored
-model, or from a base that it pre-trains first.
+A step is a rollout (prompts x group_size completions), its verdicts, and one or more updates. The run starts from a
+stored model, or from a base that it pre-trains first.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def grpo(recipe: GrpoRecipe, resume: bool = False) -> Path:
         lm = starting_model(recipe, run)
         tokenizer = lm.tokenizer
         if tokenizer is None:
-            raise ValueError(f"the model {recipe.model.path if recipe.model else run.path} has no tokenizer to write prompts with")
+            raise ValueError(
+                f"the model {recipe.model.path if recipe.model else run.path} has no tokenizer to write prompts with"
+            )
         lm.model.to(getattr(torch, run.dtype))
         trainer = _Trainer(recipe, run, lm, tokenizer)
         before = trainer.before()
@@ -89,7 +91,8 @@ def _base_folder(recipe: GrpoRecipe) -> Path:
 
 
 def starting_model(recipe: GrpoRecipe, run: Run) -> LanguageModel:
-    """The model RL starts from; a base named by the recipe is pre-trained in `base/` unless that is finished already."""
+    """The model RL starts from; a base named by the recipe is pre-trained in `base/` unless that is finished
+    already."""
     if recipe.base is None:
         assert recipe.model is not None and recipe.model.path is not None  # the recipe's own check
         return load(recipe.model.path)
@@ -155,7 +158,9 @@ class _Trainer:
                 done = step + 1
                 if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < steps:
                     figures = self.evaluate().figures
-                    metrics |= {f"evaluate/{name}": figures[name] for name in ("accuracy", "format_rate", "mean_length")}
+                    metrics |= {
+                        f"evaluate/{name}": figures[name] for name in ("accuracy", "format_rate", "mean_length")
+                    }
                 run.log(done, metrics)
                 every, stopping = recipe.run.checkpoint_every, stop.requested  # asked once: who stops has saved
                 if done == steps or stopping or (every and done % every == 0):

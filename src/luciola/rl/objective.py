@@ -1,10 +1,11 @@
-"""The GRPO objective on a flat list of completion tokens (DeepSeekMath, equation 3; maximised, so the loss is its negative).
+"""The GRPO objective on a flat list of completion tokens (DeepSeekMath, equation 3; maximised, so the loss is its
+negative).
 
     J = sum_t w_t { min[ rho_t A_t, clip(rho_t, 1 - eps_low, 1 + eps_high) A_t ] - beta D_t }
     rho_t = pi(o_t) / pi_old(o_t),     D_t = pi_ref/pi - log(pi_ref/pi) - 1     (unbiased, never negative; eq. 4)
 
-The denominators are all in w: 1 / (sequences * tokens of its own sequence) for the paper's length-normalised form, 1 / all
-tokens for the token mean. Both count over the whole optimiser step, so micro-batches change nothing.
+The denominators are all in w: 1 / (sequences * tokens of its own sequence) for the paper's length-normalised form, 1 /
+all tokens for the token mean. Both count over the whole optimiser step, so micro-batches change nothing.
 
 Shapes: N completion tokens of many sequences, one after the other.
 """

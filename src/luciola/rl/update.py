@@ -1,8 +1,8 @@
 """The update half of a GRPO step: from a judged rollout to new weights.
 
-The log-probabilities of the rollout serve as pi_old: engine and trainer run the same modules, so no second forward pass is
-needed to recover them, and `kl/engine` measures on every step that this is true. With replayed routes each token meets the
-experts it met when it was sampled.
+The log-probabilities of the rollout serve as pi_old: engine and trainer run the same modules, so no second forward pass
+is needed to recover them, and `kl/engine` measures on every step that this is true. With replayed routes each token
+meets the experts it met when it was sampled.
 
 Shapes: B sequences of a micro-batch, T time, N completion tokens, L MoE layers, K experts a token.
 """
@@ -126,8 +126,8 @@ def update(
 ) -> dict[str, Any]:
     """All optimiser steps of one rollout; returns their metrics, token sums turned into means.
 
-    A rollout is cut into `updates_per_rollout` parts of whole groups, in an order drawn from (seed, step, epoch), and gone
-    through `epochs` times.
+    A rollout is cut into `updates_per_rollout` parts of whole groups, in an order drawn from (seed, step, epoch), and
+    gone through `epochs` times.
     """
     settings, groups = recipe.grpo, len(rollout.prompts)
     everything = sequences(rollout, recipe)
@@ -135,7 +135,9 @@ def update(
     sums = _Sums()
     for epoch in range(settings.epochs):
         generator = torch.Generator().manual_seed(derived_seed(recipe.seed, step, epoch))
-        order = torch.randperm(groups, generator=generator).tolist() if settings.updates_per_rollout > 1 else range(groups)
+        order = (
+            torch.randperm(groups, generator=generator).tolist() if settings.updates_per_rollout > 1 else range(groups)
+        )
         for start in range(0, groups, size):
             chosen = [everything[g * per_group + j] for g in order[start : start + size] for j in range(per_group)]
             fresh = epoch == 0 and start == 0  # the weights are still those that sampled

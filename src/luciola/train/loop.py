@@ -2,8 +2,8 @@
 
     L = L_main + (mtp_weight / D) sum_k L_k + balance_loss sum over layers L_bal
 
-L_main and each L_k are sums over the step's trained tokens divided by their number in the whole step, however many batches
-and padding there are, so that accumulation does not change the result.
+L_main and each L_k are sums over the step's trained tokens divided by their number in the whole step, however many
+batches and padding there are, so that accumulation does not change the result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ TrainRecipe = PretrainRecipe | SftRecipe
 def fit(model: Transformer, rows: Rows, recipe: TrainRecipe, run: Run, description: str) -> None:
     """Train for `recipe.steps` steps, from the run's newest checkpoint if it has one.
 
-    Raises KeyboardInterrupt (after saving) when the user stops the run, `Diverged` when a loss or gradient is not finite.
+    Raises KeyboardInterrupt (after saving) when the user stops the run, `Diverged` when a loss or gradient is not
+    finite.
     """
     hardware.keep_freed_memory()
     model.activation_checkpointing = recipe.activation_checkpointing

@@ -11,9 +11,9 @@ from luciola.recipe import OptimSection
 class Optimizer:
     """AdamW with weight decay on matrices only, global gradient clipping, and fp32 masters.
 
-    A float32 model is its own master. For a bfloat16 model the masters are copies: gradients of every micro-batch are added
-    up in float32 there, the update happens there, and the result is rounded into the model. Small updates are then never
-    lost to rounding.
+    A float32 model is its own master. For a bfloat16 model the masters are copies: gradients of every micro-batch are
+    added up in float32 there, the update happens there, and the result is rounded into the model. Small updates are
+    then never lost to rounding.
     """
 
     def __init__(self, model: nn.Module, optim: OptimSection) -> None:

@@ -54,7 +54,8 @@ def finish(run: Run, lm: LanguageModel, seconds: float) -> None:
 
 
 def build(recipe: PretrainRecipe) -> LanguageModel:
-    """The model a recipe starts from: fresh weights from its seed with a tokenizer made for its data, or a stored model."""
+    """The model a recipe starts from: fresh weights from its seed with a tokenizer made for its data, or a stored
+    model."""
     if recipe.model.path is not None:
         return load(recipe.model.path)
     tokenizer = make_tokenizer(recipe)
@@ -70,7 +71,8 @@ def model_config(recipe: PretrainRecipe, tokenizer: Tokenizer) -> ModelConfig:
     config = check(ModelConfig, given, where="model.config")
     if config.vocab_size < tokenizer.vocab_size:
         raise ValueError(
-            f"model.config.vocab_size = {config.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens; "
+            f"model.config.vocab_size = {config.vocab_size} is less than the tokenizer's "
+            f"{tokenizer.vocab_size} tokens; "
             "raise it or leave it out"
         )
     return config
@@ -157,7 +159,8 @@ def estimate(model: Transformer, config: ModelConfig, recipe: TrainRecipe) -> di
 
 
 def activation_bytes(config: ModelConfig, checkpointing: bool) -> float:
-    """Estimated bytes of activations kept for one token, float32: about 20 hidden-widths and the inner widths a layer."""
+    """Estimated bytes of activations kept for one token, float32: about 20 hidden-widths and the inner widths a
+    layer."""
     inner = config.intermediate_size
     if config.n_routed_experts and config.moe_intermediate_size and config.num_experts_per_tok:
         active = config.num_experts_per_tok * (config.moe_intermediate_size + config.hidden_size // 3)

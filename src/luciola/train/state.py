@@ -41,7 +41,11 @@ def save(
 
     Raises OSError when the disk is full; earlier checkpoints are then untouched.
     """
-    sets: dict[str, Mapping[str, Tensor]] = {"optimizer": optimizer.state(), "buffers": _buffers(model), **(extra or {})}
+    sets: dict[str, Mapping[str, Tensor]] = {
+        "optimizer": optimizer.state(),
+        "buffers": _buffers(model),
+        **(extra or {}),
+    }
     with run.checkpoint(step) as folder:
         for name, tensors in sets.items():
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")

@@ -1,4 +1,5 @@
-"""Stopping well: at Ctrl-C a run ends after the step it is in, saves, and says how to go on; at NaN it stops at once."""
+"""Stopping well: at Ctrl-C a run ends after the step it is in, saves, and says how to go on; at NaN it stops at
+once."""
 
 from __future__ import annotations
 
