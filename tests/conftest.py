@@ -44,10 +44,10 @@ def forks() -> ForkServerContext:
 @pytest.fixture
 def kill_at(forks: ForkServerContext) -> Callable[..., int]:
     """`kill_at(start, recipe, lines, rng)`: begins or resumes a run and kills it, as a power cut would, some time after
-    its metrics have `lines` lines. Returns its exit code, 0 if it was faster than the kill."""
+    its metrics (or those of a part of it, "base") have `lines` lines. Returns its exit code, 0 if it was faster."""
 
-    def kill(start: Callable[..., Path], recipe: Any, lines: int, rng: random.Random) -> int:
-        metrics = Path(recipe.run.folder, recipe.run.name, "metrics.jsonl")
+    def kill(start: Callable[..., Path], recipe: Any, lines: int, rng: random.Random, part: str = ".") -> int:
+        metrics = Path(recipe.run.folder, recipe.run.name, part, "metrics.jsonl")
         process = forks.Process(target=start, args=(recipe, True))
         process.start()
         while process.is_alive() and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):

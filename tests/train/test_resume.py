@@ -215,6 +215,16 @@ def test_what_was_saved_is_what_was_trained(recipe: Make, dtype: str) -> None:
         assert buffers[name].equal(bias)
 
 
+def test_time_spent_before_an_interruption_counts(recipe: Make) -> None:
+    run = pretrain(recipe())
+    kept = run / "checkpoints" / "step-000012" / "state.json"
+    facts = json.loads(kept.read_text())
+    assert 0 < facts["facts"]["seconds"] <= json.loads((run / "summary.json").read_text())["seconds"] + 0.05
+    kept.write_text(json.dumps(facts | {"facts": {"seconds": 1000.0}}))
+    pretrain(recipe(), resume=True)
+    assert json.loads((run / "summary.json").read_text())["seconds"] > 1000
+
+
 def test_only_the_newest_checkpoints_are_kept(recipe: Make) -> None:
     run = pretrain(recipe())
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000009", "step-000012"]

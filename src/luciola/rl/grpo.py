@@ -35,7 +35,6 @@ from luciola.train.stopping import Diverged, stop_on_signal
 
 def grpo(recipe: GrpoRecipe, resume: bool = False) -> Path:
     """Run the recipe; returns the run folder, whose `model/` holds the result and `summary.json` the final table."""
-    began = time.perf_counter()
     with Run.create(recipe, "grpo", resume) as run:
         lm = starting_model(recipe, run)
         tokenizer = lm.tokenizer
@@ -50,25 +49,22 @@ def grpo(recipe: GrpoRecipe, resume: bool = False) -> Path:
         lm.save(run.model_folder)
         after = trainer.evaluate()
         _write_held_out(run, before, after)
-        seconds = round(trainer.seconds_before + time.perf_counter() - began, 1)
-        run.summary({**_costs(recipe, run, before["figures"], after.figures, seconds), "seconds": seconds})
+        run.summary(_table(recipe, run, before["figures"], after.figures, trainer.seconds()))
         run.plot()
     return run.path
 
 
-def _costs(
+def _table(
     recipe: GrpoRecipe, run: Run, before: dict[str, Any], after: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
-    """Both evaluations with what was spent to get there: tokens trained on or sampled, and seconds."""
-    spent = {"training_tokens": sum(m["tokens"] for m in run.metrics()), "training_seconds": seconds}
-    if recipe.base is None:
-        return {"before": before, "after": {**after, **spent}}
-    base = json.loads((_base_folder(recipe) / "summary.json").read_text())
-    spent["training_seconds"] = round(seconds - base["seconds"], 1)
-    return {
-        "before": {**before, "training_tokens": base["tokens"], "training_seconds": base["seconds"]},
-        "after": {**after, **spent},
-    }
+    """Both evaluations with what was spent to get there (tokens trained on or sampled, seconds), and all `seconds`."""
+    tokens = sum(m["tokens"] for m in run.metrics())
+    after = {**after, "training_tokens": tokens, "training_seconds": round(seconds, 1)}
+    if recipe.base is not None:
+        base = json.loads((_base_folder(recipe) / "summary.json").read_text())
+        before = {**before, "training_tokens": base["tokens"], "training_seconds": base["seconds"]}
+        seconds += base["seconds"]
+    return {"before": before, "after": after, "seconds": round(seconds, 1)}
 
 
 def _write_held_out(run: Run, before: dict[str, Any], after: Evaluation) -> None:
@@ -117,8 +113,7 @@ class _Trainer:
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
         restored = state.restore(run, self.model, self.optimizer)
         self.start, self.facts = restored.step, restored.facts
-        self.seconds_before: float = self.facts.get("seconds", 0.0)
-        self._began = time.perf_counter()
+        self._began: float = time.perf_counter() - self.facts.get("seconds", 0.0)
         if self.reference is not None and "reference" in restored.extra:
             self.reference.load_state_dict(restored.extra["reference"])
 
@@ -198,11 +193,14 @@ class _Trainer:
             "memory/peak_bytes": hardware.peak_memory_bytes(),
         }
 
+    def seconds(self) -> float:
+        """Time spent on the run so far, in earlier processes (up to their last checkpoint) and in this one."""
+        return time.perf_counter() - self._began
+
     def save(self, done: int) -> None:
         """A checkpoint after `done` steps."""
-        seconds = self.seconds_before + time.perf_counter() - self._began
         extra = {} if self.reference is None else {"reference": _untied(self.reference)}
-        state.save(self.run, done, self.model, self.optimizer, facts={"seconds": seconds}, extra=extra)
+        state.save(self.run, done, self.model, self.optimizer, facts={"seconds": self.seconds()}, extra=extra)
 
 
 def _untied(model: Transformer) -> dict[str, torch.Tensor]:

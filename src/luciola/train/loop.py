@@ -31,8 +31,10 @@ from luciola.train.stopping import Diverged, stop_on_signal
 TrainRecipe = PretrainRecipe | SftRecipe
 
 
-def fit(model: Transformer, rows: Rows, recipe: TrainRecipe, run: Run, description: str) -> None:
+def fit(model: Transformer, rows: Rows, recipe: TrainRecipe, run: Run, description: str) -> float:
     """Train for `recipe.steps` steps, from the run's newest checkpoint if it has one.
+
+    Returns the seconds that earlier processes spent on the run, up to that checkpoint.
 
     Raises KeyboardInterrupt (after saving) when the user stops the run, `Diverged` when a loss or gradient is not
     finite.
@@ -40,9 +42,10 @@ def fit(model: Transformer, rows: Rows, recipe: TrainRecipe, run: Run, descripti
     hardware.keep_freed_memory()
     model.activation_checkpointing = recipe.activation_checkpointing
     optimizer = Optimizer(model, recipe.optim)
-    start = state.restore(run, model, optimizer).step
+    started = time.perf_counter()
+    start, facts, _ = state.restore(run, model, optimizer)
+    earlier: float = facts.get("seconds", 0.0)
     peak = hardware.gemm_peak(run.dtype)
-    metrics: dict[str, Any] = (run.metrics() or [{}])[-1]
     with stop_on_signal() as stop, run.progress(recipe.steps, description, start) as advance:
         for step in range(start, recipe.steps):
             began = time.perf_counter()
@@ -64,10 +67,11 @@ def fit(model: Transformer, rows: Rows, recipe: TrainRecipe, run: Run, descripti
             run.log(step + 1, metrics)
             done, stopping = step + 1, stop.requested  # asked once: who stops has saved
             if done == recipe.steps or stopping or _due(done, recipe.run.checkpoint_every):
-                state.save(run, done, model, optimizer)
+                state.save(run, done, model, optimizer, facts={"seconds": earlier + time.perf_counter() - started})
             advance(f"loss {metrics['loss']:.3f}")
             if stopping and done < recipe.steps:
                 raise KeyboardInterrupt
+    return earlier
 
 
 def _due(step: int, every: int) -> bool:

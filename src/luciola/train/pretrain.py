@@ -40,8 +40,8 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
             recipe.seed,
             truncate=recipe.data.source == "files",
         )
-        fit(lm.model, rows, recipe, run, "pre-training")
-        finish(run, lm, time.perf_counter() - began)
+        earlier = fit(lm.model, rows, recipe, run, "pre-training")
+        finish(run, lm, earlier + time.perf_counter() - began)
     return run.path
 
 

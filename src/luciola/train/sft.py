@@ -34,8 +34,8 @@ def sft(recipe: SftRecipe, resume: bool = False) -> Path:
             recipe.seed,
             truncate=data.source == "files",
         )
-        fit(lm.model, rows, recipe, run, "fine-tuning")
-        finish(run, lm, time.perf_counter() - began)
+        earlier = fit(lm.model, rows, recipe, run, "fine-tuning")
+        finish(run, lm, earlier + time.perf_counter() - began)
     return run.path
 
 
