@@ -123,6 +123,20 @@ def test_waves_change_nothing(lm: LanguageModel, room: int) -> None:
     same(waves, whole)
 
 
+@pytest.mark.parametrize(("name", "value"), [("PREFILL_TOKENS", 12), ("KEEP_SHARE", 0.0), ("KEEP_SHARE", 1.1)])
+def test_how_the_work_is_cut_changes_nothing(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, name: str, value: float
+) -> None:
+    """Prompts read in several passes; finished rows dropped at once or never. Longer than a block of random numbers."""
+    asked = prompts(3, 20, 1, 7, 7)
+    params = [*(params_of(i) for i in range(4)), SamplingParams(max_tokens=80, n=2, seed=9, ignore_eos=True)]
+    usual = Engine(lm, dtype="model").generate(asked, params)
+    assert {len(c.token_ids) for c in usual[4]} == {80}
+    monkeypatch.setattr(engine_module, name, value)
+    same(Engine(lm, dtype="model").generate(asked, params), usual)
+    assert ids(Engine(lm, dtype="model").generate(asked[4:], params[4:])) == ids(usual[4:])
+
+
 def test_the_cache_stays_within_its_limit(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
 
