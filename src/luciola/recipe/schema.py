@@ -275,7 +275,7 @@ class EvaluateSection(Section):
 
     every: CountOrZero = Field(0, description="steps between evaluations during the run; 0: before and after only")
     problems: Count = Field(256, description="held-out problems")
-    samples: Count = Field(8, description="completions a problem: the k of pass@k and maj@k")
+    samples: CountOrZero = Field(8, description="completions a problem: the k of pass@k and maj@k; 0: greedy only")
     temperature: Amount = Field(0.6, description="sampling temperature; 0: greedy")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="nucleus sampling")
 

@@ -1,0 +1,76 @@
+"""What the README shows works: its commands run, its Python runs, its recipe is valid, its links lead somewhere."""
+
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter
+from typer.testing import CliRunner
+
+from luciola.cli import app
+from luciola.tasks import TaskConfig
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINS = {"quickstart", "pretrain", "sft", "grpo"}  # minutes each: shown what they would do instead
+
+TINY = ["base.steps=2", "base.data.batch_size=4", "grpo.steps=1", "rollout.prompts=2", "rollout.group_size=2"]
+TINY += ["evaluate.problems=4", "evaluate.samples=1"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> Iterator[str]:
+    for block in blocks("bash"):
+        for line in block.splitlines():
+            if line.startswith("luciola "):
+                yield line
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the recipes and a run named quickstart, small enough for a test."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = CliRunner().invoke(app, ["quickstart", *TINY])
+        assert result.exit_code == 0, result.stderr
+        assert "luciola chat runs/quickstart" in result.stdout
+        yield folder
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_run(line: str, workplace: Path) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    if words[0] in TRAINS and "--dry-run" not in words:
+        words.append("--dry-run")
+    if words[0] == "evaluate":
+        words += ["--problems", "4"]
+    result = CliRunner().invoke(app, words, input="12+34\n")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip()
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_runs(block: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("block", blocks("toml"))
+def test_recipes_are_valid(block: str, workplace: Path) -> None:
+    (workplace / "gsm8k_train.jsonl").write_text('{"question": "1+1?", "answer": "It is 2.\\n#### 2"}\n')
+    TypeAdapter(TaskConfig).validate_python(tomllib.loads(block)["task"])
+
+
+def test_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert targets
+    missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
+    assert not missing
