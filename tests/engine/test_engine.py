@@ -220,6 +220,7 @@ def written(script: Callable[..., LanguageModel], text: str, first: str, **param
         (["cd"], "b", "bcd"),  # across the border of tokens
         (["ghij", "hi"], "bcdefg", "bcdefghi"),  # complete first, though it begins later
         (["def", "c"], "b", "bc"),
+        (["d", "bcd", "cd"], "", "bcd"),  # several at once: cut where the first begins
         (["x", "dg"], "bcdefghijk", "bcdefghijk"),  # never there
         (["b"], "", "b"),
     ],

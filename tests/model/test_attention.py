@@ -14,7 +14,7 @@ from luciola.model.attention import Context, Step, attend, segment_mask
 from luciola.model.config import ModelConfig
 from luciola.model.gqa import GQA
 from luciola.model.mla import MLA
-from luciola.model.rope import Rope
+from luciola.model.rope import Rope, rotate
 
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
 TOLERANCE = 5e-5  # float32 outputs of size about 5; absorbed and expanded form add up in another order
@@ -109,6 +109,41 @@ def test_prefill_and_decode_write_the_same_cache(config: dict[str, Any], length:
         step = Step(rope(t + 1, x.device, torch.full((2, 1), t)))
         attention.decode(x[:, t], step, one_by_one[:, : t + 1])
     torch.testing.assert_close(at_once, one_by_one, atol=1e-5, rtol=1e-5)
+
+
+@given(mla(), st.integers(1, 9), st.integers(0, 99))
+@SETTINGS
+@torch.no_grad()
+def test_mla_is_the_formula_of_the_paper(config: dict[str, Any], time: int, seed: int) -> None:
+    """V2 paper, equations 9 to 19, head by head, from the published row order of the weights."""
+    ours, shape = module(config, seed)
+    assert isinstance(ours, MLA)
+    n, r, v, rank = ours.n, ours.r, ours.v, ours.rank
+    h = torch.randn(time, shape.hidden_size, generator=torch.Generator().manual_seed(seed))
+    rotation = Rope(shape)(time, h.device)
+
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+    def turned(x: Tensor) -> Tensor:
+        return rotate(x[None], rotation, shape.rope_interleave)[0]
+
+    if shape.q_lora_rank is None:
+        q = ours.q_proj(h)
+    else:
+        q = ours.q_b_proj(normed(ours.q_a_proj(h), ours.q_a_layernorm.weight))
+    compressed = ours.kv_a_proj_with_mqa(h)
+    c, k_R = normed(compressed[:, :rank], ours.kv_a_layernorm.weight), turned(compressed[:, rank:])
+    outputs = []
+    for i in range(shape.num_attention_heads):
+        q_i = q[:, i * (n + r) : (i + 1) * (n + r)]
+        W_UK, W_UV = ours.kv_b_proj.weight[i * (n + v) : (i + 1) * (n + v)].split((n, v))
+        scores = q_i[:, :n] @ (c @ W_UK.T).T + turned(q_i[:, n:]) @ k_R.T
+        causal = torch.ones(time, time).triu(1).bool()
+        outputs.append((shape.attention_scale * scores).masked_fill(causal, -torch.inf).softmax(-1) @ (c @ W_UV.T))
+    expected = ours.o_proj(torch.cat(outputs, dim=-1))
+    found = ours(h[None], Context(rotation))[0]
+    torch.testing.assert_close(found, expected, atol=TOLERANCE * max(1.0, float(expected.abs().max())), rtol=0)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:
