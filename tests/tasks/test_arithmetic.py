@@ -230,6 +230,7 @@ def test_ordinary_replies(reply: str) -> None:
         "7 and 8",
         "The sum of 7 and 8.",
         "14",
+        "7 + 8 = –15",  # an en dash is a sign too
         "10 11 12 13 14 15",
         "13, 14, 15",
         "13\n14\n15",

@@ -19,6 +19,7 @@ _ANSWER_IS = re.compile(r"\banswer\s{0,3}(?:is|:)[\s:]{0,3}", re.IGNORECASE)
 _IS = re.compile(r"\b(?:is|are|equals)\b")
 _END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s|\n")
 _NUMBER = re.compile(r"(?<![\w.])-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?(?!\w)")
+_DASH_AS_MINUS = re.compile(r"−|(?<![\w.])–(?=[0-9])")  # an en dash between numbers is a range, before one a sign
 _RESULT_WORDS = re.compile(r"\b(?:answer|sum|total|result|difference)\b", re.IGNORECASE)
 
 
@@ -65,7 +66,7 @@ def final_number(completion: str, given: Sequence[int] = ()) -> Found:
     the first "is") must be. An earlier sentence that claims another result makes the reply a spray of guesses, and so
     no answer: a number standing alone, the whole question repeated, or, with `given`, a word like "sum" or "answer".
     """
-    text = completion[-MAX_WORDS:].replace("−", "-")
+    text = _DASH_AS_MINUS.sub("-", completion[-MAX_WORDS:])
     sentences = [part for part in _END_OF_SENTENCE.split(text) if _NUMBER.search(part)]
     if not sentences:
         return Found(None, "no number in the reply")
