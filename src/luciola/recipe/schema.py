@@ -173,6 +173,13 @@ class _TrainingSettings(Section):
         0.001, description="step of the expert biases that balance the load (V3 report, section 2.1.2); 0: fixed"
     )
     balance_loss: Amount = Field(0.0001, description="weight of the sequence-wise balance loss (V3 report, eq. 17)")
+    device_balance_loss: Amount = Field(
+        0.0,
+        description="weight of the device-level balance loss (V2 paper, eq. 26); each of n_group groups is a device",
+    )
+    communication_balance_loss: Amount = Field(
+        0.0, description="weight of the communication balance loss (V2 paper, eq. 29), with at most topk_group devices"
+    )
 
 
 class Pretraining(_TrainingSettings):

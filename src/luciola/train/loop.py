@@ -93,9 +93,8 @@ def train_step(
         total = passed.loss
         for loss in passed.mtp_losses:
             total = total + recipe.mtp_weight / len(model.mtp) * loss
-        if passed.routings and recipe.balance_loss:
-            share = recipe.balance_loss / len(batches)
-            total = total + share * sum(balance.expert_loss([r], mask) for r, mask in passed.routings)
+        if passed.routings:
+            total = total + _balance_loss(model, passed.routings, recipe) / len(batches)
         total.backward()
         optimizer.accumulate()
         main += float(passed.loss.detach())
@@ -113,6 +112,21 @@ def train_step(
             if layer.gate.config.topk_method == "noaux_tc":
                 balance.update_bias(layer, load, recipe.bias_update_speed)
     return metrics
+
+
+def _balance_loss(model: Transformer, routings: list[tuple[Routing, Tensor]], recipe: TrainRecipe) -> Tensor:
+    """The balance losses that the recipe weighs, summed over layers."""
+    devices, reach = model.config.n_group, model.config.topk_group
+    total = routings[0][0].scores_BTE.new_zeros(())
+    for routing, real_BT in routings:
+        if recipe.balance_loss:
+            total = total + recipe.balance_loss * balance.expert_loss([routing], real_BT)
+        if recipe.device_balance_loss:
+            total = total + recipe.device_balance_loss * balance.device_loss([routing], devices, real_BT)
+        if recipe.communication_balance_loss:
+            loss = balance.communication_loss([routing], devices, reach, real_BT)
+            total = total + recipe.communication_balance_loss * loss
+    return total
 
 
 class _Forward(NamedTuple):
