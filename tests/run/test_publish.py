@@ -192,3 +192,16 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         atomic_write(path, b"new")
     assert path.read_text() == "öld"
     assert names(path.parent) == ["file"]
+
+
+def test_files_are_as_readable_as_the_user_wants_his_files_to_be(tmp_path: Path) -> None:
+    """Some writers (safetensors) give the owner alone the right to read."""
+    before = os.umask(0o022)
+    try:
+        with publish_folder(tmp_path / "model") as folder:
+            (folder / "secretive").write_text("x")
+            (folder / "secretive").chmod(0o600)
+            (folder / "usual").write_text("x")
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "model").iterdir()} == {0o644}

@@ -64,8 +64,10 @@ def publish_folder(path: str | Path, vanishing: Sequence[str] = MODEL_FILES) -> 
     try:
         yield new
         _refuse_foreign(path, new, vanishing)
+        readers = new.stat().st_mode & 0o666  # a folder follows the user's umask; safetensors' files do not
         for folder, _, files in os.walk(new):
             for name in files:
+                os.chmod(Path(folder, name), readers)
                 _flush(Path(folder, name))
             _flush(Path(folder))
         if path.exists():
