@@ -79,6 +79,29 @@ def test_accumulated_batches_equal_one_big_batch(recipe: Make, packing: str) -> 
         torch.testing.assert_close(accumulated[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("name", ["balance_loss", "device_balance_loss", "communication_balance_loss"])
+def test_balance_losses_are_weighed_and_averaged_over_batches(recipe: Make, name: str) -> None:
+    """Linear in their weight, felt by the gates of main layers and modules, and accumulated like one big batch."""
+    shape: dict[str, Any] = recipe().model.config or {}
+    groups = {"config": shape | {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}}
+
+    def step(weight: float, batches: list[Batch]) -> dict[str, Tensor]:
+        off = {"balance_loss": 0.0, "device_balance_loss": 0.0, "communication_balance_loss": 0.0}
+        weighed = recipe(model=groups, optim={"clip_grad_norm": 0}, **(off | {name: weight}))
+        return gradients_of_a_step(weighed, batches)[1]
+
+    batches = [batch(3, seed=i) for i in range(2)]
+    without, once, twice = (step(weight, batches) for weight in (0.0, 1.0, 2.0))
+    together = step(1.0, [join(batches)])
+    gates = [gate for gate in once if gate.endswith("mlp.gate.weight")]
+    assert len(gates) == 2  # a main layer and a module
+    for gate in gates:
+        assert float((once[gate] - without[gate]).abs().max()) > 1e-4
+        torch.testing.assert_close(twice[gate] - once[gate], once[gate] - without[gate], atol=1e-5, rtol=1e-3)
+    for key, gradient in once.items():
+        torch.testing.assert_close(together[key], gradient, atol=1e-6, rtol=1e-4, msg=key)
+
+
 def test_padding_changes_nothing(recipe: Make) -> None:
     """Neither loss and gradients nor the count of tokens an expert got."""
     plain = recipe(optim={"clip_grad_norm": 0}, balance_loss=0.1)
