@@ -45,7 +45,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", list(commands()))
 def test_commands_run(line: str, workplace: Path) -> None:
     words = shlex.split(line, comments=True)[1:]
     if words[0] in TRAINS and "--dry-run" not in words:
