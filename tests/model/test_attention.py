@@ -14,7 +14,7 @@ from luciola.model.attention import Context, Step, attend, segment_mask
 from luciola.model.config import ModelConfig
 from luciola.model.gqa import GQA
 from luciola.model.mla import MLA
-from luciola.model.rope import Rope, rotate
+from luciola.model.rope import Rope, Rotation, rotate
 
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
 TOLERANCE = 5e-5  # float32 outputs of size about 5; absorbed and expanded form add up in another order
@@ -169,7 +169,8 @@ def test_attention_is_the_formula(
     v = torch.randn(2, time, groups, v_width, generator=generator, requires_grad=True)
     segments = torch.randint(0, 3, (2, time), generator=generator).sort(dim=1).values
     mask = segment_mask(segments) if packed else segment_mask(torch.zeros_like(segments))
-    ours = attend(q, k, v, 0.7, mask if packed else None)
+    nowhere = Rotation(torch.ones(time, 0), torch.zeros(time, 0))
+    ours = attend(q, k, v, 0.7, Context(nowhere, mask if packed else None))
     expected = plain_attention(q, k, v, 0.7, mask)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
     g = torch.randn(ours.shape, generator=generator)

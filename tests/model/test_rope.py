@@ -44,12 +44,30 @@ def test_scores_depend_on_the_distance_of_positions_only(i: int, j: int, shift: 
 
 
 def test_interleaved_pairs_are_complex_numbers_turned_by_the_angle() -> None:
-    """The form of DeepSeek's own code, whose result is interleaved again; ours is de-interleaved."""
+    """The form of DeepSeek's own code."""
     x = torch.randn(2, 5, 3, 64, generator=torch.Generator().manual_seed(0))
     angles = torch.arange(5.0)[:, None] * frequencies(config())[0]
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(5, 1, 32), angles[:, None])
-    expected = torch.cat((turned.real, turned.imag), dim=-1)
+    expected = torch.view_as_real(turned).flatten(-2)
     torch.testing.assert_close(rotate(x, Rotation(angles.cos(), angles.sin()), True), expected)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_gradients_and_odd_slices(interleaved: bool, start: int) -> None:
+    """Rotary features are a slice of a head that may begin and repeat at odd addresses."""
+    x = torch.randn(2, 4, 3, start + 6, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    angles = torch.arange(4.0)[:, None] * torch.tensor([1.0, 0.5, 0.1])
+    rotation = Rotation(angles.cos(), angles.sin())
+    part = x[..., start:].requires_grad_()
+    turned = rotate(part, rotation, interleaved)
+    torch.testing.assert_close(turned, rotate(part.detach().clone(), rotation, interleaved))
+    torch.testing.assert_close(turned.norm(), part.norm())
+    # The map is orthogonal, so the gradient of <g, turn(x)> is g turned back, and <g, turn(x)> = <turn(g) back, x>.
+    g = torch.randn(turned.shape, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad(turned, part, g)
+    torch.testing.assert_close((gradient * part).sum(), (g * turned).sum())
+    torch.testing.assert_close(rotate(gradient, rotation, interleaved), g)
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 6])

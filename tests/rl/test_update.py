@@ -145,8 +145,9 @@ def test_micro_batches_keep_within_their_tokens(lm: LanguageModel, recipe: Make)
     random.Random(0).shuffle(everything)
     for most in (1, 20, 40, 10_000):
         batches = list(micro_batches(everything, most))
-        assert sum(len(b.tokens_BT) for b in batches) == P * G
-        assert all(b.tokens_BT.numel() <= most or len(b.tokens_BT) == 1 for b in batches)
+        shapes = [batch.layout.shape for batch in batches]
+        assert sum(rows for rows, _ in shapes) == P * G
+        assert all(rows * width <= most or rows == 1 for rows, width in shapes)
         assert sum(len(b.targets_N) for b in batches) == sum(len(s.completion) for s in everything)
 
 

@@ -11,14 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luciola.model.layout import Layout
 from luciola.model.rope import Rotation
 
 
 class Context(NamedTuple):
-    """What a whole-sequence pass shares among all layers: the angles, and the mask where it is not plainly causal."""
+    """What a whole-sequence pass shares among all layers: the angles, the mask where it is not plainly causal, and the
+    rows where tokens do not stand in rows already."""
 
     rotation: Rotation
     mask_BTT: Tensor | None = None
+    layout: Layout | None = None
 
 
 class Step(NamedTuple):
@@ -37,8 +40,8 @@ def segment_mask(segments_BT: Tensor) -> Tensor:
     return same & torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril()
 
 
-def attend(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scale: float, mask_BTT: Tensor | None) -> Tensor:
-    """Causal attention, or attention under `mask_BTT`; returns (B, T, H, width of v).
+def attend(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scale: float, context: Context) -> Tensor:
+    """Causal attention, or attention under the context's mask; returns (B, T, H, width of v).
 
     PyTorch's fused kernel on CPU wants one width for queries, keys and values; MLA's differ, so the narrower side is
     padded with zeros, which changes no product, and the result is cut back: half the time of the general path.
@@ -48,6 +51,9 @@ def attend(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scale: float, mask_BT
         v_BTGD = F.pad(v_BTGD, (0, q_width - v_width))
     elif v_width > q_width:
         q_BTHD, k_BTGD = (F.pad(x, (0, v_width - q_width)) for x in (q_BTHD, k_BTGD))
+    layout, mask_BTT = context.layout, context.mask_BTT
+    if layout is not None:
+        q_BTHD, k_BTGD, v_BTGD = layout.spread(q_BTHD), layout.spread(k_BTGD), layout.spread(v_BTGD)
     repeats = q_BTHD.shape[2] // k_BTGD.shape[2]
     if repeats > 1:
         k_BTGD, v_BTGD = (x.repeat_interleave(repeats, dim=2) for x in (k_BTGD, v_BTGD))
@@ -59,7 +65,8 @@ def attend(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scale: float, mask_BT
         is_causal=mask_BTT is None,
         scale=scale,
     )
-    return o_BHTD.transpose(1, 2)[..., :v_width]
+    o_BTHD = o_BHTD.transpose(1, 2)[..., :v_width]
+    return o_BTHD if layout is None else layout.collect(o_BTHD)
 
 
 def attend_cache(q_BGRD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, scale: float, mask_BS: Tensor | None) -> Tensor:

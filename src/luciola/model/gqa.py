@@ -40,7 +40,7 @@ class GQA(nn.Module):
         q_BTHd, k_BTGd, v_BTGd = self._qkv(x_BTD, context.rotation)
         if cache_BTC is not None:
             torch.cat((k_BTGd.flatten(2), v_BTGd.flatten(2)), dim=-1, out=cache_BTC)
-        o_BTHd = attend(q_BTHd, k_BTGd, v_BTGd, self.scale, context.mask_BTT)
+        o_BTHd = attend(q_BTHd, k_BTGd, v_BTGd, self.scale, context)
         return self.o_proj(o_BTHd.flatten(2))  # type: ignore[no-any-return]
 
     def decode(self, x_BD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:

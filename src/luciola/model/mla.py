@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from luciola.model.attention import Context, Step, attend, attend_cache
 from luciola.model.config import ModelConfig
 from luciola.model.norm import RMSNorm
-from luciola.model.rope import Rotation, rotate, rotate_back
+from luciola.model.rope import Rotation, rotate, turn
 
 LATENT_EPS = 1e-6  # DeepSeek's code and the oracle fix it, whatever rms_norm_eps says
 
@@ -45,7 +45,7 @@ class _HeadsFunction(torch.autograd.Function):
         shape = (*q_BTHx.shape[:-1], width)
         qs, ks, vs = (q_BTHx.new_empty(shape) for _ in range(3))
         qs[..., :n] = q_BTHx[..., :n]
-        qs[..., n : n + r] = rotate(q_BTHx[..., n:], ctx.rotation, interleaved)
+        qs[..., n : n + r] = turn(q_BTHx[..., n:], ctx.rotation, interleaved)
         ks[..., :n] = kv_BTHx[..., :n]
         ks[..., n : n + r] = kR_BTr.unsqueeze(2)
         vs[..., :v] = kv_BTHx[..., n:]
@@ -58,7 +58,7 @@ class _HeadsFunction(torch.autograd.Function):
         n, r, v = ctx.n, ctx.r, ctx.v
         dq_BTHx = dq.new_empty(*dq.shape[:-1], n + r)
         dq_BTHx[..., :n] = dq[..., :n]
-        dq_BTHx[..., n:] = rotate_back(dq[..., n : n + r], ctx.rotation, ctx.interleaved)
+        dq_BTHx[..., n:] = turn(dq[..., n : n + r], ctx.rotation, ctx.interleaved, back=True)
         dkv_BTHx = dk.new_empty(*dk.shape[:-1], n + v)
         dkv_BTHx[..., :n] = dk[..., :n]
         dkv_BTHx[..., n:] = dv[..., :v]
@@ -110,7 +110,7 @@ class MLA(nn.Module):
         q_BTHx, k_BTHx, v_BTHx = _HeadsFunction.apply(
             q_BTHx, kv_BTHx, kR_BTr, *context.rotation, self.n, self.interleaved
         )
-        o_BTHv = attend(q_BTHx, k_BTHx, v_BTHx, self.scale, context.mask_BTT)[..., : self.v]
+        o_BTHv = attend(q_BTHx, k_BTHx, v_BTHx, self.scale, context)[..., : self.v]
         return self.o_proj(o_BTHv.flatten(2))  # type: ignore[no-any-return]
 
     def decode(self, x_BD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:

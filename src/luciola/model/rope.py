@@ -2,8 +2,7 @@
 
 Position p turns feature pair k by the angle p * f_k, f_k = theta^(-2k/d). Which features form a pair is a convention
 of the weights: DeepSeek publishes MLA weights with neighbours (2k, 2k+1) paired ("interleaved"), Llama pairs (k, k +
-d/2) ("half-split"). `rotate` is the only place that knows. Its result is half-split in both cases: queries and keys are
-permuted alike, so their products do not change.
+d/2) ("half-split"). `turn` is the only place that knows.
 
 Shapes: B batch, T time, d rotary features a head.
 """
@@ -26,26 +25,40 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
-def rotate(x: Tensor, rotation: Rotation, interleaved: bool) -> Tensor:
-    """Turn x_BT..d by `rotation`; axes between T and d (heads) share the angles. Returns x's shape and dtype,
-    half-split."""
-    cos, sin = rotation
+def turn(x: Tensor, rotation: Rotation, interleaved: bool, *, back: bool = False) -> Tensor:
+    """Turn x_BT..d by `rotation`, or `back` by the opposite angles (the inverse, and what gradients go through); axes
+    between T and d (heads) share the angles. Returns x's shape, order and dtype. Not recorded by autograd."""
+    cos, sin = rotation.cos, -rotation.sin if back else rotation.sin
     for _ in range(x.ndim - 3):
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    if interleaved:  # neighbours are the two parts of a complex number: one product
+        pairs = x.float().unflatten(-1, (-1, 2))
+        if pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
+            pairs = pairs.clone(memory_format=torch.contiguous_format)
+        turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (x1, x2), (y1, y2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    if interleaved:
-        x1, x2 = x[..., 0::2], x[..., 1::2]
-    else:
-        x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
+    torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
+    return out
 
 
-def rotate_back(y: Tensor, rotation: Rotation, interleaved: bool) -> Tensor:
-    """The transpose of `rotate`, which is its inverse: what gradients go through."""
-    y = rotate(y, Rotation(rotation.cos, -rotation.sin), False)
-    if not interleaved:
-        return y
-    return torch.stack(y.chunk(2, dim=-1), dim=-1).flatten(-2)
+class _RotateFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin, interleaved):  # type: ignore[no-untyped-def]
+        ctx.rotation, ctx.interleaved = Rotation(cos, sin), interleaved
+        return turn(x, ctx.rotation, interleaved)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        return turn(g, ctx.rotation, ctx.interleaved, back=True), None, None, None
+
+
+def rotate(x: Tensor, rotation: Rotation, interleaved: bool) -> Tensor:
+    """`turn`, differentiable in x."""
+    return _RotateFunction.apply(x, *rotation, interleaved)  # type: ignore[no-any-return]
 
 
 def frequencies(config: ModelConfig) -> tuple[Tensor, float]:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from luciola.model.attention import Context, Step, segment_mask
 from luciola.model.config import ModelConfig
 from luciola.model.gqa import GQA
+from luciola.model.layout import Layout
 from luciola.model.mla import MLA
 from luciola.model.mlp import SwiGLU
 from luciola.model.moe import MoE, Routing
@@ -122,9 +123,12 @@ class Transformer(nn.Module):
                 total -= routed * (config.n_routed_experts - config.num_experts_per_tok) // config.n_routed_experts
         return total
 
-    def context(self, length: int, segments_BT: Tensor | None = None) -> Context:
-        """Angles and mask of rows of `length` tokens; with `segments_BT` each document counts positions from 0."""
+    def context(self, length: int, segments_BT: Tensor | None = None, layout: Layout | None = None) -> Context:
+        """Angles and mask of rows of `length` tokens; with `segments_BT` each document counts positions from 0, with
+        `layout` each token from the start of its row."""
         device = self.embed_tokens.weight.device
+        if layout is not None:
+            return Context(self.rope(layout.shape[1], device, layout.positions_1N), layout=layout)
         if segments_BT is None:
             return Context(self.rope(length, device))
         positions = torch.arange(length, device=device).expand_as(segments_BT)
@@ -138,6 +142,7 @@ class Transformer(nn.Module):
         tokens_BT: Tensor,
         *,
         segments_BT: Tensor | None = None,
+        layout: Layout | None = None,
         caches: Sequence[Tensor] | None = None,
         routes_BTLK: Tensor | None = None,
     ) -> Hidden:
@@ -146,11 +151,12 @@ class Transformer(nn.Module):
         Args:
             tokens_BT: int64 token ids, right-padded (later tokens never influence earlier ones).
             segments_BT: document numbers of packed rows; tokens then see their own document only.
+            layout: the rows that attention sees, where `tokens_BT` is a flat list (1, N); the states are then flat too.
             caches: one (B, T, C) tensor a layer to fill with what `decode` will need.
             routes_BTLK: experts to replay, one entry an MoE layer (L counts MoE layers).
         """
         x_BTD = self.embed_tokens(tokens_BT)
-        context = self.context(tokens_BT.shape[1], segments_BT)
+        context = self.context(tokens_BT.shape[1], segments_BT, layout)
         routings: list[Routing] = []
         for layer, block in enumerate(self.layers):
             routes_BTK = None

@@ -4,11 +4,12 @@ The log-probabilities of the rollout serve as pi_old: engine and trainer run the
 is needed to recover them, and `kl/engine` measures on every step that this is true. With replayed routes each token
 meets the experts it met when it was sampled.
 
-Shapes: B sequences of a micro-batch, T time, N completion tokens, L MoE layers, K experts a token.
+Shapes: T tokens of a micro-batch that the model reads, N completion tokens, L MoE layers, K experts a token.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from luciola.engine.sampler import derived_seed
 from luciola.model import balance
+from luciola.model.layout import Layout
 from luciola.model.logprobs import token_logprobs, token_logprobs_and_entropy
 from luciola.model.moe import Routing
 from luciola.model.transformer import Transformer
@@ -42,12 +44,13 @@ class Sample:
 
 
 class MicroBatch(NamedTuple):
-    """Right-padded rows, and for each completion token the place (row, column) whose state predicts it."""
+    """Prompts and completions as one flat list, each prompt once, and for each completion token its source: the token
+    whose state predicts it."""
 
-    tokens_BT: Tensor
-    routes_BTLK: Tensor | None
-    rows_N: Tensor
-    columns_N: Tensor
+    tokens_1T: Tensor
+    layout: Layout
+    routes_1TLK: Tensor | None
+    sources_N: Tensor
     targets_N: Tensor
     old_logp_N: Tensor
     advantages_N: Tensor
@@ -76,43 +79,61 @@ def sequences(rollout: Rollout, recipe: GrpoRecipe) -> list[Sample]:
 
 
 def micro_batches(chosen: Sequence[Sample], most_tokens: int) -> Iterator[MicroBatch]:
-    """Cut sequences, sorted by length so that little is padded, into batches of at most `most_tokens` padded tokens."""
-    ordered = sorted(chosen, key=lambda s: len(s.prompt) + len(s.completion))
+    """Cut sequences into batches whose rows hold at most `most_tokens` slots, padding included; samples of a group stay
+    together, groups of like length meet, so that prompts are shared and little is padded."""
+    groups: dict[int, list[Sample]] = {}
+    for sample in chosen:
+        groups.setdefault(id(sample.prompt), []).append(sample)
     batch: list[Sample] = []
-    for sequence in ordered:
-        length = len(sequence.prompt) + len(sequence.completion) - 1
-        if batch and (len(batch) + 1) * length > most_tokens:
+    longest = 0
+    by_length = sorted((sorted(group, key=_length) for group in groups.values()), key=lambda group: _length(group[-1]))
+    for sample in itertools.chain.from_iterable(by_length):
+        longest = max(longest, _length(sample))
+        if batch and (len(batch) + 1) * longest > most_tokens:
             yield _collate(batch)
-            batch = []
-        batch.append(sequence)
+            batch, longest = [], _length(sample)
+        batch.append(sample)
     if batch:
         yield _collate(batch)
 
 
+def _length(sample: Sample) -> int:
+    """Tokens the model reads: the last one is only predicted."""
+    return len(sample.prompt) + len(sample.completion) - 1
+
+
 def _collate(batch: list[Sample]) -> MicroBatch:
-    width = max(len(s.prompt) + len(s.completion) for s in batch) - 1  # the last token is only predicted
-    tokens_BT = torch.zeros(len(batch), width, dtype=torch.long)
-    first = batch[0].routes_TLK
-    routes_BTLK = None
-    if first is not None:
-        # Padding goes to some K different experts; nothing of it is ever read.
-        spare = torch.arange(first.shape[-1], dtype=first.dtype)
-        routes_BTLK = spare.expand(len(batch), width, *first.shape[1:]).contiguous()
-    rows, columns, targets, old, advantages, weights = [], [], [], [], [], []
-    for row, s in enumerate(batch):
-        length, count = len(s.prompt) + len(s.completion) - 1, len(s.completion)
-        tokens_BT[row, :length] = torch.tensor((s.prompt + s.completion)[:-1])
-        if routes_BTLK is not None:
-            assert s.routes_TLK is not None
-            routes_BTLK[row, :length] = s.routes_TLK
-        rows.append(torch.full((count,), row))
-        columns.append(torch.arange(len(s.prompt) - 1, length))
-        targets.append(torch.tensor(s.completion))
-        old.append(torch.tensor(s.old_logp))
-        advantages.append(torch.full((count,), s.advantage))
-        weights.append(torch.full((count,), s.weight))
-    parts = (torch.cat(x) for x in (rows, columns, targets, old, advantages, weights))
-    return MicroBatch(tokens_BT, routes_BTLK, *parts)
+    tokens: list[int] = []
+    routes: list[Tensor] = []
+    rows, sources, old = [], [], []
+    prompt: list[int] | None = None
+    prompt_row = torch.empty(0, dtype=torch.long)
+    for sample in batch:
+        read = len(sample.completion) - 1
+        if sample.prompt is not prompt:
+            prompt = sample.prompt
+            prompt_row = torch.arange(len(tokens), len(tokens) + len(prompt))
+            tokens += prompt
+            if sample.routes_TLK is not None:
+                routes.append(sample.routes_TLK[: len(prompt)])
+        own = torch.arange(len(tokens), len(tokens) + read)
+        tokens += sample.completion[:-1]
+        if sample.routes_TLK is not None:
+            routes.append(sample.routes_TLK[len(prompt) :])
+        rows.append(torch.cat((prompt_row, own)))
+        sources.append(torch.cat((prompt_row[-1:], own)))
+        old += sample.old_logp
+    counts = torch.tensor([len(sample.completion) for sample in batch])
+    return MicroBatch(
+        tokens_1T=torch.tensor([tokens]),
+        layout=Layout(rows),
+        routes_1TLK=torch.cat(routes).unsqueeze(0) if routes else None,
+        sources_N=torch.cat(sources),
+        targets_N=torch.tensor([token for sample in batch for token in sample.completion]),
+        old_logp_N=torch.tensor(old),
+        advantages_N=torch.tensor([sample.advantage for sample in batch]).repeat_interleave(counts),
+        weights_N=torch.tensor([sample.weight for sample in batch]).repeat_interleave(counts),
+    )
 
 
 def update(
@@ -161,7 +182,6 @@ class _Sums:
     entropy: float = 0.0
     engine_kl: float = 0.0
     engine_tokens: int = 0
-    trained_tokens: int = 0
     loads: list[Tensor] | None = None
 
     def metrics(self, with_reference: bool) -> dict[str, Any]:
@@ -199,8 +219,8 @@ def _step(
     # A completion without advantage adds nothing to the policy's gradient; only the KL term still looks at it.
     useful = chosen if settings.beta else [s for s in chosen if s.advantage != 0.0]
     for batch in micro_batches(useful or chosen[:1], settings.micro_batch_tokens):
-        hidden = model.hidden(batch.tokens_BT, routes_BTLK=batch.routes_BTLK)
-        states_ND = hidden.states[batch.rows_N, batch.columns_N]
+        hidden = model.hidden(batch.tokens_1T, layout=batch.layout, routes_BTLK=batch.routes_1TLK)
+        states_ND = hidden.states[0].index_select(0, batch.sources_N)
         logp_N, entropy_N = token_logprobs_and_entropy(
             states_ND, model.lm_head.weight, batch.targets_N, recipe.rollout.temperature
         )
@@ -219,7 +239,6 @@ def _step(
         optimizer.accumulate()
         sums.loss += float(result.loss.detach())
         sums.tokens += len(logp_N)
-        sums.trained_tokens += batch.tokens_BT.numel()
         sums.clipped += float(result.clipped)
         sums.kl += float(result.kl)
         sums.entropy += float(entropy_N.sum())
@@ -233,14 +252,14 @@ def _step(
 
 def _reference_logprobs(reference: Transformer, batch: MicroBatch, temperature: float) -> Tensor:
     with torch.no_grad():
-        states_ND = reference.hidden(batch.tokens_BT).states[batch.rows_N, batch.columns_N]
+        states_ND = reference.hidden(batch.tokens_1T, layout=batch.layout).states[0].index_select(0, batch.sources_N)
         return token_logprobs(states_ND, reference.lm_head.weight, batch.targets_N, temperature)
 
 
 def _count_experts(routings: list[Routing], batch: MicroBatch, sums: _Sums) -> None:
     if not routings:
         return
-    mask_BT = torch.zeros(batch.tokens_BT.shape, dtype=torch.bool)
-    mask_BT[batch.rows_N, batch.columns_N] = True
-    loads = [balance.load(routing, mask_BT) for routing in routings]
+    # Each prediction counts, so the end of a prompt once for every completion that begins there.
+    at_sources = (Routing(*(x.index_select(1, batch.sources_N) for x in routing)) for routing in routings)
+    loads = [balance.load(routing) for routing in at_sources]
     sums.loads = loads if sums.loads is None else [a + b for a, b in zip(sums.loads, loads, strict=True)]
