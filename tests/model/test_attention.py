@@ -5,11 +5,13 @@ The slow twin of both is softmax attention written out.
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from luciola.model import attention
 from luciola.model.attention import Context, Step, attend, segment_mask
 from luciola.model.config import ModelConfig
 from luciola.model.gqa import GQA
@@ -155,14 +157,15 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor)
 
 
 @given(
-    st.integers(1, 7), st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.booleans(),
-    st.integers(0, 99),
+    st.integers(1, 8), st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.booleans(),
+    st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 @SETTINGS
 def test_attention_is_the_formula(
-    time: int, groups: int, repeats: int, width: int, v_width: int, packed: bool, seed: int
+    time: int, groups: int, repeats: int, width: int, v_width: int, packed: bool, at_once: bool, seed: int
 ) -> None:
-    """Also its gradients, where values are narrower or wider than keys, and under the mask of packed documents."""
+    """Also its gradients, where values are narrower or wider than keys, under the mask of packed documents, over one or
+    several blocks of queries, and by PyTorch's kernel."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(2, time, groups * repeats, width, generator=generator, requires_grad=True)
     k = torch.randn(2, time, groups, width, generator=generator, requires_grad=True)
@@ -170,11 +173,16 @@ def test_attention_is_the_formula(
     segments = torch.randint(0, 3, (2, time), generator=generator).sort(dim=1).values
     mask = segment_mask(segments) if packed else segment_mask(torch.zeros_like(segments))
     nowhere = Rotation(torch.ones(time, 0), torch.zeros(time, 0))
-    ours = attend(q, k, v, 0.7, Context(nowhere, mask if packed else None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "BLOCK", 3)
+        patch.setattr(attention, "KEPT_NUMBERS", 1 << 23 if at_once else 0)
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        ours = attend(*heads_first, 0.7, Context(nowhere, mask if packed else None))
+        g = torch.randn(ours.shape, generator=generator)
+        gradients = torch.autograd.grad(ours, (q, k, v), g)
     expected = plain_attention(q, k, v, 0.7, mask)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
-    g = torch.randn(ours.shape, generator=generator)
-    for a, b in zip(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(expected, (q, k, v), g), strict=True):
+    for a, b in zip(gradients, torch.autograd.grad(expected, (q, k, v), g), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 

@@ -39,22 +39,22 @@ def test_spread_and_collect_are_gathers_and_their_gradients_sums(groups: list[tu
             rows.append(torch.cat((torch.arange(start, start + prefix), torch.arange(count, count + length))))
             count += length
     layout = Layout(rows)
-    x = torch.randn(1, count, 2, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    x = torch.randn(1, 2, count, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
     spread = layout.spread(x)
-    assert spread.shape == (len(rows), max(map(len, rows)), 2, 3)
+    assert spread.shape == (len(rows), 2, max(map(len, rows)), 3)
     for b, row in enumerate(rows):
-        assert torch.equal(spread[b, : len(row)], x[0, row])
+        assert torch.equal(spread[b, :, : len(row)], x[0, :, row])
         assert torch.equal(layout.positions_1N[0, row], torch.arange(len(row)))
-    assert torch.equal(layout.collect(spread), x)
+    assert torch.equal(layout.collect(spread), x.transpose(1, 2))
     g = torch.randn(spread.shape, generator=torch.Generator().manual_seed(1))
     for b, row in enumerate(rows):
-        g[b, len(row) :] = 0.0  # nothing real depends on padding
+        g[b, :, len(row) :] = 0.0  # nothing real depends on padding
     expected = torch.zeros_like(x)
     for b, row in enumerate(rows):
-        expected[0, row] += g[b, : len(row)]
+        expected[0, :, row] += g[b, :, : len(row)]
     torch.testing.assert_close(torch.autograd.grad(spread, x, g)[0], expected)
     y = torch.randn(spread.shape, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    h = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    h = torch.randn(1, count, 2, 3, generator=torch.Generator().manual_seed(3))
     collected = layout.collect(y)
     torch.testing.assert_close((torch.autograd.grad(collected, y, h)[0] * y).sum(), (collected * h).sum())
 

@@ -45,9 +45,9 @@ def test_scores_depend_on_the_distance_of_positions_only(i: int, j: int, shift: 
 
 def test_interleaved_pairs_are_complex_numbers_turned_by_the_angle() -> None:
     """The form of DeepSeek's own code."""
-    x = torch.randn(2, 5, 3, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, 5, 64, generator=torch.Generator().manual_seed(0))
     angles = torch.arange(5.0)[:, None] * frequencies(config())[0]
-    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(5, 1, 32), angles[:, None])
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(5, 32), angles)
     expected = torch.view_as_real(turned).flatten(-2)
     torch.testing.assert_close(rotate(x, Rotation(angles.cos(), angles.sin()), True), expected)
 
@@ -56,7 +56,7 @@ def test_interleaved_pairs_are_complex_numbers_turned_by_the_angle() -> None:
 @pytest.mark.parametrize("start", [0, 1, 3])
 def test_gradients_and_odd_slices(interleaved: bool, start: int) -> None:
     """Rotary features are a slice of a head that may begin and repeat at odd addresses."""
-    x = torch.randn(2, 4, 3, start + 6, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, 4, start + 6, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
     angles = torch.arange(4.0)[:, None] * torch.tensor([1.0, 0.5, 0.1])
     rotation = Rotation(angles.cos(), angles.sin())
     part = x[..., start:].requires_grad_()

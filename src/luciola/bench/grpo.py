@@ -23,6 +23,7 @@ SHAPE: dict[str, Any] = {
     "intermediate_size": 352,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "tie_word_embeddings": True,
     "initializer_range": 0.02,
 }

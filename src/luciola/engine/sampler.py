@@ -144,16 +144,21 @@ def sample(logits_BV: Tensor, settings: Settings, uniform_B: Tensor, logprobs: b
     if settings.top_k is not None or settings.top_p is not None:
         kept_BV = truncate(p_BV, settings.top_k, settings.top_p)
     cumulative_BV = kept_BV.cumsum(-1)
-    threshold_B1 = uniform_B.unsqueeze(1) * cumulative_BV[:, -1:]
+    total_B1 = cumulative_BV[:, -1:]
+    # Rounding can lift the product onto the total, above which nothing lies.
+    threshold_B1 = torch.minimum(uniform_B.unsqueeze(1) * total_B1, total_B1.nextafter(total_B1.new_zeros(())))
     tokens_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True)
-    # Rounding can lift the threshold onto the total: then nothing lies above it and the likeliest token stands in.
-    tokens_B1 = torch.where(tokens_B1 < p_BV.shape[-1], tokens_B1, kept_BV.argmax(-1, keepdim=True))
     if settings.greedy is not None:
         tokens_B1 = torch.where(settings.greedy, logits_BV.argmax(-1, keepdim=True), tokens_B1)
     if not logprobs:
         return Sampled(tokens_B1.squeeze(1), None, None)
-    plain = (logits_BV.gather(1, tokens_B1) - logits_BV.logsumexp(-1, keepdim=True)).squeeze(1)
+    warm = _logprobs(tempered, p_BV, tokens_B1)
     if bool((settings.temperature == 1.0).all()):
-        return Sampled(tokens_B1.squeeze(1), plain, plain)
-    warm = (tempered.gather(1, tokens_B1) - tempered.logsumexp(-1, keepdim=True)).squeeze(1)
-    return Sampled(tokens_B1.squeeze(1), plain, warm)
+        return Sampled(tokens_B1.squeeze(1), warm, warm)
+    return Sampled(tokens_B1.squeeze(1), _logprobs(logits_BV, logits_BV.softmax(-1), tokens_B1), warm)
+
+
+def _logprobs(logits_BV: Tensor, p_BV: Tensor, tokens_B1: Tensor) -> Tensor:
+    """Log-probability of each row's token, by the same arithmetic as `luciola.model.logprobs`."""
+    above_B1 = logits_BV.gather(1, tokens_B1) - logits_BV.amax(-1, keepdim=True)
+    return (above_B1 + p_BV.amax(-1, keepdim=True).log()).squeeze(1)

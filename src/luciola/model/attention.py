@@ -14,6 +14,9 @@ from torch import Tensor
 from luciola.model.layout import Layout
 from luciola.model.rope import Rotation
 
+KEPT_NUMBERS = 1 << 23  # attention weights of a layer kept for the backward pass, 32 MiB at the most
+BLOCK = 128  # queries of a block
+
 
 class Context(NamedTuple):
     """What a whole-sequence pass shares among all layers: the angles, the mask where it is not plainly causal, and the
@@ -40,33 +43,100 @@ def segment_mask(segments_BT: Tensor) -> Tensor:
     return same & torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril()
 
 
-def attend(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scale: float, context: Context) -> Tensor:
+def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, context: Context) -> Tensor:
     """Causal attention, or attention under the context's mask; returns (B, T, H, width of v).
 
-    PyTorch's fused kernel on CPU wants one width for queries, keys and values; MLA's differ, so the narrower side is
-    padded with zeros, which changes no product, and the result is cut back: half the time of the general path.
+    PyTorch's fused kernel serves long rows and GPUs. On a CPU it works head by head on products too small to be fast
+    when rows are short; there the scores of all heads are formed at once instead.
     """
-    v_width, q_width = v_BTGD.shape[-1], q_BTHD.shape[-1]
-    if v_width < q_width:
-        v_BTGD = F.pad(v_BTGD, (0, q_width - v_width))
-    elif v_width > q_width:
-        q_BTHD, k_BTGD = (F.pad(x, (0, v_width - q_width)) for x in (q_BTHD, k_BTGD))
     layout, mask_BTT = context.layout, context.mask_BTT
     if layout is not None:
-        q_BTHD, k_BTGD, v_BTGD = layout.spread(q_BTHD), layout.spread(k_BTGD), layout.spread(v_BTGD)
-    repeats = q_BTHD.shape[2] // k_BTGD.shape[2]
+        q_BHTD, k_BGTD, v_BGTD = layout.spread(q_BHTD), layout.spread(k_BGTD), layout.spread(v_BGTD)
+    B, H, T, _ = q_BHTD.shape
+    if B * H * T * T <= KEPT_NUMBERS and q_BHTD.dtype == torch.float32 and q_BHTD.device.type == "cpu":
+        o_BHTD = _ShortFunction.apply(q_BHTD, k_BGTD, v_BGTD, scale, mask_BTT)
+    else:
+        o_BHTD = _fused(q_BHTD, k_BGTD, v_BGTD, scale, mask_BTT)
+    return o_BHTD.transpose(1, 2) if layout is None else layout.collect(o_BHTD)
+
+
+def _fused(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, mask_BTT: Tensor | None) -> Tensor:
+    # The kernel on CPU wants one width for queries, keys and values; MLA's differ, so the narrower side is padded with
+    # zeros, which changes no product, and the result is cut back: half the time of the general path.
+    repeats, v_width, q_width = q_BHTD.shape[1] // k_BGTD.shape[1], v_BGTD.shape[-1], q_BHTD.shape[-1]
     if repeats > 1:
-        k_BTGD, v_BTGD = (x.repeat_interleave(repeats, dim=2) for x in (k_BTGD, v_BTGD))
+        k_BGTD, v_BGTD = (x.repeat_interleave(repeats, dim=1) for x in (k_BGTD, v_BGTD))
+    if v_width < q_width:
+        v_BGTD = F.pad(v_BGTD, (0, q_width - v_width))
+    elif v_width > q_width:
+        q_BHTD, k_BGTD = (F.pad(x, (0, v_width - q_width)) for x in (q_BHTD, k_BGTD))
     o_BHTD = F.scaled_dot_product_attention(
-        q_BTHD.transpose(1, 2),
-        k_BTGD.transpose(1, 2),
-        v_BTGD.transpose(1, 2),
+        q_BHTD,
+        k_BGTD,
+        v_BGTD,
         attn_mask=None if mask_BTT is None else mask_BTT.unsqueeze(1),
         is_causal=mask_BTT is None,
         scale=scale,
     )
-    o_BTHD = o_BHTD.transpose(1, 2)[..., :v_width]
-    return o_BTHD if layout is None else layout.collect(o_BTHD)
+    return o_BHTD[..., :v_width]
+
+
+class _ShortFunction(torch.autograd.Function):
+    """Softmax attention by blocks of queries, each against the keys up to its own end; the weights are kept.
+
+    With P the weights and dO the gradient of the output: dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)),
+    dQ = dS K * scale, dK = dS^T Q * scale. The R = H / G query heads that share a key stand one below the other, as if
+    they were further queries, so that keys are never repeated and their gradients add up in the product.
+
+    Shapes: X = B*G batched products, t queries of a block, s keys up to its end.
+    """
+
+    @staticmethod
+    def forward(ctx, q_BHTD, k_BGTD, v_BGTD, scale, mask_BTT):  # type: ignore[no-untyped-def]
+        (B, H, T, _), G = q_BHTD.shape, k_BGTD.shape[1]
+        q_XRTD = q_BHTD.reshape(B * G, H // G, T, -1)
+        k_XTD, v_XTD = (x.flatten(0, 1) for x in (k_BGTD, v_BGTD))
+        o_XRTD = v_XTD.new_empty(*q_XRTD.shape[:3], v_XTD.shape[-1])
+        kept = []
+        for start in range(0, T, BLOCK):
+            end = min(T, start + BLOCK)
+            rows = q_XRTD[:, :, start:end]
+            bias_ts = q_BHTD.new_full((end - start, end), 0.0 if mask_BTT is not None else -torch.inf)
+            bias_ts = bias_ts.triu_(start + 1).repeat(H // G, 1)  # repeat: one for each head of a group
+            p_Xts = torch.baddbmm(bias_ts, rows.flatten(1, 2), k_XTD[:, :end].transpose(1, 2), alpha=scale)
+            if mask_BTT is not None:
+                unseen_B11ts = ~mask_BTT[:, None, None, start:end, :end]
+                p_Xts.view(B, G, H // G, end - start, end).masked_fill_(unseen_B11ts, -torch.inf)
+            torch.softmax(p_Xts, -1, out=p_Xts)
+            o_XRTD[:, :, start:end] = torch.bmm(p_Xts, v_XTD[:, :end]).view(*rows.shape[:3], -1)
+            kept.append(p_Xts)
+        ctx.save_for_backward(q_XRTD, k_XTD, v_XTD, o_XRTD, *kept)
+        ctx.scale, ctx.shape = scale, (B, G)
+        return o_XRTD.view(B, H, T, -1)
+
+    @staticmethod
+    def backward(ctx, g_BHTD):  # type: ignore[no-untyped-def]
+        q_XRTD, k_XTD, v_XTD, o_XRTD, *kept = ctx.saved_tensors
+        g_XRTD = g_BHTD.reshape(o_XRTD.shape)
+        minus_dot_XRT1 = (g_XRTD * o_XRTD).sum(-1, keepdim=True).neg_()
+        dq_XRTD, dk_XTD, dv_XTD = (torch.empty_like(x) for x in (q_XRTD, k_XTD, v_XTD))
+        T, scale = k_XTD.shape[1], ctx.scale
+        for start in reversed(range(0, T, BLOCK)):  # the last block reaches all keys: the others add to what it leaves
+            p_Xts = kept[start // BLOCK]
+            end = min(T, start + BLOCK)
+            q, g, minus_dot = (x[:, :, start:end].flatten(1, 2) for x in (q_XRTD, g_XRTD, minus_dot_XRT1))
+            ds_Xts = torch.baddbmm(minus_dot, g, v_XTD[:, :end].transpose(1, 2)).mul_(p_Xts)
+            dq = torch.baddbmm(q, ds_Xts, k_XTD[:, :end], beta=0, alpha=scale)
+            dq_XRTD[:, :, start:end] = dq.view(*q_XRTD.shape[:2], end - start, -1)
+            if end == T:
+                torch.baddbmm(dk_XTD, ds_Xts.transpose(1, 2), q, beta=0, alpha=scale, out=dk_XTD)
+                torch.bmm(p_Xts.transpose(1, 2), g, out=dv_XTD)
+            else:
+                dk_XTD[:, :end].add_(torch.bmm(ds_Xts.transpose(1, 2), q), alpha=scale)
+                dv_XTD[:, :end].add_(torch.bmm(p_Xts.transpose(1, 2), g))
+        B, G = ctx.shape
+        dk_BGTD, dv_BGTD = (x.unflatten(0, (B, G)) for x in (dk_XTD, dv_XTD))
+        return dq_XRTD.view(B, -1, T, dq_XRTD.shape[-1]), dk_BGTD, dv_BGTD, None, None
 
 
 def attend_cache(q_BGRD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, scale: float, mask_BS: Tensor | None) -> Tensor:

@@ -21,11 +21,13 @@ def _gather_sum(y_MD: Tensor, place_NK: Tensor, weights_NK: Tensor | None) -> Te
 
 
 class _ExpertsFunction(torch.autograd.Function):
+    """One expert after the other, from gathering its tokens to its last product, so that what passes between the steps
+    stays in the processor's cache. Kept for the backward pass: the input and h, of which all else is made again."""
+
     @staticmethod
     def forward(ctx, x_ND, weights_NK, indices_NK, W_gate_up_EJD, W_down_EDI):  # type: ignore[no-untyped-def]
         N, K = indices_NK.shape
         E, J, D = W_gate_up_EJD.shape
-        inner = J // 2
         expert_M, order_M = indices_NK.flatten().sort(stable=True)
         counts = torch.bincount(expert_M, minlength=E).tolist()
         place_NK = torch.empty_like(order_M)
@@ -33,48 +35,49 @@ class _ExpertsFunction(torch.autograd.Function):
         place_NK = place_NK.view(N, K)
         token_M = order_M.div_(K, rounding_mode="floor")
 
-        x_MD = x_ND.index_select(0, token_M)
-        h_MJ = x_MD.new_empty(N * K, J)
-        a_MI = x_MD.new_empty(N * K, inner)
-        y_MD = x_MD.new_empty(N * K, D)
-        end = 0
-        for expert, count in enumerate(counts):
-            if count:
-                rows = slice(end, end := end + count)
-                torch.mm(x_MD[rows], W_gate_up_EJD[expert].T, out=h_MJ[rows])
-                torch.mul(F.silu(h_MJ[rows, :inner]), h_MJ[rows, inner:], out=a_MI[rows])
-                torch.mm(a_MI[rows], W_down_EDI[expert].T, out=y_MD[rows])
+        h_MJ, y_MD = x_ND.new_empty(N * K, J), x_ND.new_empty(N * K, D)
+        work = zip(
+            token_M.split(counts), h_MJ.split(counts), y_MD.split(counts), W_gate_up_EJD, W_down_EDI, strict=True
+        )
+        for token, h, y, W_gate_up_JD, W_down_DI in work:
+            if len(token):
+                torch.mm(x_ND.index_select(0, token), W_gate_up_JD.T, out=h)
+                gate, up = h.chunk(2, dim=-1)
+                torch.mm(F.silu(gate).mul_(up), W_down_DI.T, out=y)
         ctx.counts = counts
-        ctx.save_for_backward(x_MD, h_MJ, a_MI, weights_NK, token_M, place_NK, W_gate_up_EJD, W_down_EDI)
+        ctx.save_for_backward(x_ND, h_MJ, weights_NK, token_M, place_NK, W_gate_up_EJD, W_down_EDI)
         return _gather_sum(y_MD, place_NK, weights_NK.to(y_MD.dtype))
 
     @staticmethod
     def backward(ctx, g_ND):  # type: ignore[no-untyped-def]
-        x_MD, h_MJ, a_MI, weights_NK, token_M, place_NK, W_gate_up_EJD, W_down_EDI = ctx.saved_tensors
-        inner = a_MI.shape[1]
+        x_ND, h_MJ, weights_NK, token_M, place_NK, W_gate_up_EJD, W_down_EDI = ctx.saved_tensors
+        counts, inner = ctx.counts, W_down_EDI.shape[2]
         weight_M1 = weights_NK.new_empty(weights_NK.numel(), 1)
         weight_M1[place_NK.flatten()] = weights_NK.reshape(-1, 1)
         weight_M1 = weight_M1.to(g_ND.dtype)
         dW_gate_up_EJD, dW_down_EDI = torch.empty_like(W_gate_up_EJD), torch.empty_like(W_down_EDI)
-        dx_MD, dweight_M = torch.empty_like(x_MD), g_ND.new_empty(x_MD.shape[0])
-        end = 0
-        for expert, count in enumerate(ctx.counts):
-            if not count:
-                dW_gate_up_EJD[expert].zero_()
-                dW_down_EDI[expert].zero_()
+        dx_MD, dweight_M = x_ND.new_empty(len(token_M), x_ND.shape[1]), g_ND.new_empty(len(token_M))
+        of_tokens = (x.split(counts) for x in (token_M, h_MJ, weight_M1, dx_MD, dweight_M))
+        of_weights = (W_gate_up_EJD, W_down_EDI, dW_gate_up_EJD, dW_down_EDI)
+        for token, h, w, dx, dweight, W_gate_up_JD, W_down_DI, dW_gate_up_JD, dW_down_DI in zip(
+            *of_tokens, *of_weights, strict=True
+        ):
+            if not len(token):
+                dW_gate_up_JD.zero_()
+                dW_down_DI.zero_()
                 continue
-            rows = slice(end, end := end + count)
-            g, a, w = g_ND.index_select(0, token_M[rows]), a_MI[rows], weight_M1[rows]
-            gate, up = h_MJ[rows].chunk(2, dim=-1)
-            da = torch.mm(g, W_down_EDI[expert])  # of the output before its weight; times a: the weight's own gradient
-            torch.sum(da * a, dim=-1, out=dweight_M[rows])
-            torch.mm(g.T, a * w, out=dW_down_EDI[expert])
+            g, (gate, up) = g_ND.index_select(0, token), h.chunk(2, dim=-1)
+            s = F.silu(gate)
+            a = s * up
+            da = torch.mm(g, W_down_DI)  # of the output before its weight; times a: the weight's own gradient
+            torch.sum(da * a, dim=-1, out=dweight)
+            torch.mm(g.T, a.mul_(w), out=dW_down_DI)
             da.mul_(w)
-            dh = torch.empty_like(h_MJ[rows])
-            torch.mul(F.silu(gate), da, out=dh[:, inner:])
+            dh = torch.empty_like(h)
+            torch.mul(s, da, out=dh[:, inner:])
             dh[:, :inner] = torch.ops.aten.silu_backward(da.mul_(up), gate)
-            torch.mm(dh.T, x_MD[rows], out=dW_gate_up_EJD[expert])
-            torch.mm(dh, W_gate_up_EJD[expert], out=dx_MD[rows])
+            torch.mm(dh.T, x_ND.index_select(0, token), out=dW_gate_up_JD)
+            torch.mm(dh, W_gate_up_JD, out=dx)
         dx_ND = _gather_sum(dx_MD, place_NK, None)
         dweights_NK = dweight_M[place_NK].to(weights_NK.dtype)
         return dx_ND, dweights_NK, None, dW_gate_up_EJD, dW_down_EDI

@@ -29,27 +29,29 @@ class GQA(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.width, hidden, bias=bias)
 
     def _qkv(self, x_BTD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, heads before time: (B, H, T, d), (B, G, T, d) twice."""
         q_BTHd = self.q_proj(x_BTD).unflatten(-1, (self.heads, self.width))
         k_BTGd = self.k_proj(x_BTD).unflatten(-1, (self.kv_heads, self.width))
         v_BTGd = self.v_proj(x_BTD).unflatten(-1, (self.kv_heads, self.width))
-        return rotate(q_BTHd, rotation, False), rotate(k_BTGd, rotation, False), v_BTGd
+        q_BHTd, k_BGTd = (rotate(x.transpose(1, 2), rotation, False) for x in (q_BTHd, k_BTGd))
+        return q_BHTd, k_BGTd, v_BTGd.transpose(1, 2)
 
     def forward(self, x_BTD: Tensor, context: Context, cache_BTC: Tensor | None = None) -> Tensor:
         """Whole sequences. Writes each token's keys and values (C = 2 G d numbers) into `cache_BTC` where it is
         given."""
-        q_BTHd, k_BTGd, v_BTGd = self._qkv(x_BTD, context.rotation)
+        q_BHTd, k_BGTd, v_BGTd = self._qkv(x_BTD, context.rotation)
         if cache_BTC is not None:
-            torch.cat((k_BTGd.flatten(2), v_BTGd.flatten(2)), dim=-1, out=cache_BTC)
-        o_BTHd = attend(q_BTHd, k_BTGd, v_BTGd, self.scale, context)
+            torch.cat([x.transpose(1, 2).flatten(2) for x in (k_BGTd, v_BGTd)], dim=-1, out=cache_BTC)
+        o_BTHd = attend(q_BHTd, k_BGTd, v_BGTd, self.scale, context)
         return self.o_proj(o_BTHd.flatten(2))  # type: ignore[no-any-return]
 
     def decode(self, x_BD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:
         """One new token a row: its keys and values go into the last column of `cache_BSC`, then it attends to all of
         them."""
-        q_BTHd, k_BTGd, v_BTGd = self._qkv(x_BD.unsqueeze(1), step.rotation)
+        q_BH1d, k_BG1d, v_BG1d = self._qkv(x_BD.unsqueeze(1), step.rotation)
         cache_BS2Gd = cache_BSC.unflatten(-1, (2, self.kv_heads, self.width))
-        cache_BS2Gd[:, -1, 0] = k_BTGd[:, 0]
-        cache_BS2Gd[:, -1, 1] = v_BTGd[:, 0]
-        q_BGRd = q_BTHd[:, 0].unflatten(1, (self.kv_heads, -1))
+        cache_BS2Gd[:, -1, 0] = k_BG1d[:, :, 0]
+        cache_BS2Gd[:, -1, 1] = v_BG1d[:, :, 0]
+        q_BGRd = q_BH1d[:, :, 0].unflatten(1, (self.kv_heads, -1))
         o_BGRd = attend_cache(q_BGRd, cache_BS2Gd[:, :, 0], cache_BS2Gd[:, :, 1], self.scale, step.mask_BS)
         return self.o_proj(o_BGRd.flatten(1))  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@ one flat list, and only queries, keys and values are spread over rows. A token m
 completions of one prompt are sixteen rows that begin with the same tokens, whose projections, norms and experts are
 then computed once, and whose gradients are the sum over the rows.
 
-Shapes: N tokens, B rows, T slots of a row (the longest), M occupied slots of all rows.
+Shapes: N tokens, B rows, T slots of a row (the longest), M occupied slots of all rows, H heads, D features of a head.
 """
 
 from __future__ import annotations
@@ -39,38 +39,53 @@ class Layout:
         self.home_N = self.sorted_M[self.starts_N]
         self.positions_1N = (self.home_N % self.shape[1]).unsqueeze(0)
 
-    def spread(self, x_1N: Tensor) -> Tensor:
-        """(1, N, ...) to (B, T, ...): each slot gets its token's value."""
-        x_SF = _Spread.apply(x_1N.flatten(2).squeeze(0), self)
-        return x_SF.view(*self.shape, *x_1N.shape[2:])  # type: ignore[no-any-return]
+    def spread(self, x_1HND: Tensor) -> Tensor:
+        """(1, H, N, D) to (B, H, T, D): each slot gets its token's value."""
+        return _Spread.apply(x_1HND, self)  # type: ignore[no-any-return]
 
-    def collect(self, y_BT: Tensor) -> Tensor:
-        """(B, T, ...) to (1, N, ...): each token gets the value of one of its slots, which must all hold the same."""
-        y_NF = _Collect.apply(y_BT.flatten(2).flatten(0, 1), self)
-        return y_NF.view(1, self.N, *y_BT.shape[2:])  # type: ignore[no-any-return]
+    def collect(self, y_BHTD: Tensor) -> Tensor:
+        """(B, H, T, D) to (1, N, H, D): each token gets the value of one of its slots, which must all hold the same."""
+        return _Collect.apply(y_BHTD, self)  # type: ignore[no-any-return]
+
+    def _of_heads(self, slots: Tensor, heads: int) -> Tensor:
+        """Numbers of `slots` (b, t) among the rows of (B, H, T, D), (slots, H)."""
+        T = self.shape[1]
+        return ((slots // T * heads)[:, None] + torch.arange(heads)) * T + (slots % T)[:, None]
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_NF, layout):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_1HND, layout):  # type: ignore[no-untyped-def]
         ctx.layout = layout
-        return x_NF.index_select(0, layout.slots_S)
+        _, H, N, D = x_1HND.shape
+        B, T = layout.shape
+        index_BHT = torch.arange(H)[:, None] * N + layout.slots_S.view(B, 1, T)
+        return x_1HND.reshape(H * N, D).index_select(0, index_BHT.flatten()).view(B, H, T, D)
 
     @staticmethod
-    def backward(ctx, g_SF):  # type: ignore[no-untyped-def]
+    def backward(ctx, g_BHTD):  # type: ignore[no-untyped-def]
         layout = ctx.layout
+        H, D = g_BHTD.shape[1], g_BHTD.shape[-1]
+        g_RD = g_BHTD.reshape(-1, D)
         if len(layout.sorted_M) == layout.N:
-            return g_SF.index_select(0, layout.home_N), None
-        return F.embedding_bag(layout.sorted_M, g_SF, layout.starts_N, mode="sum"), None
+            dx_1NHD = g_RD.index_select(0, layout._of_heads(layout.home_N, H).flatten()).view(1, layout.N, H, D)
+            return dx_1NHD.transpose(1, 2), None
+        index_HM = layout._of_heads(layout.sorted_M, H).T
+        starts_HN = torch.arange(H)[:, None] * index_HM.shape[1] + layout.starts_N
+        dx_RD = F.embedding_bag(index_HM.flatten(), g_RD, starts_HN.flatten(), mode="sum")
+        return dx_RD.view(1, H, layout.N, D), None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_SF, layout):  # type: ignore[no-untyped-def]
-        ctx.layout = layout
-        return y_SF.index_select(0, layout.home_N)
+    def forward(ctx, y_BHTD, layout):  # type: ignore[no-untyped-def]
+        ctx.layout, ctx.shape = layout, y_BHTD.shape
+        H, D = y_BHTD.shape[1], y_BHTD.shape[-1]
+        ctx.index = layout._of_heads(layout.home_N, H).flatten()
+        return y_BHTD.reshape(-1, D).index_select(0, ctx.index).view(1, layout.N, H, D)
 
     @staticmethod
-    def backward(ctx, g_NF):  # type: ignore[no-untyped-def]
-        layout = ctx.layout
-        return g_NF.new_zeros(len(layout.slots_S), g_NF.shape[1]).index_copy_(0, layout.home_N, g_NF), None
+    def backward(ctx, g_1NHD):  # type: ignore[no-untyped-def]
+        B, H, T, D = ctx.shape
+        dy_RD = g_1NHD.new_zeros(B * H * T, D).index_copy_(0, ctx.index, g_1NHD.reshape(-1, D))
+        return dy_RD.view(ctx.shape), None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 CHUNK_NUMBERS = 1 << 20  # logits in flight, 4 MiB in float32
+TINY = 1e-37  # stands for probabilities of 0 in p log p
 KEPT_NUMBERS = 1 << 26  # softmax values kept for backward, 256 MiB at the most
 
 
@@ -49,7 +50,7 @@ class _LogProbsFunction(torch.autograd.Function):
             out = None if p_NV is None else p_NV[part]
             p, logp_N[part] = _softmax(h_ND[part], W_VD, scale, targets_N[part], out)
             if entropy_N is not None:
-                entropy_N[part] = torch.special.entr(p).sum(-1)
+                entropy_N[part] = -(p.clamp_min(TINY).log_().mul_(p)).sum(-1)
         ctx.scale, ctx.rows = scale, rows
         ctx.save_for_backward(h_ND, W_VD, targets_N, p_NV)
         if entropy_N is not None:

@@ -29,8 +29,7 @@ LATENT_EPS = 1e-6  # DeepSeek's code and the oracle fix it, whatever rms_norm_ep
 
 
 class _HeadsFunction(torch.autograd.Function):
-    """q = [q_C ; RoPE(q_R)], k = [k_C ; k_R], v, each (B, T, H, width) with one width for all three, zeros beyond its
-    own.
+    """q = [q_C ; RoPE(q_R)], k = [k_C ; k_R], v, heads before time: (B, H, T, width).
 
     Written out because autograd through the slices and concatenations would fill, copy and add each piece of every
     gradient several times over.
@@ -38,31 +37,26 @@ class _HeadsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_BTHx, kv_BTHx, kR_BTr, cos, sin, n, interleaved):  # type: ignore[no-untyped-def]
-        r = kR_BTr.shape[-1]
-        v = kv_BTHx.shape[-1] - n
-        width = max(n + r, v)
-        ctx.rotation, ctx.n, ctx.r, ctx.v, ctx.interleaved = Rotation(cos, sin), n, r, v, interleaved
-        shape = (*q_BTHx.shape[:-1], width)
-        qs, ks, vs = (q_BTHx.new_empty(shape) for _ in range(3))
-        qs[..., :n] = q_BTHx[..., :n]
-        qs[..., n : n + r] = turn(q_BTHx[..., n:], ctx.rotation, interleaved)
-        ks[..., :n] = kv_BTHx[..., :n]
-        ks[..., n : n + r] = kR_BTr.unsqueeze(2)
-        vs[..., :v] = kv_BTHx[..., n:]
-        for x, own in ((qs, n + r), (ks, n + r), (vs, v)):
-            x[..., own:] = 0.0
-        return qs, ks, vs
+        q_BHTx, kv_BHTx, r = q_BTHx.transpose(1, 2), kv_BTHx.transpose(1, 2), kR_BTr.shape[-1]
+        ctx.rotation, ctx.n, ctx.interleaved = Rotation(cos, sin), n, interleaved
+        qs, ks = (q_BTHx.new_empty((*q_BHTx.shape[:-1], n + r)) for _ in range(2))
+        qs[..., :n] = q_BHTx[..., :n]
+        qs[..., n:] = turn(q_BHTx[..., n:], ctx.rotation, interleaved)
+        ks[..., :n] = kv_BHTx[..., :n]
+        ks[..., n:] = kR_BTr.unsqueeze(1)
+        return qs, ks, kv_BHTx[..., n:].contiguous()
 
     @staticmethod
-    def backward(ctx, dq, dk, dv):  # type: ignore[no-untyped-def]
-        n, r, v = ctx.n, ctx.r, ctx.v
-        dq_BTHx = dq.new_empty(*dq.shape[:-1], n + r)
-        dq_BTHx[..., :n] = dq[..., :n]
-        dq_BTHx[..., n:] = turn(dq[..., n : n + r], ctx.rotation, ctx.interleaved, back=True)
-        dkv_BTHx = dk.new_empty(*dk.shape[:-1], n + v)
-        dkv_BTHx[..., :n] = dk[..., :n]
-        dkv_BTHx[..., n:] = dv[..., :v]
-        return dq_BTHx, dkv_BTHx, dk[..., n : n + r].sum(2), None, None, None, None
+    def backward(ctx, dq_BHTx, dk_BHTx, dv_BHTv):  # type: ignore[no-untyped-def]
+        n = ctx.n
+        B, H, T, width = dq_BHTx.shape
+        dq_BTHx = dq_BHTx.new_empty(B, T, H, width)
+        dq_BTHx[..., :n] = dq_BHTx[..., :n].transpose(1, 2)
+        dq_BTHx[..., n:] = turn(dq_BHTx[..., n:], ctx.rotation, ctx.interleaved, back=True).transpose(1, 2)
+        dkv_BTHx = dk_BHTx.new_empty(B, T, H, n + dv_BHTv.shape[-1])
+        dkv_BTHx[..., :n] = dk_BHTx[..., :n].transpose(1, 2)
+        dkv_BTHx[..., n:] = dv_BHTv.transpose(1, 2)
+        return dq_BTHx, dkv_BTHx, dk_BHTx[..., n:].sum(1), None, None, None, None
 
 
 class MLA(nn.Module):
@@ -107,25 +101,25 @@ class MLA(nn.Module):
         if cache_BTC is not None:
             torch.cat((c_BTC, kR_BTr), dim=-1, out=cache_BTC)
         kv_BTHx = self.kv_b_proj(c_BTC).unflatten(-1, (self.heads, self.n + self.v))
-        q_BTHx, k_BTHx, v_BTHx = _HeadsFunction.apply(
+        q_BHTx, k_BHTx, v_BHTv = _HeadsFunction.apply(
             q_BTHx, kv_BTHx, kR_BTr, *context.rotation, self.n, self.interleaved
         )
-        o_BTHv = attend(q_BTHx, k_BTHx, v_BTHx, self.scale, context)[..., : self.v]
+        o_BTHv = attend(q_BHTx, k_BHTx, v_BHTv, self.scale, context)
         return self.o_proj(o_BTHv.flatten(2))  # type: ignore[no-any-return]
 
     def decode(self, x_BD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:
         """One new token a row, absorbed: its [c ; k_R] goes into the last column of `cache_BSC`, then it attends to
         all."""
-        qC_BTHn, qR_BTHr = self._queries(x_BD.unsqueeze(1)).split((self.n, self.r), dim=-1)
-        qR_BTHr = rotate(qR_BTHr, step.rotation, self.interleaved)
+        qC_BHn, qR_BHr = self._queries(x_BD).split((self.n, self.r), dim=-1)
+        qR_BHr = turn(qR_BHr.unsqueeze(2), step.rotation, self.interleaved).squeeze(2)
         c_BTC, kR_BTr = self._latents(x_BD.unsqueeze(1), step.rotation)
         cache_BSC[:, -1, : self.rank] = c_BTC[:, 0]
         cache_BSC[:, -1, self.rank :] = kR_BTr[:, 0]
         W_UK_HnC, W_UV_HvC = self.kv_b_proj.weight.unflatten(0, (self.heads, self.n + self.v)).split(
             (self.n, self.v), dim=1
         )
-        qC_HBC = torch.bmm(qC_BTHn[:, 0].transpose(0, 1), W_UK_HnC)
-        q_BHC = torch.cat((qC_HBC.transpose(0, 1), qR_BTHr[:, 0]), dim=-1)
+        qC_HBC = torch.bmm(qC_BHn.transpose(0, 1), W_UK_HnC)
+        q_BHC = torch.cat((qC_HBC.transpose(0, 1), qR_BHr), dim=-1)
         # The cache serves as keys and, whole, as values: the rotary columns of the result are cut off again, which is
         # cheaper than giving the kernel values of another width than its keys.
         cache_BS1C = cache_BSC.unsqueeze(2)

@@ -26,16 +26,19 @@ class Rotation(NamedTuple):
 
 
 def turn(x: Tensor, rotation: Rotation, interleaved: bool, *, back: bool = False) -> Tensor:
-    """Turn x_BT..d by `rotation`, or `back` by the opposite angles (the inverse, and what gradients go through); axes
-    between T and d (heads) share the angles. Returns x's shape, order and dtype. Not recorded by autograd."""
+    """Turn x_B..Td by `rotation`, or `back` by the opposite angles (the inverse, and what gradients go through); axes
+    between B and T (heads) share the angles. Returns x's shape, order and dtype, contiguous. Not recorded by
+    autograd."""
     cos, sin = rotation.cos, -rotation.sin if back else rotation.sin
-    for _ in range(x.ndim - 3):
-        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    if cos.ndim == 3:
+        for _ in range(x.ndim - 3):
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if interleaved:  # neighbours are the two parts of a complex number: one product
         pairs = x.float().unflatten(-1, (-1, 2))
         if pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
             pairs = pairs.clone(memory_format=torch.contiguous_format)
-        turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
+        turned = torch.empty(pairs.shape[:-1], dtype=torch.complex64, device=x.device)
+        torch.mul(torch.view_as_complex(pairs), torch.complex(cos, sin), out=turned)
         return torch.view_as_real(turned).flatten(-2).to(x.dtype)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     (x1, x2), (y1, y2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)

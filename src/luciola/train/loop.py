@@ -163,4 +163,8 @@ def _forward(model: Transformer, batch: Batch, targets: int, *, mtp: bool) -> _F
 
 def _cross_entropy(model: Transformer, states: Tensor, tokens: Tensor, trained: Tensor, targets: int) -> Tensor:
     """- sum of log p over the trained tokens, divided by `targets`."""
-    return -token_logprobs(states[trained], model.lm_head.weight, tokens[trained]).sum() / targets
+    states, tokens, trained = states.flatten(0, 1), tokens.flatten(), trained.flatten()
+    if not trained.all():
+        places = trained.nonzero().squeeze(1)
+        states, tokens = states.index_select(0, places), tokens.index_select(0, places)
+    return -token_logprobs(states, model.lm_head.weight, tokens).sum() / targets
