@@ -1,6 +1,8 @@
 """GRPO steps of a 0.8M-parameter Llama-style model, 32 prompts x 16 samples: luciola and TRL, same weights and rewards.
 
-A step is a rollout at temperature 1, its rewards, and one update without a reference model, all in float32.
+A step is a rollout at temperature 1, its rewards, and one update without a reference model. `trl` is set to the same
+arithmetic as ours (float32, nothing recomputed, the loss of the paper), the fastest it can be here; `trl-defaults` is
+what its users get who leave GRPOConfig as it comes: bfloat16 autocast and activation checkpointing.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from typing import Any
 
 from luciola.bench.turns import Step, compare, machine, take_turns
 
-PEERS = ("trl",)
+PEERS = ("trl", "trl-defaults")
+SAME_ARITHMETIC: dict[str, Any] = {"bf16": False, "loss_type": "grpo", "gradient_checkpointing": False}
 PROMPTS, GROUP, NEW_TOKENS = 32, 16, (5, 64)
 ROUNDS, WARMUP = 5, 1
 
@@ -39,14 +42,13 @@ def run(against: str = PEERS[0]) -> dict[str, Any]:
         lm.save(Path(folder) / "model")
         for new_tokens in NEW_TOKENS:
             arguments = {"model": str(Path(folder) / "model"), "new_tokens": new_tokens}
+            theirs = arguments | {"settings": SAME_ARITHMETIC if against == "trl" else {}}
             seconds = take_turns(
-                {"luciola": (f"{__name__}:luciola", arguments), against: (f"{__name__}:{against}", arguments)},
-                ROUNDS,
-                WARMUP,
+                {"luciola": (f"{__name__}:luciola", arguments), against: (f"{__name__}:trl", theirs)}, ROUNDS, WARMUP
             )
             result |= {f"{name}_at_{new_tokens}_tokens": v for name, v in compare(seconds, "luciola", against).items()}
     facts = {"parameters": lm.model.num_parameters(), "prompts": PROMPTS, "samples_a_prompt": GROUP}
-    return {**result, **facts, **machine(against, "transformers")}
+    return {**result, **facts, **machine("trl", "transformers")}
 
 
 def _tokenizer() -> Any:
@@ -106,8 +108,8 @@ def reward(text: str) -> float:
     return sum(c.isdigit() for c in text) / max(1, len(text))
 
 
-def trl(model: str, new_tokens: int) -> Step:
-    """The same with TRL's GRPOTrainer, held between its steps until it is its turn."""
+def trl(model: str, new_tokens: int, settings: dict[str, Any]) -> Step:
+    """The same with TRL's GRPOTrainer and these `settings`, held between its steps until it is its turn."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer  # type: ignore[attr-defined]
@@ -136,19 +138,17 @@ def trl(model: str, new_tokens: int) -> Step:
         args=GRPOConfig(
             output_dir=str(Path(model).parent / "trl"),
             use_cpu=True,
-            bf16=False,
             per_device_train_batch_size=PROMPTS * GROUP,
             num_generations=GROUP,
             max_completion_length=new_tokens,
             max_steps=10**5,
             learning_rate=recipe.optim.lr,
             beta=0.0,
-            loss_type="grpo",
-            gradient_checkpointing=False,
             logging_steps=10**6,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            **settings,
         ),
     )
     threading.Thread(target=trainer.train, daemon=True).start()

@@ -74,6 +74,8 @@ def _train(command: str, kind: str, name: str, overrides: list[str] | None, resu
         # Valid TOML as a whole, so that it can be kept as a recipe.
         print(to_toml(recipe))
         print(aligned(_estimate(room.describe(recipe)), indent="# "))
+        if kind == "grpo":
+            print("# tokens and time if every completion were rollout.max_tokens long; most end earlier")
         return
     start: Callable[..., Path] = getattr(room, kind)
     try:

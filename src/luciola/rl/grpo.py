@@ -226,7 +226,8 @@ def describe(recipe: GrpoRecipe) -> dict[str, Any]:
     prompt = len(tokenizer.chat(recipe.task.messages(recipe.task.problem("train", 0, recipe.seed))))
     length = prompt + settings.max_tokens
     sequences = settings.prompts * settings.group_size
-    tokens = recipe.grpo.steps * sequences * length
+    # At the most: completions may end early. Rollout and update read a prompt once for its whole group.
+    tokens = recipe.grpo.steps * settings.prompts * (prompt + settings.group_size * settings.max_tokens)
     # A forward pass to sample, three (forward and backward) to learn, one more for a reference.
     passes = 1 + recipe.grpo.epochs * (3 + (recipe.grpo.beta > 0))
     peak = hardware.gemm_peak(dtype)
