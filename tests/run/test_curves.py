@@ -30,7 +30,7 @@ def test_grpo_shows_rewards_rather_than_its_loss() -> None:
     assert [panel.title for panel in shown] == [
         "pre-training loss",
         "reward",
-        "accuracy (line: rollouts, dots: held out)",
+        "accuracy (line: rollouts, dots: held out, greedy)",
         "completion length (tokens)",
     ]
     assert shown[2].values == [step / 50 for step in range(1, 51)]
@@ -45,7 +45,10 @@ def test_the_picture_is_drawn_and_nothing_is_drawn_of_nothing(tmp_path: Path) ->
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
 
 
-def test_a_moving_mean_keeps_a_line_straight() -> None:
-    assert curves.moving_mean([2.0] * 30, 15) == [2.0] * 30
-    assert curves.moving_mean([1.0], 15) == [1.0]
-    assert all(abs(value - i) < 1e-9 for i, value in enumerate(curves.moving_mean([float(i) for i in range(100)], 15)))
+def test_smoothing_keeps_a_line_straight_and_is_a_mean_away_from_the_ends() -> None:
+    assert all(abs(value - 2.0) < 1e-9 for value in curves.smoothed([2.0] * 30, 15))
+    assert curves.smoothed([1.0], 15) == [1.0]
+    assert all(abs(value - i) < 1e-9 for i, value in enumerate(curves.smoothed([float(i) for i in range(100)], 15)))
+    spike = [0.0] * 20 + [3.0] + [0.0] * 19
+    assert all(abs(value - 3.0 / 9) < 1e-9 for value in curves.smoothed(spike, 15)[16:25])
+    assert abs(curves.smoothed([0.0] * 39 + [1.0], 15)[-1]) < 0.75

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Records = Sequence[Mapping[str, Any]]
 
 NIGHT, GLOW, LEAF, QUIET = "#14323b", "#e0a100", "#2c7a6b", "#8a979b"
-SMOOTHING = 15  # steps in the moving mean that is drawn bold over the faint measurements
+SMOOTHING = 15  # neighbouring steps that make up the bold line over the faint measurements
 
 
 @dataclass(slots=True)
@@ -75,7 +75,7 @@ def _series(title: str, records: Records, key: str, color: str) -> Panel:
 
 def _accuracy(records: Records, summary: Mapping[str, Any]) -> Panel:
     """The share of right completions in rollouts, and as points the held-out evaluations."""
-    panel = Panel("accuracy (line: rollouts, dots: held out)", [], [], GLOW, percent=True)
+    panel = Panel("accuracy (line: rollouts, dots: held out, greedy)", [], [], GLOW, percent=True)
     for record in records:
         verdicts = {key: float(value or 0) for key, value in record.items() if key.startswith("verdict/")}
         if sum(verdicts.values()) > 0:
@@ -109,7 +109,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.set_ylim(-0.02, 1.04)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     if panel.steps:
-        smooth = moving_mean(panel.values, SMOOTHING)
+        smooth = smoothed(panel.values, SMOOTHING)
         if panel.spread:
             low = [value - spread for value, spread in zip(smooth, panel.spread, strict=True)]
             high = [value + spread for value, spread in zip(smooth, panel.spread, strict=True)]
@@ -131,8 +131,20 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         )
 
 
-def moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and as many neighbours on either side, fewer towards the ends, which keep their values."""
-    half, last = min(window, len(values) // 5) // 2, len(values) - 1
-    reaches = [min(half, i, last - i) for i in range(len(values))]
-    return [sum(values[i - reach : i + reach + 1]) / (2 * reach + 1) for i, reach in enumerate(reaches)]
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Each value replaced by that of the straight line which fits it and its neighbours best.
+
+    Half a window on either side, which is their mean, or as many as there are: then a trend goes on to the end, and a
+    last value that stands out does not.
+    """
+    import numpy as np
+
+    half = min(window, len(values) // 5) // 2
+    if half == 0:
+        return list(values)
+    smooth = []
+    for i in range(len(values)):
+        start = max(0, i - half)
+        near = values[start : i + half + 1]
+        smooth.append(float(np.polynomial.Polynomial.fit(range(start, start + len(near)), near, 1)(i)))
+    return smooth
