@@ -53,9 +53,7 @@ def message(Model: type[BaseModel], name: str | Path, *overrides: str) -> str:
 @pytest.mark.parametrize("path", sorted(shipped().glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_recipes_load_and_come_back_from_their_resolved_form(path: Path) -> None:
     table = tomllib.loads(path.read_text())
-    Model = (
-        GrpoRecipe if "grpo" in table else SftRecipe if "messages_field" in table.get("data", {}) else PretrainRecipe
-    )
+    Model = GrpoRecipe if "grpo" in table else PretrainRecipe if "tokenizer" in table else SftRecipe
     recipe = load(Model, path)
     assert check(Model, tomllib.loads(to_toml(recipe)), "resolved") == recipe
 
@@ -159,7 +157,7 @@ def test_quickstart_refuses_what_cannot_be_learnt_from() -> None:
         ("rollout.group_size=1", "must be at least 2"),
         ("grpo.group_size=4", "did you mean rollout.group_size?"),
         ("grpo.clip_low=1.0", "must be less than 1"),
-        ("grpo.updates_per_rollout=3", "must divide rollout.prompts = 16"),
+        ("grpo.updates_per_rollout=3", "must divide rollout.prompts = 32"),
         ("model.path=somewhere", "give exactly one of model.path (a stored model) and [base]"),
         ("task.name=arithmetc", "did you mean 'arithmetic'?"),
     ]:
