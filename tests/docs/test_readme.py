@@ -1,5 +1,6 @@
 """What the README shows works: its commands run, its Python runs, its recipe is valid, its links lead somewhere."""
 
+import json
 import re
 import shlex
 import tomllib
@@ -42,6 +43,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         result = CliRunner().invoke(app, ["quickstart", *TINY])
         assert result.exit_code == 0, result.stderr
         assert "luciola chat runs/quickstart" in result.stdout
+        (folder / "book.txt").write_text("Once upon a time there was a firefly.\n" * 200)
+        turns = [{"role": "user", "content": "What is gravity?"}, {"role": "assistant", "content": "A pull."}]
+        (folder / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
         yield folder
 
 
