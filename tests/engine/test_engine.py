@@ -304,6 +304,9 @@ def test_the_models_context_is_the_limit(lm: LanguageModel) -> None:
         ([[5, 99]], "prompt 0 has token 99, outside the vocabulary of 27"),
         ([[-1]], "prompt 0 has token -1"),
         ("abc", "put the single prompt in brackets"),
+        ([3, 4], "prompt 0 is neither a text nor a list of token ids"),
+        ([[5], [3.7]], "prompt 1 is neither a text nor a list of token ids"),
+        ([None], "prompt 0 is neither a text nor a list of token ids"),
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused(lm: LanguageModel, prompt: Any, complaint: str) -> None:
@@ -326,6 +329,8 @@ def test_params_are_one_for_all_or_one_each(lm: LanguageModel) -> None:
     engine = Engine(lm, dtype="model")
     with pytest.raises(ValueError, match="1 sampling params for 2 prompts"):
         engine.generate(prompts(1, 2), [SamplingParams()])
+    with pytest.raises(ValueError, match="params must be SamplingParams"):
+        engine.generate(prompts(1, 2), {"max_tokens": 3})  # type: ignore[arg-type]
     assert engine.generate([]) == []
 
 

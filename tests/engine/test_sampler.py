@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luciola.engine.engine import Engine
-from luciola.engine.sampler import BLOCK, SamplingParams, Settings, UniformStream, derived_seed, sample, truncate
+from luciola.engine.sampler import (
+    BLOCK,
+    NotFiniteError,
+    SamplingParams,
+    Settings,
+    UniformStream,
+    derived_seed,
+    sample,
+    truncate,
+)
 from luciola.model.language_model import LanguageModel
 
 SETTINGS = settings(max_examples=100, deadline=None, derandomize=True)
@@ -148,7 +157,8 @@ def test_derived_seeds_differ_wherever_their_parts_do() -> None:
     ("name", "value"),
     [
         ("max_tokens", 0), ("temperature", -0.1), ("temperature", float("inf")), ("temperature", float("nan")),
-        ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1), ("n", 0), ("stop", [""]), ("stop", [3]),
+        ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1), ("n", 0), ("stop", [""]), ("stop", [3]), ("max_tokens", 2.5),
+        ("max_tokens", "3"), ("temperature", "hot"), ("top_p", None), ("top_k", 1.5), ("n", True), ("seed", 1.5),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(name: str, value: object) -> None:
@@ -158,3 +168,18 @@ def test_settings_that_make_no_sense_are_named(name: str, value: object) -> None
 
 def test_one_stop_text_may_stand_alone() -> None:
     assert SamplingParams(stop="\n").stop == ("\n",)
+    assert SamplingParams(stop=None).stop == ()  # type: ignore[arg-type]
+
+
+def test_numbers_may_be_numpys() -> None:
+    SamplingParams(max_tokens=np.int64(3), temperature=np.float32(0.5), seed=np.int64(1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error_and_no_token(temperature: float, value: float) -> None:
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = value
+    settings = Settings.of([SamplingParams(temperature=temperature)] * 2)
+    with pytest.raises(NotFiniteError, match="the model's logits are not finite numbers"):
+        sample(logits, settings, torch.full((2,), 0.5), logprobs=True)

@@ -101,6 +101,13 @@ def test_mistakes(tmp_path: Path) -> None:
         luciola.load(tmp_path / "notes.txt")
     with pytest.raises(ValueError, match="tokenizer has 23 tokens and the model rows for 20"):
         luciola.LanguageModel.create({**CONFIG, "vocab_size": 20}, TOKENIZER)
+    with pytest.raises(ValueError, match=r"^config does not describe a model .*: n_group: Input should be .* integer"):
+        luciola.LanguageModel.create({**CONFIG, "n_group": "many"})
+    with pytest.raises(ValueError, match=r"build: num_attention_heads=3 must be a multiple of num_key_value_heads=2$"):
+        luciola.LanguageModel.create(
+            {"vocab_size": 9, "hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1}
+            | {"num_attention_heads": 3, "num_key_value_heads": 2, "model_type": "llama"}
+        )
 
 
 def test_a_tokenizer_that_cannot_be_read_is_an_error_and_not_none(tmp_path: Path) -> None:

@@ -135,6 +135,21 @@ def test_a_run_that_diverges_stops_with_the_step_and_the_last_checkpoint(recipe:
     assert f"the last good checkpoint is {killed_path(wild) / 'checkpoints' / f'step-{done:06}'}" in str(found.value)
 
 
+def test_weights_that_went_astray_unseen_stop_the_next_rollout(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Huge weights can leave the update finite and its next logits not."""
+    original = module.update
+
+    def update(model: Any, *args: Any) -> Any:
+        metrics = original(model, *args)
+        with torch.no_grad():
+            model.lm_head.weight.fill_(torch.inf)
+        return metrics
+
+    monkeypatch.setattr(module, "update", update)
+    with pytest.raises(Diverged, match=r"a logit is nan at step 2; the run has stopped"):
+        grpo(recipe("astray", checkpoint_every=1))
+
+
 def test_a_verifier_that_always_fails_stops_the_run(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def grade(self: Any, problem: Any, completion: str) -> Any:
         raise ZeroDivisionError("division by zero")

@@ -8,6 +8,7 @@ gathered.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -75,12 +76,20 @@ class Engine:
         lm: the model; it is used in place, not copied, unless `dtype` asks for another precision.
         dtype: "auto" measures which precision this machine multiplies fastest; "float32", "bfloat16", or "model" to
             take the weights as they are.
+        quantize: None: weights as they are. This version has no quantised ones.
         max_cached_tokens: most tokens the cache holds at once; more work is done in waves. None: a quarter of the
-        memory
-            that is free now.
+            memory that is free now.
     """
 
-    def __init__(self, lm: LanguageModel, dtype: str = "auto", max_cached_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        dtype: str = "auto",
+        quantize: str | None = None,
+        max_cached_tokens: int | None = None,
+    ) -> None:
+        if quantize is not None:
+            raise ValueError(f"quantize={quantize!r} is not supported by this version; leave it None")
         self.tokenizer, self.config = lm.tokenizer, lm.config
         self.model = lm.model
         parameter = next(self.model.parameters())
@@ -142,6 +151,8 @@ class Engine:
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[list[_Row]]:
         settings = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if not all(isinstance(p, SamplingParams) for p in settings):
+            raise ValueError("params must be SamplingParams, one for all prompts or one for each")
         if len(settings) != len(prompts):
             raise ValueError(f"{len(settings)} sampling params for {len(prompts)} prompts; give one, or one for each")
         rows = []
@@ -164,7 +175,10 @@ class Engine:
                 raise ValueError("this model has no tokenizer; give prompts as lists of token ids")
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = [int(t) for t in prompt]
+            try:
+                ids = [operator.index(t) for t in prompt]
+            except TypeError as error:
+                raise ValueError(f"prompt {i} is neither a text nor a list of token ids (whole numbers)") from error
         if not ids:
             raise ValueError(f"prompt {i} is empty; give at least one token")
         if min(ids) < 0 or max(ids) >= self.config.vocab_size:

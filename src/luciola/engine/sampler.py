@@ -13,6 +13,7 @@ import hashlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -52,19 +53,41 @@ class SamplingParams:
     routes: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
+        if self.stop is None or isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,) if self.stop is not None else ())
         checks: list[tuple[bool, str, str]] = [
-            (self.max_tokens >= 1, "max_tokens", "at least 1"),
-            (0.0 <= self.temperature < float("inf"), "temperature", "0 or a finite positive number"),
-            (0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1"),
-            (self.top_k >= 0, "top_k", "0 (all tokens) or a positive number"),
-            (self.n >= 1, "n", "at least 1"),
+            (_whole(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "a whole number, at least 1"),
+            (
+                _number(self.temperature) and 0.0 <= self.temperature < float("inf"),
+                "temperature",
+                "0 or a finite positive number",
+            ),
+            (_number(self.top_p) and 0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1"),
+            (_whole(self.top_k) and self.top_k >= 0, "top_k", "0 (all tokens) or a positive whole number"),
+            (_whole(self.n) and self.n >= 1, "n", "a whole number, at least 1"),
+            (self.seed is None or _whole(self.seed), "seed", "a whole number or None"),
             (all(isinstance(s, str) and s for s in self.stop), "stop", "a list of texts, none empty"),
         ]
         for ok, name, expected in checks:
             if not ok:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {expected}")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+class NotFiniteError(ValueError):
+    """The model's logits are infinite or NaN, so that there is nothing to sample from."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's logits are not finite numbers: its weights are damaged, or their training went astray"
+        )
 
 
 def derived_seed(*parts: int) -> int:
@@ -137,7 +160,11 @@ def truncate(p_BV: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor
 
 
 def sample(logits_BV: Tensor, settings: Settings, uniform_B: Tensor, logprobs: bool) -> Sampled:
-    """Draw one token a row. Log-probabilities are of the whole vocabulary, before top-k and top-p cut it."""
+    """Draw one token a row. Log-probabilities are of the whole vocabulary, before top-k and top-p cut it.
+
+    Raises:
+        NotFiniteError: a row's logits are infinite or NaN.
+    """
     tempered = logits_BV / settings.temperature
     p_BV = tempered.softmax(-1)
     kept_BV = p_BV
@@ -145,6 +172,8 @@ def sample(logits_BV: Tensor, settings: Settings, uniform_B: Tensor, logprobs: b
         kept_BV = truncate(p_BV, settings.top_k, settings.top_p)
     cumulative_BV = kept_BV.cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
+    if not bool(total_B1.isfinite().all()):
+        raise NotFiniteError
     # Rounding can lift the product onto the total, above which nothing lies.
     threshold_B1 = torch.minimum(uniform_B.unsqueeze(1) * total_B1, total_B1.nextafter(total_B1.new_zeros(())))
     tokens_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True)

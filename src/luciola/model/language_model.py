@@ -11,6 +11,7 @@ from luciola.model.transformer import Transformer
 from luciola.run import publish_folder
 from luciola.text.tokenizer import Tokenizer
 from luciola.weights import gguf, hf
+from luciola.weights.build import config_from
 
 PACKAGE_PREFIX = "pypi:"
 
@@ -46,9 +47,12 @@ class LanguageModel:
         """A model with random float32 weights, the same for the same seed. A plain `config` has Hugging Face's names.
 
         Token ids which the config leaves open are taken from the tokenizer.
+
+        Raises:
+            ValueError: the config does not describe a model; one sentence names the field.
         """
         if not isinstance(config, ModelConfig):
-            config = ModelConfig.from_hf(dict(config)) if "model_type" in config else ModelConfig.model_validate(config)
+            config = config_from({"model_type": "deepseek_v3", **config}, "config")
         if tokenizer is not None:
             config = config.model_copy(update=_token_ids(config, tokenizer))
         model = Transformer(config)

@@ -17,6 +17,7 @@ import torch
 
 from luciola import hardware
 from luciola.engine.engine import Engine
+from luciola.engine.sampler import NotFiniteError
 from luciola.evaluate.run import Evaluation, evaluate
 from luciola.model.flops import forward_flops
 from luciola.model.language_model import LanguageModel, load
@@ -172,7 +173,10 @@ class _Trainer:
         if self.reference is not None and refresh and step > 0 and step % refresh == 0:
             self.reference.load_state_dict(self.model.state_dict())
         began = time.perf_counter()
-        sampled = rollout(self.engine, self.tokenizer, recipe, step)
+        try:
+            sampled = rollout(self.engine, self.tokenizer, recipe, step)
+        except NotFiniteError as error:
+            raise Diverged("a logit", math.nan, step + 1, state.last_checkpoint(self.run)) from error
         updating = time.perf_counter()
         lr = learning_rate(recipe.optim, step, recipe.grpo.steps)
         metrics = update(self.model, self.optimizer, self.reference, sampled, recipe, step, lr)

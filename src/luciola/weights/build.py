@@ -25,7 +25,8 @@ def config_from(data: Mapping[str, Any], where: object) -> ModelConfig:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        message = f"{field}: {first['msg']}" if field else first["msg"]
+        reason = first["msg"].removeprefix("Value error, ")
+        message = f"{field}: {reason}" if field else reason
         raise ValueError(f"{where} does not describe a model this version can build: {message}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from error
