@@ -74,8 +74,32 @@ def test_wrong_usage_exits_2(luciola: Callable[..., Result]) -> None:
 
 
 def test_an_existing_run_is_named_with_the_ways_out(luciola: Callable[..., Result]) -> None:
-    Run.create(load(PretrainRecipe, "tiny.toml"), "pretrain").close()
+    with Run.create(load(PretrainRecipe, "tiny.toml"), "pretrain") as run:
+        run.log(1, {"loss": 1.5})
     fails(luciola("pretrain", "tiny.toml"), 1, "the run runs/tiny exists; continue it with --resume")
+    run.summary({})
+    fails(luciola("pretrain", "tiny.toml"), 1, "the run runs/tiny has finished (luciola chat runs/tiny)")
+    fails(
+        luciola("pretrain", "tiny.toml", "run.name=tony", "--resume"),
+        1,
+        "no run runs/tony to resume; in runs there are: tiny",
+    )
+
+
+def test_a_start_that_fails_leaves_its_name_free(luciola: Callable[..., Result], workplace: Path) -> None:
+    missing = ("data.source=files", 'data.paths=["none.txt"]')
+    fails(luciola("pretrain", "tiny.toml", *missing), 1, "none.txt does not exist")
+    assert (workplace / "runs" / "tiny" / "recipe.toml").exists()
+    fails(luciola("pretrain", "tiny.toml", "model.config.hiden_size=3"), 2, "did you mean hidden_size?")
+
+
+def test_one_damaged_run_does_not_hide_the_others(luciola: Callable[..., Result], workplace: Path) -> None:
+    for name in ("good", "bad"):
+        Run.create(load(PretrainRecipe, "tiny.toml", [f"run.name={name}"]), "pretrain").close()
+    (workplace / "runs" / "bad" / "recipe.toml").write_text("garbage")
+    listed = [line.split() for line in luciola("runs").stdout.splitlines()]
+    assert ["bad", "?", "damaged", "0/0"] in listed
+    assert any(line[:3] == ["good", "pretrain", "stopped"] for line in listed)
 
 
 @pytest.mark.parametrize(
@@ -128,15 +152,17 @@ def test_a_dry_run_prints_a_whole_recipe_and_starts_nothing(luciola: Callable[..
 def test_the_result_of_a_run_is_a_table(luciola: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(recipe: PretrainRecipe, resume: bool = False) -> Path:
         assert resume
-        with Run.create(recipe, "pretrain") as run:
-            run.summary({"before": {"accuracy": 0.36}, "after": {"accuracy": 0.9771}, "seconds": 12.5})
+        after = {"accuracy": 0.9771, "problems": 400}
+        with Run.create(recipe, "pretrain", resume) as run:
+            run.summary({"before": {"accuracy": 0.36}, "after": after, "seconds": 12.5})
         return run.path
 
     monkeypatch.setattr("luciola.train.pretrain.pretrain", trained)
+    Run.create(load(PretrainRecipe, "tiny.toml"), "pretrain").close()
     result = luciola("pretrain", "tiny.toml", "--resume")
     assert result.exit_code == 0
     heading, accuracy = result.stdout.splitlines()[:2]
-    assert heading.split("  ")[0] == "held-out problems"
+    assert heading.split("  ")[0] == "400 held-out problems"
     assert accuracy.split() == ["accuracy", "36.0%", "97.7%"]
     assert "luciola chat runs/tiny" in result.stdout
 

@@ -73,6 +73,11 @@ def test_recipes_are_valid(block: str, workplace: Path) -> None:
     TypeAdapter(TaskConfig).validate_python(tomllib.loads(block)["task"])
 
 
+@pytest.mark.parametrize("page", ["README.md", *(f"labnotes/{note.name}" for note in (ROOT / "labnotes").glob("*.md"))])
+def test_no_figure_is_left_out(page: str) -> None:
+    assert "@@" not in (ROOT / page).read_text(encoding="utf-8")
+
+
 def test_links_lead_somewhere() -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     assert targets

@@ -38,8 +38,36 @@ def test_a_new_run_says_what_it_is(tmp_path: Path) -> None:
     assert "steps = 10" in (run.path / "recipe.toml").read_text()
 
 
-def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
+def begun(recipe: PretrainRecipe) -> None:
+    """A run that has made a step."""
+    with Run.create(recipe, "pretrain") as run:
+        run.log(1, {"loss": 1.0})
+
+
+def test_a_run_that_failed_before_its_first_step_begins_anew(tmp_path: Path) -> None:
+    """Whatever its settings were: there is nothing of it to keep. A base that has begun is something."""
     Run.create(recipe(tmp_path), "pretrain").close()
+    Run.create(recipe(tmp_path, steps=20), "pretrain").close()
+    Run.create(recipe(tmp_path, steps=30), "pretrain", resume=True).close()
+    assert "steps = 30" in (tmp_path / "try" / "recipe.toml").read_text()
+    begun(recipe(tmp_path / "try", "base"))
+    with pytest.raises(ValueError, match="exists; continue it with --resume"):
+        Run.create(recipe(tmp_path, steps=40), "pretrain")
+
+
+def test_a_finished_run_is_only_looked_at(tmp_path: Path) -> None:
+    begun(recipe(tmp_path))
+    with Run.create(recipe(tmp_path), "pretrain", resume=True) as run:
+        assert not run.finished
+        run.summary({"loss": 1.0})
+    before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.name != ".lock"}
+    with Run.create(recipe(tmp_path), "pretrain", resume=True) as run:
+        assert run.finished
+    assert before == {path.name: path.read_bytes() for path in run.path.iterdir() if path.name != ".lock"}
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
+    begun(recipe(tmp_path))
     with pytest.raises(ValueError, match=r"exists; continue it with --resume, or choose another run.name=NAME"):
         Run.create(recipe(tmp_path), "pretrain")
     Run.create(recipe(tmp_path), "pretrain", resume=True).close()
@@ -54,7 +82,7 @@ def test_resuming_what_was_never_started_starts_it(tmp_path: Path) -> None:
 
 
 def test_a_run_resumes_with_its_own_settings_only(tmp_path: Path) -> None:
-    Run.create(recipe(tmp_path), "pretrain").close()
+    begun(recipe(tmp_path))
     with pytest.raises(
         ValueError, match=r"other settings \(steps = 20 instead of 10, optim.lr = 0.5 instead of 0.001\)"
     ):
@@ -67,7 +95,7 @@ def test_a_run_resumes_with_its_own_settings_only(tmp_path: Path) -> None:
 def test_a_resumed_run_keeps_its_dtype_and_hears_of_other_software(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Run.create(recipe(tmp_path, dtype="auto"), "pretrain").close()
+    begun(recipe(tmp_path, dtype="auto"))
     path = tmp_path / "try" / "environment.json"
     facts = json.loads(path.read_text())
     path.write_text(json.dumps(facts | {"dtype": "bfloat16", "torch": "1.0"}))

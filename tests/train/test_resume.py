@@ -168,7 +168,7 @@ def test_a_run_that_diverges_stops_with_the_step_and_the_last_checkpoint(recipe:
     done = len(steps_of(run))
     assert f"at step {done + 1}" in str(found.value)
     checkpoint = run / "checkpoints" / f"step-{done:06}"
-    assert f"the last good checkpoint is {checkpoint}. Lower optim.lr" in str(found.value)
+    assert f"the last good checkpoint is {checkpoint}. Lower the learning rate" in str(found.value)
     tensors = load_file(checkpoint / "optimizer.safetensors")
     assert all(bool(t.isfinite().all()) for t in tensors.values())
     with pytest.raises(Diverged, match="there is no checkpoint yet"):
@@ -221,8 +221,23 @@ def test_time_spent_before_an_interruption_counts(recipe: Make) -> None:
     facts = json.loads(kept.read_text())
     assert 0 < facts["facts"]["seconds"] <= json.loads((run / "summary.json").read_text())["seconds"] + 0.05
     kept.write_text(json.dumps(facts | {"facts": {"seconds": 1000.0}}))
+    (run / "summary.json").unlink()
     pretrain(recipe(), resume=True)
     assert json.loads((run / "summary.json").read_text())["seconds"] >= 1000
+
+
+def test_a_damaged_checkpoint_is_named_with_the_one_before(recipe: Make) -> None:
+    run = pretrain(recipe())
+    (run / "summary.json").unlink()
+    newest = run / "checkpoints" / "step-000012"
+    damaged = newest / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    mend = rf"{newest} is damaged \(.*\); delete it, and --resume goes on from {run / 'checkpoints' / 'step-000009'}"
+    with pytest.raises(ValueError, match=mend):
+        pretrain(recipe(), resume=True)
+    shutil.rmtree(newest)
+    pretrain(recipe(), resume=True)
+    assert (run / "summary.json").exists()
 
 
 def test_only_the_newest_checkpoints_are_kept(recipe: Make) -> None:

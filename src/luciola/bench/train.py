@@ -1,4 +1,4 @@
-"""Training steps a second of a 10M-parameter V3-style model: luciola and transformers, same weights and data.
+"""Training steps a second of a 12M-parameter V3-style model: luciola and transformers, same weights and data.
 
 Both do the whole step in float32: forward, cross-entropy, backward, clipping, fused AdamW. Neither compiles anything.
 """

@@ -77,6 +77,10 @@ def _train(command: str, kind: str, name: str, overrides: list[str] | None, resu
         if kind == "grpo":
             print("# tokens and time if every completion were rollout.max_tokens long; most end earlier")
         return
+    run = Path(recipe.run.folder, recipe.run.name)  # type: ignore[attr-defined]
+    if resume and not (run / "recipe.toml").exists():
+        others = ", ".join(sorted(path.parent.name for path in run.parent.glob("*/recipe.toml"))) or "none"
+        raise ValueError(f"there is no run {run} to resume; in {run.parent} there are: {others}")
     start: Callable[..., Path] = getattr(room, kind)
     try:
         path = start(recipe, resume=resume)
@@ -106,7 +110,7 @@ def _report(path: Path) -> str:
     parts = []
     if before and after:
         old = dict(evaluation(before))
-        rows = [("held-out problems", "base", "after RL")]
+        rows = [(f"{after['problems']} held-out problems", "base", "after RL")]
         parts.append(aligned([*rows, *((name, old.get(name, ""), new) for name, new in evaluation(after))]))
         parts.append(_side_by_side(path / "heldout.jsonl"))
     parts.append(aligned(figures(summary)))

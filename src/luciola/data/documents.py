@@ -83,7 +83,9 @@ class Conversations:
     ) -> None:
         self.tokenizer = tokenizer
         self.conversations: list[list[dict[str, str]]] = []
+        self.places: list[str] = []
         for where, record in read_records(paths):
+            self.places.append(where)
             if prompt_field is not None and completion_field is not None:
                 user, assistant = (_text(record, name, where) for name in (prompt_field, completion_field))
                 self.conversations.append(
@@ -94,8 +96,16 @@ class Conversations:
         self.size = len(self.conversations)
 
     def document(self, index: int) -> Document:
-        """Conversation number `index`, rendered turn by turn by the model's own chat template."""
-        messages = self.conversations[index]
+        """Conversation number `index`, rendered turn by turn by the model's own chat template.
+
+        Raises ValueError naming the row which the template refuses.
+        """
+        try:
+            return self._rendered(self.conversations[index])
+        except ValueError as error:
+            raise ValueError(f"{self.places[index]}: {error}") from error
+
+    def _rendered(self, messages: list[dict[str, str]]) -> Document:
         document = Document([], [])
         for i, message in enumerate(messages):
             if message["role"] == "assistant":

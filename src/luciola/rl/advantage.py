@@ -19,9 +19,8 @@ def group_advantages(rewards_PG: Tensor, known_PG: Tensor, *, scale: bool = True
         rewards_PG: what each completion earned, float32.
         known_PG: False where the verifier failed (timeout, crash): such a completion neither learns nor counts in the
             statistics of its group.
-        scale: divide by the group's standard deviation, the one with G - 1 (what the paper's formula leaves open and
-        other
-            implementations use); False leaves it out (Dr. GRPO).
+        scale: divide by the group's standard deviation, the one with G - 1 (the paper's formula leaves it open, other
+            implementations use it); False leaves it out (Dr. GRPO).
 
     Returns:
         Advantages (P, G). A group whose rewards are all equal has none.

@@ -37,7 +37,14 @@ from luciola.train.stopping import Diverged, stop_on_signal
 def grpo(recipe: GrpoRecipe, resume: bool = False) -> Path:
     """Run the recipe; returns the run folder, whose `model/` holds the result and `summary.json` the final table."""
     with Run.create(recipe, "grpo", resume) as run:
+        if run.finished:
+            return run.path
         lm = starting_model(recipe, run)
+        if recipe.rollout.max_tokens >= lm.config.max_position_embeddings:
+            raise ValueError(
+                f"rollout.max_tokens = {recipe.rollout.max_tokens} does not fit into the model's context of "
+                f"{lm.config.max_position_embeddings} tokens beside a prompt; lower it"
+            )
         tokenizer = lm.tokenizer
         if tokenizer is None:
             raise ValueError(
@@ -59,8 +66,9 @@ def _table(
     recipe: GrpoRecipe, run: Run, before: dict[str, Any], after: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     """Both evaluations with what was spent to get there (tokens trained on or sampled, seconds), and all `seconds`."""
-    tokens = sum(m["tokens"] for m in run.metrics())
-    after = {**after, "training_tokens": tokens, "training_seconds": round(seconds, 1)}
+    logged = run.metrics()
+    spent = sum(m[f"seconds/{part}"] for m in logged for part in ("rollout", "verify", "update"))
+    after = {**after, "training_tokens": sum(m["tokens"] for m in logged), "training_seconds": round(spent, 1)}
     if recipe.base is not None:
         base = json.loads((_base_folder(recipe) / "summary.json").read_text())
         before = {**before, "training_tokens": base["tokens"], "training_seconds": base["seconds"]}
@@ -238,12 +246,15 @@ def describe(recipe: GrpoRecipe) -> dict[str, Any]:
     stored = sum(p.numel() for p in model.parameters())
     models = 16 + 4 * (recipe.grpo.beta > 0)
     cache = sequences * length * config.cached_per_token_and_layer * config.num_hidden_layers * 4
-    activations = recipe.grpo.micro_batch_tokens * pretraining.activation_bytes(config, recipe.activation_checkpointing)
+    slots = min(recipe.grpo.micro_batch_tokens, sequences * length)
+    activations = slots * pretraining.activation_bytes(config, recipe.activation_checkpointing)
     return {
         "parameters": stored,
         "active_parameters": model.num_parameters(active=True),
         "tokens": base["tokens"] + tokens,
         "dtype": f"{dtype} ({reason})",
-        "memory_bytes": max(base["memory_bytes"], int(stored * models + cache + activations)),
+        "memory_bytes": max(
+            base["memory_bytes"], pretraining.PROGRAM_BYTES + int(stored * models + cache + activations)
+        ),
         "seconds": base["seconds"] + tokens * passes * forward_flops(model, length) / (peak / 3),
     }

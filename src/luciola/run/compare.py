@@ -22,7 +22,7 @@ class RunInfo:
     path: Path
     kind: str  # "pretrain", "sft", "grpo"
     started: str  # ISO time
-    state: str  # "running", "stopped" or "finished"
+    state: str  # "running", "stopped", "finished", or "damaged": a file of it cannot be read
     step: int  # last one logged
     steps: int  # of the recipe
     metrics: dict[str, Any]  # of the last step
@@ -34,7 +34,7 @@ def list_runs(folder: str | Path) -> list[RunInfo]:
     """The runs below a folder, oldest first; a pre-training that belongs to a run follows it as NAME/base."""
     folder = Path(folder)
     recipes = [*folder.glob("*/recipe.toml"), *folder.glob("*/base/recipe.toml")]
-    return sorted((_read(recipe.parent, folder) for recipe in recipes), key=lambda run: (run.started, run.name))
+    return sorted((_info(recipe.parent, folder) for recipe in recipes), key=lambda run: (run.started, run.name))
 
 
 def differences(before: Recipe, after: Recipe) -> list[tuple[str, Any, Any]]:
@@ -71,6 +71,13 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
                 yield prefix + key, value
 
     return dict(walk())
+
+
+def _info(path: Path, folder: Path) -> RunInfo:
+    try:
+        return _read(path, folder)
+    except (ValueError, OSError):  # one run that cannot be read hides none of the others
+        return RunInfo(str(path.relative_to(folder)), path, "?", "", "damaged", 0, 0, {}, {}, {})
 
 
 def _read(path: Path, folder: Path) -> RunInfo:

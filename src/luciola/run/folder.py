@@ -15,14 +15,13 @@ import json
 import os
 import shutil
 import sys
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from luciola.recipe import Recipe, check, to_toml
+from luciola.recipe import Recipe, check, read_toml, to_toml
 from luciola.run import curves
 from luciola.run.compare import differences
 from luciola.run.environment import environment
@@ -56,17 +55,22 @@ class Run:
     def create(cls, recipe: Recipe, kind: str, resume: bool = False) -> Self:
         """Makes the folder of a new run, or with `resume` opens the one that is there (or makes it, if none is).
 
+        A run that failed before its first step, for want of a file say, holds nothing to keep and begins anew.
+
         Raises ValueError if the run exists and `resume` is not asked for, if it was started with other settings (only
         those of [run] may differ), or if another process is writing it.
         """
         path = Path(recipe.run.folder, recipe.run.name)
         path.mkdir(parents=True, exist_ok=True)
         stored = path / "recipe.toml"
-        if stored.exists() and not resume:
+        kept = stored.exists() and _has_begun(path)
+        if kept and not resume:
+            if (path / "summary.json").exists():
+                raise ValueError(f"the run {path} has finished (luciola chat {path}); choose another run.name=NAME")
             raise ValueError(f"the run {path} exists; continue it with --resume, or choose another run.name=NAME")
         lock = _locked(path)
         try:
-            if stored.exists():
+            if kept:
                 _refuse_other_settings(stored, recipe)
                 dtype = _reopen(path, recipe)
             else:
@@ -76,6 +80,11 @@ class Run:
         except BaseException:
             _release(lock)
             raise
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end: nothing is left to do."""
+        return (self.path / "summary.json").exists()
 
     @property
     def model_folder(self) -> Path:
@@ -156,6 +165,13 @@ class Run:
         self.close()
 
 
+def _has_begun(path: Path) -> bool:
+    """Whether a run holds anything beyond its settings: a step, an evaluation, or a base that has."""
+    if any((path / name).exists() for name in ("metrics.jsonl", "checkpoints", "before.json", "summary.json", "model")):
+        return True
+    return (path / "base" / "recipe.toml").exists() and _has_begun(path / "base")
+
+
 def _start(path: Path, recipe: Recipe, kind: str) -> str:
     # recipe.toml comes last: it is what makes the folder a run.
     facts = environment(kind, recipe.dtype)
@@ -166,6 +182,8 @@ def _start(path: Path, recipe: Recipe, kind: str) -> str:
 
 def _reopen(path: Path, recipe: Recipe) -> str:
     facts = json.loads((path / "environment.json").read_text())
+    if (path / "summary.json").exists():
+        return str(facts["dtype"])  # only to be looked at
     now = environment(facts["kind"], facts["dtype"])
     for name in WATCHED:
         if now[name] != facts[name]:
@@ -181,7 +199,7 @@ def _reopen(path: Path, recipe: Recipe) -> str:
 
 
 def _refuse_other_settings(stored: Path, recipe: Recipe) -> None:
-    before = check(type(recipe), tomllib.loads(stored.read_text(encoding="utf-8")), where=str(stored))
+    before = check(type(recipe), read_toml(stored), where=str(stored))
     changed = [change for change in differences(before, recipe) if not change[0].startswith("run.")]
     if changed:
         listed = ", ".join(f"{key} = {ours} instead of {theirs}" for key, theirs, ours in changed)

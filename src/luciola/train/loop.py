@@ -84,7 +84,10 @@ def train_step(
     """One optimiser step on the given batches; returns `loss` (main), `loss/mtp`, `lr`, `grad_norm` and expert load."""
     targets = sum(batch.targets for batch in batches)
     if targets == 0:
-        raise ValueError(f"step {step + 1} has no token to train on: every document of its batch is a single token")
+        raise ValueError(
+            f"step {step + 1} has no token to train on: its documents are single tokens, or data.sequence_length = "
+            f"{recipe.data.sequence_length} cuts their answers away; raise it"
+        )
     main = mtp = 0.0
     loads: list[Tensor] = []
     layers = [*model.moe_layers, *model.mtp_moe_layers] if recipe.mtp_weight else model.moe_layers

@@ -23,6 +23,7 @@ from luciola.text.bpe import train_bpe
 from luciola.text.tokenizer import Tokenizer
 from luciola.train.loop import TrainRecipe, fit
 
+PROGRAM_BYTES = 300 << 20  # the interpreter with torch, before any model
 SURVEYED_DOCUMENTS = 2000  # a task's documents from which a new tokenizer learns its characters or merges
 
 
@@ -30,7 +31,10 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
     """Run the recipe; returns the run folder, whose `model/` holds the result in Hugging Face layout."""
     began = time.perf_counter()
     with Run.create(recipe, "pretrain", resume) as run:
+        if run.finished:
+            return run.path
         lm = build(recipe)
+        check_length(lm.config, recipe)
         lm.model.to(getattr(torch, run.dtype))
         rows = Rows(
             documents(recipe, lm.tokenizer),
@@ -43,6 +47,16 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
         earlier = fit(lm.model, rows, recipe, run, "pre-training")
         finish(run, lm, earlier + time.perf_counter() - began)
     return run.path
+
+
+def check_length(config: ModelConfig, recipe: TrainRecipe) -> None:
+    """ValueError where rows would be longer than the model's context."""
+    length, context = recipe.data.sequence_length, config.max_position_embeddings
+    if length > context:
+        raise ValueError(
+            f"data.sequence_length = {length} is longer than the model's context of {context} tokens; lower it, or "
+            "raise max_position_embeddings of a new model"
+        )
 
 
 def finish(run: Run, lm: LanguageModel, seconds: float) -> None:
@@ -127,8 +141,8 @@ def documents(recipe: PretrainRecipe, tokenizer: Tokenizer | None) -> Documents:
 def describe(recipe: PretrainRecipe) -> dict[str, Any]:
     """What a run would take, without starting it: parameters, tokens, and estimates of memory and time.
 
-    Memory is weights, gradients, both moments (16 bytes a parameter in float32) and the activations of one batch; time
-    assumes that matrix products run at a third of this machine's measured peak.
+    Memory is the program itself, weights, gradients, both moments (16 bytes a parameter in float32) and the activations
+    of one batch; time assumes that matrix products run at a third of this machine's measured peak.
     """
     if recipe.model.path is not None:
         model, config = (lm := load(recipe.model.path)).model, lm.config
@@ -153,7 +167,7 @@ def estimate(model: Transformer, config: ModelConfig, recipe: TrainRecipe) -> di
         "active_parameters": model.num_parameters(active=True),
         "tokens": tokens,
         "dtype": f"{dtype} ({reason})",
-        "memory_bytes": int(stored * (16 if dtype == "float32" else 20) + rows * length * per_token),
+        "memory_bytes": PROGRAM_BYTES + int(stored * (16 if dtype == "float32" else 20) + rows * length * per_token),
         "seconds": flops / (peak / 3),
     }
 

@@ -15,15 +15,18 @@ from luciola.recipe import SftRecipe
 from luciola.run import Run
 from luciola.text.tokenizer import Tokenizer
 from luciola.train.loop import fit
-from luciola.train.pretrain import estimate, finish
+from luciola.train.pretrain import check_length, estimate, finish
 
 
 def sft(recipe: SftRecipe, resume: bool = False) -> Path:
     """Run the recipe; returns the run folder, whose `model/` holds the result in Hugging Face layout."""
     began = time.perf_counter()
     with Run.create(recipe, "sft", resume) as run:
+        if run.finished:
+            return run.path
         assert recipe.model.path is not None  # the recipe's own check
         lm = load(recipe.model.path)
+        check_length(lm.config, recipe)
         lm.model.to(getattr(torch, run.dtype))
         data = recipe.data
         rows = Rows(
@@ -54,4 +57,5 @@ def describe(recipe: SftRecipe) -> dict[str, Any]:
     """What a run would take, without starting it (see `luciola.train.pretrain.describe`)."""
     assert recipe.model.path is not None  # the recipe's own check
     lm = load(recipe.model.path)
+    conversations(recipe, lm.tokenizer)  # says now what is wrong with the data
     return estimate(lm.model, lm.config, recipe)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -59,15 +60,22 @@ def restore(run: Run, model: nn.Module, optimizer: Optimizer) -> Restored:
         run.truncate(0)
         return Restored(0, {}, {})
     step, folder = checkpoints[-1]
-    optimizer.restore(load_file(folder / "optimizer.safetensors"))
+    try:
+        tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+        facts = json.loads((folder / "state.json").read_text())["facts"]
+        optimizer.restore(tensors.pop("optimizer"))
+        saved = tensors.pop("buffers")
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        before = f"from {checkpoints[-2][1]}" if len(checkpoints) > 1 else "from the start"
+        raise ValueError(
+            f"the checkpoint {folder} is damaged ({error}); delete it, and --resume goes on {before}"
+        ) from error
     buffers = dict(model.named_buffers())
     with torch.no_grad():
-        for name, tensor in load_file(folder / "buffers.safetensors").items():
+        for name, tensor in saved.items():
             buffers[name].copy_(tensor)
-    own = {"optimizer", "buffers"}
-    extra = {p.stem: load_file(p) for p in sorted(folder.glob("*.safetensors")) if p.stem not in own}
     run.truncate(step)
-    return Restored(step, json.loads((folder / "state.json").read_text())["facts"], extra)
+    return Restored(step, facts, tensors)
 
 
 def last_checkpoint(run: Run) -> Path | None:

@@ -48,5 +48,5 @@ class Diverged(ValueError):
         good = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
         super().__init__(
             f"{what} is {value} at step {step}; the run has stopped, {good}. "
-            "Lower optim.lr, raise optim.warmup_steps or lower optim.clip_grad_norm, and start again"
+            "Lower the learning rate, raise warmup_steps or lower clip_grad_norm, and start again with another run.name"
         )

@@ -44,8 +44,12 @@ def grade(completion: str, truth: str, *, pool: pools.Pool | None = None) -> Ver
         pool: where to compare by algebra; by default the workers shared by this process, with their limits.
 
     Raises:
+        TypeError: when either is not a text.
         ValueError: when `truth` is blank.
     """
+    for name, text in (("completion", completion), ("truth", truth)):
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a text (str), not {type(text).__name__}")
     return pools.grade_many([(completion, truth)], pool)[0]
 
 

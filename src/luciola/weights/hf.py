@@ -38,7 +38,11 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> Transformer:
     files = _tensor_files(folder)
     config = _without_lost_mtp(config_from(data, folder / "config.json"), files)
     tensors = _Tensors(folder, files, _fp8_block(data, folder))
-    shapes = {name: shape for name, shape in tensors.shapes().items() if not names.is_copy(name, config)}
+    shapes = {
+        name: shape
+        for name, shape in tensors.shapes().items()
+        if not names.is_copy(name, config) and 0 not in shape  # transformers writes the absent shared expert as nothing
+    }
     try:
         return build(config, dtype, names.hugging_face, shapes, tensors.read)
     except ValueError as error:
