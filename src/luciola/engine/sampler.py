@@ -54,7 +54,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.stop is None or isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,) if self.stop is not None else ())
+            object.__setattr__(self, "stop", () if self.stop is None else (self.stop,))
         checks: list[tuple[bool, str, str]] = [
             (_whole(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "a whole number, at least 1"),
             (

@@ -53,9 +53,7 @@ def resolve(name: str | Path) -> Path:
         candidate = shipped() / path.with_suffix(".toml").name
         if candidate.is_file():
             return candidate
-    nearby = (
-        [f for f in sorted(path.parent.glob("*.toml")) if f.name != "pyproject.toml"] if path.parent.is_dir() else []
-    )
+    nearby = [file for file in sorted(path.parent.glob("*.toml")) if file.name != "pyproject.toml"]
     choices = {str(file): file for file in nearby} | {file.stem: file for file in sorted(shipped().glob("*.toml"))}
     near = nearest(str(path), choices)
     mend = f"did you mean {near}?" if near else f"there are {', '.join(choices)}"

@@ -63,13 +63,13 @@ class Run:
         path = Path(recipe.run.folder, recipe.run.name)
         path.mkdir(parents=True, exist_ok=True)
         stored = path / "recipe.toml"
-        kept = stored.exists() and _has_begun(path)
-        if kept and not resume:
-            if (path / "summary.json").exists():
-                raise ValueError(f"the run {path} has finished (luciola chat {path}); choose another run.name=NAME")
-            raise ValueError(f"the run {path} exists; continue it with --resume, or choose another run.name=NAME")
         lock = _locked(path)
         try:
+            kept = stored.exists() and _has_begun(path)
+            if kept and not resume:
+                if _is_finished(path):
+                    raise ValueError(f"the run {path} has finished (luciola chat {path}); choose another run.name=NAME")
+                raise ValueError(f"the run {path} exists; continue it with --resume, or choose another run.name=NAME")
             if kept:
                 _refuse_other_settings(stored, recipe)
                 dtype = _reopen(path, recipe)
@@ -84,7 +84,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the run has come to its end: nothing is left to do."""
-        return (self.path / "summary.json").exists()
+        return _is_finished(self.path)
 
     @property
     def model_folder(self) -> Path:
@@ -165,6 +165,10 @@ class Run:
         self.close()
 
 
+def _is_finished(path: Path) -> bool:
+    return (path / "summary.json").exists()
+
+
 def _has_begun(path: Path) -> bool:
     """Whether a run holds anything beyond its settings: a step, an evaluation, or a base that has."""
     if any((path / name).exists() for name in ("metrics.jsonl", "checkpoints", "before.json", "summary.json", "model")):
@@ -182,7 +186,7 @@ def _start(path: Path, recipe: Recipe, kind: str) -> str:
 
 def _reopen(path: Path, recipe: Recipe) -> str:
     facts = json.loads((path / "environment.json").read_text())
-    if (path / "summary.json").exists():
+    if _is_finished(path):
         return str(facts["dtype"])  # only to be looked at
     now = environment(facts["kind"], facts["dtype"])
     for name in WATCHED:
