@@ -146,7 +146,7 @@ def test_dtype_is_the_one_asked_for(tmp_path: Path) -> None:
 
 
 def test_tokenizer(tmp_path: Path) -> None:
-    tokenizer = tokenizer_of(GGUFFile(write(tmp_path / "m.gguf", random_model())))
+    tokenizer = tokenizer_of(GGUFFile(write(tmp_path / "m.gguf", random_model())).metadata, "m.gguf")
     assert (tokenizer.bos_token_id, tokenizer.eos_token_ids, tokenizer.pad_token_id) == (1, (0,), None)
     ids = tokenizer.encode("a the<think>12<|end|>")
     assert [TOKENS[token_id] for token_id in ids] == ["a", "Ġthe", "<think>", "1", "2", "<|end|>"]
@@ -162,7 +162,7 @@ def test_a_file_without_tokenizer_loads_without_one(tmp_path: Path) -> None:
 
 def test_end_of_turn_ends_too(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", random_model(), **{"tokenizer.ggml.eot_token_id": 1})
-    assert tokenizer_of(GGUFFile(path)).eos_token_ids == (0, 1)
+    assert tokenizer_of(GGUFFile(path).metadata, path).eos_token_ids == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,11 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, bos={self._bos_token!r}, eos={self._eos_token!r})"
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """What the `tokenizers` library makes of this tokenizer, to look at; a change to it would change this one."""
+        return self._backend
+
     def token_id(self, token: str) -> int | None:
         """The id of one token given by name, such as "</think>"; None when the vocabulary lacks it."""
         token_id: int | None = self._backend.token_to_id(token)

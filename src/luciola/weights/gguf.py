@@ -46,7 +46,8 @@ def load(path: Path, dtype: torch.dtype | None = None) -> tuple[Transformer, Tok
     """
     file = GGUFFile(path)
     config = config_of(file)
-    tokenizer = None if file.metadata.get("tokenizer.ggml.model") in (None, "no_vocab") else tokenizer_of(file)
+    kind = file.metadata.get("tokenizer.ggml.model")
+    tokenizer = None if kind in (None, "no_vocab") else tokenizer_of(file.metadata, path)
     rows = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
 
     def read(name: str) -> Tensor:

@@ -1,107 +1,211 @@
-"""The tokenizer inside a GGUF file (llama.cpp's "gpt2" kind: byte-level BPE), as a Tokenizer.
+"""The tokenizer inside a GGUF file as a Tokenizer.
 
-GGUF stores tokens, merges and the *name* of a pre-tokenizer, whose rules live in llama.cpp's source. PRE_TOKENIZERS has
-the rules as the models' own tokenizer.json files state them.
+llama.cpp knows several kinds. Two are read: "gpt2", byte-level BPE with the merges in the file, and "llama",
+SentencePiece's BPE as in Llama 2 and Mistral, where a merge is whatever makes a token and the token's score says when.
 """
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from gguf.constants import TokenType
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from luciola.text.bpe import HAN_AND_KANA, WORDS, byte_level
 from luciola.text.tokenizer import Tokenizer
-from luciola.weights.gguf_file import GGUFFile
+from luciola.weights.gguf_file import DamagedError
+from luciola.weights.gguf_pre_tokenizers import PRE_TOKENIZERS, WHOLE_WORDS
 
-_CONTROL, _USER_DEFINED = 3, 4  # token types: special ones, and added ones which are ordinary text
+SPACE = "▁"  # SentencePiece writes a space like this
 
-_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-_DIGITS_THEN_GPT2 = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2])
+# llama.cpp wants merges, and an array in a GGUF file at least one element: here is one that can never apply, because
+# nothing makes its halves.
+NO_MERGES = ["<no> <merges>"]
 
+# Byte-level BPE spells bytes as printable characters: a blank as "Ġ", most of ASCII as itself.
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+ASCII_SPELLING = {chr(byte): _BYTES.pre_tokenize_str(chr(byte))[0][0] for byte in range(128)}
 
-def _tiktoken(digits: str) -> pre_tokenizers.PreTokenizer:
-    """The split of GPT-4's tokenizer, which Llama 3 and Qwen took over with different runs of digits."""
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+# Every cut of a token is looked at, so the work grows with the square of its length. SentencePiece stops at 16.
+_LONGEST_PIECE = 512
 
 
-PRE_TOKENIZERS = {
-    "smollm": _DIGITS_THEN_GPT2,
-    "starcoder": _DIGITS_THEN_GPT2,
-    "refact": _DIGITS_THEN_GPT2,
-    "command-r": _DIGITS_THEN_GPT2,
-    "gpt-2": _GPT2,
-    "llama-bpe": _tiktoken(r"\p{N}{1,3}"),
-    "qwen2": _tiktoken(r"\p{N}"),
-    "deepseek-v3": byte_level(r"\p{N}{1,3}", HAN_AND_KANA, WORDS),
-}
-
-
-def tokenizer_of(file: GGUFFile) -> Tokenizer:
+def tokenizer_of(metadata: Mapping[str, Any], where: object) -> Tokenizer:
     """The Tokenizer which a GGUF file's metadata describes, chat template included.
 
+    Padding rows ("[PAD7]" of type unused) are left out. `where` names the file in the sentences of errors.
+
     Raises:
-        ValueError: another kind of tokenizer than byte-level BPE, an unknown pre-tokenizer, or parts that do not fit.
+        ValueError: another kind of tokenizer, an unknown pre-tokenizer, or parts that do not fit together.
     """
-    metadata = file.metadata
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+    known = kind == "llama" or (kind == "gpt2" and isinstance(pre, str) and pre in PRE_TOKENIZERS)
+    if not known:
         raise ValueError(
-            f"{file.path}: the tokenizer is {kind!r} with pre-tokenizer {pre!r}; readable are 'gpt2' (byte-level BPE) "
-            f"with {', '.join(PRE_TOKENIZERS)}. Use the model's folder in Hugging Face layout instead."
+            f"{where}: the tokenizer is {kind!r} with pre-tokenizer {pre!r}; readable are 'llama' (SentencePiece) and "
+            f"'gpt2' (byte-level BPE) with {', '.join(PRE_TOKENIZERS)}. Use the model's folder in Hugging Face layout "
+            "instead."
         )
-    tokens: list[str] = _list(file, "tokens", str)
-    types: list[int] = _list(file, "token_type", int)
-    merges = [tuple(merge.split(" ")) for merge in _list(file, "merges", str)]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    for pair in merges:
-        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
-            raise ValueError(f"{file.path} is damaged: merge {' '.join(pair)!r} names tokens it lacks; fetch it again.")
-    if len(types) != len(tokens):
-        raise ValueError(f"{file.path} is damaged: {len(tokens)} tokens have {len(types)} types; fetch it again.")
-
-    # Llama 3's rule: a word which is itself a token stays whole, whatever the merges would make of it.
-    model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = PRE_TOKENIZERS[pre]
-    backend.decoder = decoders.ByteLevel()
-    for token, token_type in zip(tokens, types, strict=True):
-        if token_type == _CONTROL:
-            backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif token_type == _USER_DEFINED:
-            backend.add_tokens([AddedToken(token, normalized=False, special=False)])
-
-    def named(role: str) -> str | None:
-        token_id = metadata.get(f"tokenizer.ggml.{role}_token_id")
-        return tokens[token_id] if isinstance(token_id, int) and 0 <= token_id < len(tokens) else None
-
-    bos, eos, end_of_turn = named("bos"), named("eos"), metadata.get("tokenizer.ggml.eot_token_id")
+    try:
+        vocabulary = _vocabulary(metadata)
+        if kind == "llama":
+            backend = _sentence_piece(vocabulary, metadata)
+        else:
+            backend = _byte_pairs(vocabulary, metadata, str(pre))
+    except DamagedError as error:
+        raise ValueError(f"{where} is damaged: {error}; fetch it again.") from error
+    named = vocabulary.named
+    bos, eos = named.get("bos"), named.get("eos")
+    by_default = kind == "llama" or pre in WHOLE_WORDS  # whether llama.cpp begins with bos if the file does not say
+    _add_post_processor(
+        backend,
+        bos if metadata.get("tokenizer.ggml.add_bos_token", by_default) else None,
+        eos if metadata.get("tokenizer.ggml.add_eos_token", False) else None,
+    )
     template = metadata.get("tokenizer.chat_template")
-    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token"):
-        # Only for those who ask the saved tokenizer.json to add special tokens; `Tokenizer.encode` never does.
-        backend.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", "$B:1"], special_tokens=[(bos, vocab[bos])]
-        )
     return Tokenizer(
         backend,
         bos_token=bos,
         eos_token=eos,
-        pad_token=named("padding"),
-        further_eos_ids=[end_of_turn] if isinstance(end_of_turn, int) else [],
+        pad_token=named.get("padding"),
+        further_eos_ids=[vocabulary.ids[named[role]] for role in ("eot", "eom") if role in named],
         chat_template=template if isinstance(template, str) else None,
     )
 
 
-def _list(file: GGUFFile, name: str, of: type) -> list[Any]:
-    values = file.metadata.get(f"tokenizer.ggml.{name}")
+@dataclass(frozen=True)
+class _Vocabulary:
+    """Tokens in the order of their ids, the types of the same, and the tokens that have a role such as "bos"."""
+
+    ids: dict[str, int]
+    types: dict[str, int]
+    named: dict[str, str]
+
+    def added_to(self, backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+        """`backend` with the tokens that are found in a text before anything else happens to it."""
+        special = (TokenType.CONTROL, TokenType.UNKNOWN)
+        for types, add in ((special, backend.add_special_tokens), ((TokenType.USER_DEFINED,), backend.add_tokens)):
+            tokens = [token for token, kind in self.types.items() if kind in types]
+            add([AddedToken(token, normalized=False, special=types is special) for token in tokens])
+        return backend
+
+
+def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
+    tokens: list[str] = _list(metadata, "tokens", str)
+    types: list[int] = _list(metadata, "token_type", int)
+    if len(types) != len(tokens):
+        raise DamagedError(f"{len(tokens)} tokens have {len(types)} types")
+    rows = {
+        token_id: token
+        for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind != TokenType.UNUSED or token != padding_row(token_id)
+    }
+    ids = {token: token_id for token_id, token in rows.items()}
+    if len(ids) != len(rows):
+        twice = next(token for token_id, token in rows.items() if ids[token] != token_id)
+        raise DamagedError(f"the token {twice[:40]!r} appears twice")
+    named = {}
+    for role in ("bos", "eos", "eot", "eom", "padding", "unknown"):
+        token_id = metadata.get(f"tokenizer.ggml.{role}_token_id")
+        if isinstance(token_id, int) and token_id in rows:
+            named[role] = rows[token_id]
+    return _Vocabulary(ids, {token: types[token_id] for token, token_id in ids.items()}, named)
+
+
+def padding_row(token_id: int) -> str:
+    """What stands in place of a token where a model has an embedding row and the tokenizer nothing."""
+    return f"[PAD{token_id}]"
+
+
+def _byte_pairs(vocabulary: _Vocabulary, metadata: Mapping[str, Any], pre: str) -> tokenizers.Tokenizer:
+    lines: list[str] = _list(metadata, "merges", str)
+    merges = [] if lines == NO_MERGES else [tuple(line.split(" ")) for line in dict.fromkeys(lines)]
+    for pair in merges:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.ids.keys():
+            raise DamagedError(f"merge {' '.join(pair)[:80]!r} names tokens it lacks")
+    unknown = vocabulary.named.get("unknown")
+    characters = _characters(vocabulary) if unknown is not None and not merges else None
+    if characters is not None:
+        backend = tokenizers.Tokenizer(models.BPE(vocab=characters, merges=[], unk_token=unknown))
+        backend.decoder = decoders.Fuse()
+        return vocabulary.added_to(backend)
+    model = models.BPE(vocab=vocabulary.ids, merges=merges, unk_token=unknown, ignore_merges=pre in WHOLE_WORDS)
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = PRE_TOKENIZERS[pre]
+    backend.decoder = decoders.ByteLevel()
+    return vocabulary.added_to(backend)
+
+
+def _characters(vocabulary: _Vocabulary) -> dict[str, int] | None:
+    """The vocabulary of `Tokenizer.characters` if this is one: each ordinary token is an ASCII character, spelt."""
+    spelt = {spelling: character for character, spelling in ASCII_SPELLING.items()}
+    ids = {}
+    for token, token_id in vocabulary.ids.items():
+        if vocabulary.types[token] == TokenType.NORMAL:
+            if token not in spelt:
+                return None
+            token = spelt[token]
+        ids[token] = token_id
+    return ids if len(ids) == len(vocabulary.ids) else None
+
+
+def _sentence_piece(vocabulary: _Vocabulary, metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    scores: list[float] = _list(metadata, "scores", float)
+    if len(scores) < max(vocabulary.ids.values(), default=-1) + 1 or not all(map(math.isfinite, scores)):
+        raise DamagedError(f"{len(vocabulary.ids)} tokens have {len(scores)} scores, or not all of them are numbers")
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    model = models.BPE(
+        vocab=vocabulary.ids,
+        merges=_merges_by_score(vocabulary.ids, scores),
+        unk_token=vocabulary.named.get("unknown"),
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = spaces_written_out(bool(prefix))
+    strip = [decoders.Strip(content=" ", left=1)] if prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return vocabulary.added_to(backend)
+
+
+def spaces_written_out(prefix: bool) -> normalizers.Normalizer:
+    """SentencePiece's view of a text: "▁" for each space, and one more in front if `prefix`."""
+    steps = [normalizers.Prepend(SPACE)] if prefix else []
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+
+
+def _merges_by_score(ids: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to make a token of two tokens, the token with the best score first."""
+    found = []
+    for token, token_id in ids.items():
+        if len(token) > _LONGEST_PIECE:
+            raise DamagedError(f"a token has {len(token):,} characters, which SentencePiece does not make")
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in ids and right in ids:
+                found.append((-scores[token_id], token_id, left, right))
+    return [(left, right) for _, _, left, right in sorted(found)]
+
+
+def _add_post_processor(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
+    """Bos in front and eos behind, for those who ask a saved tokenizer.json for it; `Tokenizer.encode` never does."""
+    tokens = {role: token for role, token in (("bos", bos), ("eos", eos)) if token is not None}
+    if tokens:
+        front, behind = [role for role in tokens if role == "bos"], [role for role in tokens if role == "eos"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*front, "$A", *behind],
+            pair=[*front, "$A", *behind, "$B:1", *(f"{role}:1" for role in behind)],
+            special_tokens=[
+                {"id": role, "ids": [backend.token_to_id(token)], "tokens": [token]} for role, token in tokens.items()
+            ],
+        )
+
+
+def _list(metadata: Mapping[str, Any], name: str, of: type) -> list[Any]:
+    values = metadata.get(f"tokenizer.ggml.{name}")
     if not isinstance(values, list) or not all(isinstance(value, of) for value in values):
-        raise ValueError(f"{file.path} is damaged: tokenizer.ggml.{name} is no list of {of.__name__}; fetch it again.")
+        raise DamagedError(f"tokenizer.ggml.{name} is no list of {of.__name__}")
     return values
