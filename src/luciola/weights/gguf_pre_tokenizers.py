@@ -7,13 +7,12 @@ does differently.
 
 from tokenizers import Regex, pre_tokenizers
 
-from luciola.text.bpe import DIGIT, HAN_AND_KANA, WORDS, byte_level
+from luciola.text.bpe import DIGIT, DIGITS, HAN_AND_KANA, WORDS, byte_level
 
 _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 _DIGITS_THEN_GPT2 = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(DIGIT), "isolated"), _GPT2])
 
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_THREE_DIGITS = r"\p{N}{1,3}"
 _BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -42,17 +41,18 @@ _MARKS = "!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002"
 _EAST_ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 PRE_TOKENIZERS = {
-    # DeepSeek's first: Luciola's own tokenizers fit several names, and this is the one they are made after.
-    "deepseek-v3": byte_level(_THREE_DIGITS, HAN_AND_KANA, WORDS),
+    # DeepSeek's first: Luciola's own tokenizers are made after it, and small ones fit other names too.
+    "deepseek-v3": byte_level(DIGITS, HAN_AND_KANA, WORDS),
+    # Digits in runs, as in llama.cpp; the models split them singly, which is the same where no token has two digits.
     "deepseek-llm": byte_level(
         r"[\r\n]", rf"\s?[{_CASED_LETTERS}]+", rf"\s?[{_MARKS}]+", r"\s+$", _EAST_ASIAN, r"\p{N}+"
     ),
     "deepseek-coder": byte_level(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, DIGIT),
     "deepseek-r1-qwen": _tiktoken(DIGIT),
     "qwen2": _tiktoken(DIGIT),
-    "llama-bpe": _tiktoken(_THREE_DIGITS),
+    "llama-bpe": _tiktoken(DIGITS),
     "tekken": _cased(DIGIT, ""),
-    "gpt-4o": _cased(_THREE_DIGITS, _CONTRACTION + "?"),
+    "gpt-4o": _cased(DIGITS, _CONTRACTION + "?"),
     "smollm": _DIGITS_THEN_GPT2,
     "starcoder": _DIGITS_THEN_GPT2,
     "refact": _DIGITS_THEN_GPT2,

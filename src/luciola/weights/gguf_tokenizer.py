@@ -120,10 +120,12 @@ def padding_row(token_id: int) -> str:
 
 def _byte_pairs(vocabulary: _Vocabulary, metadata: Mapping[str, Any], pre: str) -> tokenizers.Tokenizer:
     lines: list[str] = _list(metadata, "merges", str)
-    merges = [] if lines == NO_MERGES else [tuple(line.split(" ")) for line in dict.fromkeys(lines)]
-    for pair in merges:
-        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.ids.keys():
-            raise DamagedError(f"merge {' '.join(pair)[:80]!r} names tokens it lacks")
+    merges = []
+    for line in dict.fromkeys(lines if lines != NO_MERGES else []):
+        left, _, right = line.partition(" ")
+        if not {left, right, left + right} <= vocabulary.ids.keys():
+            raise DamagedError(f"merge {line[:80]!r} names tokens it lacks")
+        merges.append((left, right))
     unknown = vocabulary.named.get("unknown")
     characters = _characters(vocabulary) if unknown is not None and not merges else None
     if characters is not None:

@@ -1,8 +1,8 @@
 """A Tokenizer as the metadata of a GGUF file, proven: what llama.cpp's rules make of it gives the same ids and texts.
 
-GGUF cannot state every tokenizer: it has names for some pre-tokenizers, and nothing for normalizers or for what an added
-token does to the blanks around it. So each export is read back and compared with the original on texts made to tell
-tokenizers apart; a difference is an error, and nothing wrong gets written.
+GGUF cannot state every tokenizer: it has names for some pre-tokenizers, and nothing for normalizers or for what an
+added token does to the blanks around it. So what is to be written is read back and compared with the original, on texts
+made to tell tokenizers apart; a difference is an error, and nothing wrong gets written.
 """
 
 import json
@@ -73,22 +73,22 @@ def _byte_level(tokenizer: Tokenizer, state: dict[str, Any], rows: int, texts: S
     merges = [" ".join(pair) for pair in state["model"]["merges"]]
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _pre_tokenizer(tokenizer, state, texts),
+        "tokenizer.ggml.pre": _pre_tokenizer(tokenizer, texts),
         **_tokens(state, rows, lambda token: (token, TokenType.NORMAL)),
         "tokenizer.ggml.merges": merges or NO_MERGES,
     }
 
 
-def _pre_tokenizer(tokenizer: Tokenizer, state: dict[str, Any], texts: Sequence[str]) -> str:
+def _pre_tokenizer(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
     """The first known name under which the ids of all texts stay the same."""
-    bare = tokenizers.Tokenizer.from_str(json.dumps(state | {"normalizer": None, "post_processor": None}))
+    other = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     expected = [tokenizer.encode(text) for text in texts]
     farthest = 0
     for name, pre_tokenizer in PRE_TOKENIZERS.items():
-        bare.pre_tokenizer = pre_tokenizer
-        bare.model.ignore_merges = name in WHOLE_WORDS
+        other.pre_tokenizer = pre_tokenizer
+        other.model.ignore_merges = name in WHOLE_WORDS
         for index, text in enumerate(texts):
-            if bare.encode(text, add_special_tokens=False).ids != expected[index]:
+            if other.encode(text, add_special_tokens=False).ids != expected[index]:
                 farthest = max(farthest, index)
                 break
         else:
@@ -149,9 +149,9 @@ def _sentence_piece(tokenizer: Tokenizer, state: dict[str, Any], rows: int, text
 
 def _prefixes(tokenizer: Tokenizer, state: dict[str, Any], texts: Sequence[str]) -> bool:
     """Whether a text gets a space in front; if neither fits, the proof will show where."""
-    bare = tokenizers.Tokenizer.from_str(json.dumps(state | {"pre_tokenizer": None, "post_processor": None}))
-    bare.normalizer = spaces_written_out(prefix=True)
-    return all(bare.encode(text, add_special_tokens=False).ids == tokenizer.encode(text) for text in texts)
+    other = tokenizers.Tokenizer.from_str(json.dumps(state | {"pre_tokenizer": None}))
+    other.normalizer = spaces_written_out(prefix=True)
+    return all(other.encode(text, add_special_tokens=False).ids == tokenizer.encode(text) for text in texts)
 
 
 def _tokens(state: dict[str, Any], rows: int, ordinary: Callable[[str], tuple[str, TokenType]]) -> dict[str, Any]:
@@ -169,6 +169,8 @@ def _tokens(state: dict[str, Any], rows: int, ordinary: Callable[[str], tuple[st
         raise ValueError(
             f"Two tokens would both be spelt {_shortened(twice)} in GGUF; this tokenizer cannot be written."
         )
+    if any("\0" in token for token in tokens):
+        raise ValueError("A token has a zero byte in its text, where llama.cpp takes it to end; it cannot be written.")
     return {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [int(kind) for _, kind in entries]}
 
 
