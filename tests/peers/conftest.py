@@ -1,7 +1,6 @@
 """llama.cpp, in this process behind its own HTTP server."""
 
 import json
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -54,14 +53,14 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server() -> type[Server]:
-    """`server(path)`: llama.cpp's server for a GGUF file."""
+def llama_cpp() -> type[Server]:
+    """`llama_cpp(path)`: llama.cpp's server for a GGUF file."""
     return Server
 
 
 @pytest.fixture
-def server_of(tmp_path: Path) -> Callable[[dict[str, Any]], Server]:
-    """`server_of(metadata)`: the same for a model of one layer of zeros with this `tokenizer.*` metadata."""
+def llama_cpp_of(tmp_path: Path) -> Callable[[dict[str, Any]], Server]:
+    """`llama_cpp_of(metadata)`: the same for a model of one layer of zeros with this `tokenizer.*` metadata."""
 
     def make(metadata: dict[str, Any]) -> Server:
         rows, width = len(metadata["tokenizer.ggml.tokens"]), 32

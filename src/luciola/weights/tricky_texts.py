@@ -44,7 +44,10 @@ def tricky_texts(tokenizer: Tokenizer) -> list[str]:
     mixtures = ["".join(rng.choices(pieces, k=rng.randrange(2, 24))) for _ in range(_MIXTURES)]
     ids = sorted(tokenizer.backend.get_vocab(with_added_tokens=True).values())
     rng.shuffle(ids)
-    runs = [[token_id] for token_id in ids[:_MIXTURES]] + [ids[i : i + _RUN] for i in range(0, len(ids), _RUN)]
+    runs = [[token_id] for token_id in ids[:_MIXTURES]]
+    for _ in range(-(-_MIXTURES * _RUN // max(len(ids), 1))):  # each token comes at least once
+        rng.shuffle(ids)
+        runs += [ids[i : i + _RUN] for i in range(0, len(ids), _RUN)]
     own = [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
     torn = ["".join(rng.choice((part, rng.choice(pieces))) for part in text.split(" ")) for text in own[-_MIXTURES:]]
     return ["", *_PROSE, *around, *mixtures, *own, *torn]
