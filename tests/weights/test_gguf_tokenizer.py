@@ -212,7 +212,14 @@ REFUSALS: dict[str, tuple[Callable[[], Tokenizer], str]] = {
         lambda: Tokenizer(train_bpe([], 300).backend, further_eos_ids=[0, 1, 2, 3]),
         r"room for 3 tokens that end a text; this tokenizer names \(0, 1, 2, 3\)",
     ),
-    "end beyond": (lambda: Tokenizer(train_bpe([], 300).backend, further_eos_ids=[7000]), r"names \(7000,\)"),
+    "end beyond": (
+        lambda: Tokenizer(train_bpe([], 300).backend, further_eos_ids=[9000]),
+        r"eos .* \(9000,\), .* would be .* \(\), ",
+    ),
+    "end without a token": (
+        lambda: Tokenizer(read(vocabulary_of(Tokenizer.characters("ab"), 12)).backend, further_eos_ids=[12]),
+        "as GGUF states it they would be",
+    ),
     "spelt alike": (lambda: Tokenizer.characters("a Ġ"), "Two tokens would both be spelt 'Ġ'"),
     "whole words": (words_without_merges, "'ab' is neither a single character nor an added token"),
     "bytes missing": (

@@ -7,6 +7,7 @@ made to tell tokenizers apart; a difference is an error, and nothing wrong gets 
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -165,7 +166,7 @@ def _tokens(state: dict[str, Any], rows: int, ordinary: Callable[[str], tuple[st
         entries[token_id] = (token["content"], TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED)
     tokens = [token for token, _ in entries]
     if len(set(tokens)) < rows:
-        twice = next(token for token in tokens if tokens.count(token) > 1)
+        twice = Counter(tokens).most_common(1)[0][0]
         raise ValueError(
             f"Two tokens would both be spelt {_shortened(twice)} in GGUF; this tokenizer cannot be written."
         )
@@ -177,7 +178,7 @@ def _tokens(state: dict[str, Any], rows: int, ordinary: Callable[[str], tuple[st
 def _named_ids(tokenizer: Tokenizer, state: dict[str, Any]) -> dict[str, int]:
     """The ids of the tokens that have a role. A role nobody has is left out; llama.cpp then assumes some id for eos."""
     ends = tokenizer.eos_token_ids
-    if len(ends) > len(_EOS_ROLES) or any(not 0 <= token_id < tokenizer.vocab_size for token_id in ends):
+    if len(ends) > len(_EOS_ROLES):
         raise ValueError(f"GGUF has room for {len(_EOS_ROLES)} tokens that end a text; this tokenizer names {ends}.")
     unknown = state["model"].get("unk_token")
     roles = {
@@ -201,6 +202,11 @@ def _added_around(tokenizer: Tokenizer) -> dict[str, bool]:
 
 def _prove(tokenizer: Tokenizer, metadata: dict[str, Any], texts: Sequence[str]) -> None:
     read = tokenizer_of(metadata, "The metadata just made")
+    ours, theirs = ((t.bos_token_id, t.eos_token_ids, t.pad_token_id) for t in (tokenizer, read))
+    if ours != theirs:
+        raise ValueError(
+            f"The tokenizer's bos, eos and padding ids are {ours}; as GGUF states it they would be {theirs}."
+        )
     for text in texts:
         ids = tokenizer.encode(text)
         same = read.encode(text) == ids and all(
