@@ -10,9 +10,9 @@ FLOOR_0 = ("recipe", "run", "hardware", "text", "verify", "tasks")
 
 
 def loaded_by(code: str) -> set[str]:
-    program = f"{code}\nimport sys; print('\\n'.join(sys.modules))"
+    program = f"{code}\nimport sys; print('modules:', *sys.modules)"
     output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
-    return {name.partition(".")[0] for name in output.split()}
+    return {name.partition(".")[0] for name in output.rpartition("modules:")[2].split()}
 
 
 @pytest.mark.parametrize("room", [*FLOOR_0, "cli"])

@@ -104,7 +104,8 @@ def test_shapes_that_cannot_be_are_refused(config: dict[str, Any], complaint: st
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        ValueError, match="'mamba' is not supported; this version reads llama, deepseek_v2, deepseek_v3"
+        ValueError,
+        match="'mamba' is not supported; this version reads deepseek, deepseek_v2, deepseek_v3, llama, mistral",
     ):
         ModelConfig.from_hf(TINY | {"model_type": "mamba"})
 

@@ -14,8 +14,10 @@ from tokenizers import pre_tokenizers
 
 from luciola.model.config import ModelConfig
 from luciola.model.transformer import Transformer
+from luciola.text.tokenizer import Tokenizer
 from luciola.weights import names
-from luciola.weights.gguf import config_of, find_packaged, load
+from luciola.weights.gguf import find_packaged, open_file
+from luciola.weights.gguf_config import config_of
 from luciola.weights.gguf_file import GGUFFile
 from luciola.weights.gguf_tokenizer import tokenizer_of
 
@@ -38,6 +40,11 @@ CONFIG = ModelConfig(
     bos_token_id=1,
     eos_token_id=0,
 )
+
+
+def load(path: Path, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer | None]:
+    checkpoint = open_file(path)
+    return checkpoint.model(dtype), checkpoint.load_tokenizer()
 
 
 def interleaved(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
@@ -74,7 +81,8 @@ def write(path: Path, model: Transformer, *, kind: Kind = Kind.F32, **changes: A
             add = {str: writer.add_string, bool: writer.add_bool, float: writer.add_float32, list: writer.add_array}
             add.get(type(value), writer.add_uint32)(key, value)
     state = model.state_dict()
-    for theirs, place in names.gguf_llama(config, state).items():
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for theirs, place in names.gguf(config, shapes).items():
         values = state[place.name].numpy()
         if ".attn_q." in theirs:
             values = interleaved(values, config.num_attention_heads)
@@ -146,7 +154,8 @@ def test_dtype_is_the_one_asked_for(tmp_path: Path) -> None:
 
 
 def test_tokenizer(tmp_path: Path) -> None:
-    tokenizer = tokenizer_of(GGUFFile(write(tmp_path / "m.gguf", random_model())).metadata, "m.gguf")
+    tokenizer = open_file(write(tmp_path / "m.gguf", random_model())).load_tokenizer()
+    assert tokenizer is not None
     assert (tokenizer.bos_token_id, tokenizer.eos_token_ids, tokenizer.pad_token_id) == (1, (0,), None)
     ids = tokenizer.encode("a the<think>12<|end|>")
     assert [TOKENS[token_id] for token_id in ids] == ["a", "Ġthe", "<think>", "1", "2", "<|end|>"]
@@ -168,7 +177,7 @@ def test_end_of_turn_ends_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general.architecture": "mamba"}, "'mamba' model; from GGUF only dense 'llama'"),
+        ({"general.architecture": "mamba"}, "'mamba' model; readable from GGUF are deepseek, deepseek2"),
         ({"llama.expert_count": 8}, "'llama' model with experts"),
         ({"llama.rope.dimension_count": 4}, "rotates only part of each head"),
         ({"llama.block_count": None}, r"num_hidden_layers: Field required"),
@@ -176,8 +185,11 @@ def test_end_of_turn_ends_too(tmp_path: Path) -> None:
         ({"llama.block_count": 1}, r"blk\.1\.\w+\.weight has no place"),
         ({"llama.feed_forward_length": 32}, r"ffn_down\.weight should have shape \[32, 32\] and has \[32, 64\]"),
         ({"llama.rope.scaling.type": "linear"}, "rope_scaling.factor: Field required"),
-        ({"llama.rope.scaling.type": "yarn"}, "by yarn, which cannot be read"),
-        ({"tokenizer.ggml.model": "bert"}, "the tokenizer is .bert."),
+        (
+            {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0},
+            "by longrope, which cannot be read",
+        ),
+        ({"tokenizer.ggml.model": "t5"}, "the tokenizer is .t5."),
         ({"tokenizer.ggml.pre": "default"}, "pre-tokenizer 'default'; readable are"),
         ({"tokenizer.ggml.merges": ["t h", "q q"]}, "merge .q q. names tokens it lacks"),
         ({"tokenizer.ggml.token_type": [1]}, "tokens have 1 types"),

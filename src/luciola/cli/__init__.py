@@ -10,6 +10,7 @@ import typer
 from luciola.cli.ask import evaluate, generate
 from luciola.cli.chat import chat
 from luciola.cli.errors import guarded
+from luciola.cli.files import convert, inspect, parity
 from luciola.cli.look import bench, doctor, runs
 from luciola.cli.train import grpo, pretrain, quickstart, sft
 
@@ -39,7 +40,21 @@ def _program(version: Version = False) -> None:
     pass
 
 
-for command in (quickstart, pretrain, sft, grpo, evaluate, generate, chat, runs, doctor, bench):
+for command in (
+    quickstart,
+    pretrain,
+    sft,
+    grpo,
+    evaluate,
+    generate,
+    chat,
+    convert,
+    inspect,
+    parity,
+    runs,
+    doctor,
+    bench,
+):
     app.command()(guarded(command))
 
 

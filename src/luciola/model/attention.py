@@ -43,8 +43,18 @@ def segment_mask(segments_BT: Tensor) -> Tensor:
     return same & torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril()
 
 
-def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, context: Context) -> Tensor:
+def window_mask(length: int, window: int, mask_BTT: Tensor | None, device: torch.device) -> Tensor:
+    """Causal mask, or `mask_BTT`, without keys that lie `window` tokens or more before the query."""
+    seen_TT = torch.ones(length, length, dtype=torch.bool, device=device).triu(1 - window)
+    return seen_TT.tril().unsqueeze(0) if mask_BTT is None else mask_BTT & seen_TT
+
+
+def attend(
+    q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, context: Context, window: int | None = None
+) -> Tensor:
     """Causal attention, or attention under the context's mask; returns (B, T, H, width of v).
+
+    With `window` a token sees itself and the window - 1 tokens before it (Mistral 7B, section 2).
 
     PyTorch's fused kernel serves long rows and GPUs. On a CPU it works head by head on products too small to be fast
     when rows are short; there the scores of all heads are formed at once instead.
@@ -53,6 +63,8 @@ def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, context
     if layout is not None:
         q_BHTD, k_BGTD, v_BGTD = layout.spread(q_BHTD), layout.spread(k_BGTD), layout.spread(v_BGTD)
     B, H, T, _ = q_BHTD.shape
+    if window is not None and window < T:
+        mask_BTT = window_mask(T, window, mask_BTT, q_BHTD.device)
     if B * H * T * T <= KEPT_NUMBERS and q_BHTD.dtype == torch.float32 and q_BHTD.device.type == "cpu":
         o_BHTD = _ShortFunction.apply(q_BHTD, k_BGTD, v_BGTD, scale, mask_BTT)
     else:

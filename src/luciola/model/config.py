@@ -3,8 +3,11 @@
 Which attention and which feed-forward a layer has follows from the fields alone:
 
 * `kv_lora_rank` set: multi-head latent attention (DeepSeek-V2, V3); absent: grouped-query attention (DeepSeek LLM,
-Llama).
+DeepSeekMoE, Llama, Mistral, Qwen).
 * `n_routed_experts` set: DeepSeekMoE from layer `first_k_dense_replace` on; absent: SwiGLU in every layer.
+
+What a family does without saying so in its configuration (Qwen2's biases, Qwen3's norms) stands in its file in
+`weights/families/`.
 """
 
 from __future__ import annotations
@@ -12,15 +15,9 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-ModelType = Literal["llama", "deepseek_v2", "deepseek_v3"]
-
-ARCHITECTURES: dict[str, str] = {
-    "llama": "LlamaForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-}
+from luciola.weights.families import FAMILIES, Family
 
 # Fields of published config.json files that say nothing about the computation.
 IGNORED_HF_FIELDS = frozenset(
@@ -99,7 +96,7 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model_type: ModelType = "deepseek_v3"
+    model_type: str = "deepseek_v3"
     vocab_size: PositiveInt
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
@@ -121,6 +118,8 @@ class ModelConfig(BaseModel):
     rope_theta: PositiveFloat = 10_000.0
     rope_scaling: RopeScaling | None = None
     rope_interleave: bool = True  # MLA weights as DeepSeek publishes them pair neighbouring dimensions
+    sliding_window: PositiveInt | None = None  # tokens that attention sees, its own included; None: all
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None  # None: all as above
 
     q_lora_rank: PositiveInt | None = None
     kv_lora_rank: PositiveInt | None = None
@@ -142,6 +141,13 @@ class ModelConfig(BaseModel):
     routed_scaling_factor: PositiveFloat = 1.0
 
     num_nextn_predict_layers: int = Field(default=0, ge=0)
+
+    @field_validator("model_type")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in FAMILIES:
+            raise ValueError(f"{value!r} is not supported; this version reads {', '.join(FAMILIES)}")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -186,6 +192,13 @@ class ModelConfig(BaseModel):
                     raise ValueError(f"{name} is needed where kv_lora_rank is set (multi-head latent attention)")
             if self.rope_dim % 2:
                 raise ValueError(f"qk_rope_head_dim={self.rope_dim} must be even: rotary embedding turns pairs")
+        if self.layer_types is not None:
+            if len(self.layer_types) != self.num_hidden_layers:
+                raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers")
+            if "sliding_attention" in self.layer_types and self.sliding_window is None:
+                raise ValueError("sliding_window is needed where layer_types names sliding_attention")
+        if self.sliding_window is not None and not self.family.windows:
+            raise ValueError(f"sliding_window={self.sliding_window} is set, which {self.model_type} models do not have")
         if self.n_routed_experts is not None:
             self._check_experts(self.n_routed_experts)
         elif self.num_experts_per_tok is not None:
@@ -205,6 +218,30 @@ class ModelConfig(BaseModel):
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than the {reachable} experts that "
                 f"topk_group={self.topk_group} of n_group={self.n_group} leave to choose from"
             )
+
+    @property
+    def family(self) -> Family:
+        """What sets this model's family apart."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have biases."""
+        return self.attention_bias if self.family.qkv_bias is None else self.family.qkv_bias
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether attention's output projection has a bias."""
+        return self.attention_bias if self.family.output_bias is None else self.family.output_bias
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens attention of layer number `layer` sees, its own included; None: all before it."""
+        if (
+            self.layer_types is not None
+            and self.layer_types[min(layer, self.num_hidden_layers - 1)] == "full_attention"
+        ):
+            return None  # an MTP block is like the last layer
+        return self.sliding_window
 
     @property
     def is_mla(self) -> bool:
@@ -252,9 +289,12 @@ class ModelConfig(BaseModel):
         Raises ValueError for an unknown model_type or a field that changes the computation and is not supported.
         """
         data = {k: v for k, v in data.items() if k not in IGNORED_HF_FIELDS}
-        known = ", ".join(ARCHITECTURES)
-        if data.get("model_type") not in ARCHITECTURES:
+        family = FAMILIES.get(str(data.get("model_type")))
+        if family is None:
+            known = ", ".join(FAMILIES)
             raise ValueError(f"model_type {data.get('model_type')!r} is not supported; this version reads {known}")
+        data = {**family.defaults, **data}
+        family.read(data)
         rope = data.pop("rope_parameters", None) or data.pop("rope_scaling", None)
         data.pop("rope_scaling", None)
         if rope is not None:
@@ -266,10 +306,7 @@ class ModelConfig(BaseModel):
                 data["rope_scaling"] = {k: v for k, v in rope.items() if v is not None}
         for name in [name for name, value in data.items() if value is None]:
             del data[name]
-        if data["model_type"] == "deepseek_v3":
-            data.pop("scoring_func", None)  # always sigmoid with a selection bias, whatever a config repeats
-            data.pop("topk_method", None)
-        if data["model_type"] != "llama" and data.get("head_dim") == data.get("qk_rope_head_dim"):
+        if data.get("kv_lora_rank") is not None and data.get("head_dim") == data.get("qk_rope_head_dim"):
             data.pop("head_dim", None)
         return cls.model_validate(data)
 
@@ -291,14 +328,24 @@ class ModelConfig(BaseModel):
                     scaling.pop(name, None)
             data["rope_scaling"] = {"type": kind, **scaling}
         if not self.is_mla:
-            for name in ("rope_interleave", "n_group", "topk_group", "moe_layer_freq", "first_k_dense_replace"):
-                data.pop(name, None)
-            data.pop("routed_scaling_factor", None)
-            data.pop("num_nextn_predict_layers", None)
+            data.pop("rope_interleave")
             data["head_dim"] = self.rope_dim
         elif self.q_lora_rank is None:
             data["q_lora_rank"] = None  # the class default of the oracle is 1536, so silence would not mean "none"
-        return {"architectures": [ARCHITECTURES[self.model_type]], **data, "torch_dtype": "float32"}
+        if self.n_routed_experts is None and not self.is_mla:
+            for name in ("n_group", "topk_group", "moe_layer_freq", "first_k_dense_replace", "routed_scaling_factor"):
+                data.pop(name)
+        if not self.num_nextn_predict_layers and not self.is_mla:
+            data.pop("num_nextn_predict_layers")
+        if "sliding_window" in self.family.defaults:
+            data.setdefault("sliding_window", None)  # where silence would mean a window
+        elif self.sliding_window is not None:
+            types = [
+                "full_attention" if self.window(n) is None else "sliding_attention"
+                for n in range(self.num_hidden_layers)
+            ]
+            data |= {"use_sliding_window": True, "layer_types": types}
+        return {"architectures": [self.family.architecture], **data, "torch_dtype": "float32"}
 
 
 def yarn_temperature(factor: float, mscale: float) -> float:

@@ -10,10 +10,11 @@ from luciola.model.config import ModelConfig
 from luciola.model.transformer import Transformer
 from luciola.run import publish_folder
 from luciola.text.tokenizer import Tokenizer
-from luciola.weights import gguf, hf
-from luciola.weights.build import config_from
+from luciola.weights import hf
+from luciola.weights.checkpoint import config_from
+from luciola.weights.opening import open_checkpoint
 
-PACKAGE_PREFIX = "pypi:"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class LanguageModel:
@@ -26,11 +27,8 @@ class LanguageModel:
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None) -> None:
-        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"The tokenizer has {tokenizer.vocab_size} tokens and the model rows for {model.config.vocab_size}; "
-                f"give the model vocab_size={tokenizer.vocab_size} or more."
-            )
+        if tokenizer is not None:
+            _check_rows(tokenizer, model.config, "model")
         self.model = model
         self.tokenizer = tokenizer
 
@@ -68,27 +66,33 @@ class LanguageModel:
                 self.tokenizer.save(unfinished)
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None) -> LanguageModel:
+def load(
+    path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> LanguageModel:
     """Read a model from a Hugging Face folder, a GGUF file, a run folder, or an installed package's GGUF file.
 
-    A package is given as "pypi:NAME". Weights become `dtype`; None means float32. A folder without tokenizer files
-    gives a LanguageModel with `tokenizer` None.
+    A package is given as "pypi:NAME". Weights become `dtype` ("bfloat16" is torch.bfloat16; None means float32) on
+    `device` (None: the CPU). A folder without tokenizer files gives a LanguageModel with `tokenizer` None.
 
     Raises:
         ValueError: nothing is there, or what is there cannot be read; one sentence says why.
     """
-    if isinstance(path, str) and path.startswith(PACKAGE_PREFIX):
-        path = gguf.find_packaged(path.removeprefix(PACKAGE_PREFIX))
-    path = Path(path).expanduser()
-    if path.is_file():
-        return LanguageModel(*gguf.load(path, dtype))
-    folder = path / "model" if (path / "model").is_dir() and not (path / "config.json").is_file() else path
-    if (path / "recipe.toml").is_file() and folder == path:
-        raise ValueError(f"the run {path} has no model yet: it has not come to its end; continue it with --resume")
-    if not folder.is_dir():
-        raise ValueError(f"{path} does not exist; give a model folder, a GGUF file, a run folder or pypi:NAME.")
-    tokenizer = Tokenizer.load(folder) if Tokenizer.present(folder) else None
-    return LanguageModel(hf.load(folder, dtype), tokenizer)
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if wanted not in (None, *DTYPES):
+        raise ValueError(f"dtype={dtype!r} is not one a model can have: {', '.join(map(str, DTYPES))}.")
+    checkpoint = open_checkpoint(path)
+    tokenizer = checkpoint.load_tokenizer()
+    if tokenizer is not None:
+        _check_rows(tokenizer, checkpoint.config, checkpoint.path)
+    return LanguageModel(checkpoint.model(wanted, device), tokenizer)
+
+
+def _check_rows(tokenizer: Tokenizer, config: ModelConfig, where: object) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens and the model rows for {config.vocab_size}; "
+            f"give the model vocab_size={tokenizer.vocab_size} or more."
+        )
 
 
 def _token_ids(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:

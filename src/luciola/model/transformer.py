@@ -34,7 +34,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn: MLA | GQA = MLA(config) if config.is_mla else GQA(config)
+        self.self_attn: MLA | GQA = MLA(config) if config.is_mla else GQA(config, config.window(layer))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: MoE | SwiGLU
         if config.is_moe_layer(layer):

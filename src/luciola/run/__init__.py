@@ -8,7 +8,7 @@ lists and compares runs.
 from luciola.run.compare import RunInfo, differences, list_runs
 from luciola.run.folder import Run
 from luciola.run.progress import duration, progress
-from luciola.run.publish import atomic_write, publish_folder, recover_folder
+from luciola.run.publish import atomic_write, publish_file, publish_folder, recover_folder
 from luciola.run.records import read_records
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "duration",
     "list_runs",
     "progress",
+    "publish_file",
     "publish_folder",
     "read_records",
     "recover_folder",

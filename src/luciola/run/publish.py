@@ -18,27 +18,36 @@ MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "chat_template.jinja",
+    "added_tokens.json",
     "config.json",
     "generation_config.json",
+    "merges.txt",
     "special_tokens_map.json",
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
+    "vocab.json",
 )
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Writes a file (text as UTF-8) that is there as a whole or, on any failure, still is what it was."""
+    with publish_file(path) as unfinished:
+        unfinished.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def publish_file(path: str | Path) -> Iterator[Path]:
+    """Yields the name of a file to write, which takes the place of `path` when the block ends well, else vanishes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
+    unfinished = path.with_name(f".{path.name}.new")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield unfinished
+        _flush(unfinished)
+        os.replace(unfinished, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
     _flush(path.parent)
 

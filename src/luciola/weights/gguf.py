@@ -1,65 +1,177 @@
-"""Read llama.cpp's GGUF files of the llama family: quantised weights become float32 (or the dtype asked for) again.
+"""llama.cpp's GGUF files, read and written one tensor at a time.
 
-llama.cpp rotates neighbouring features (2k, 2k+1) where Hugging Face rotates (k, k + d/2); its converter therefore
-reorders the rows of the query and key projections. Here they are put back.
+Quantised weights become float32 (or the dtype asked for) again when read. What is written, llama.cpp runs: norms and
+routers in float32, everything else in one type, with the tokenizer and the chat template inside.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGUFWriter, LlamaFileType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import quantize
 from torch import Tensor
 
-from luciola.model.config import ModelConfig, RopeScaling
-from luciola.model.rope import frequencies
-from luciola.model.transformer import Transformer
+from luciola.model.config import ModelConfig
 from luciola.text.tokenizer import Tokenizer
 from luciola.weights import names
-from luciola.weights.build import build, config_from
+from luciola.weights.checkpoint import Checkpoint, Stored
+from luciola.weights.gguf_config import NO_SHARED_EXPERT, ROPE_FACTORS, TOKEN_IDS, config_of, metadata_of, rope_factors
 from luciola.weights.gguf_file import GGUFFile
 from luciola.weights.gguf_tokenizer import tokenizer_of
+from luciola.weights.gguf_vocabulary import vocabulary_of
+from luciola.weights.parts import Place, Shape
 
-METADATA = {
-    "llama.embedding_length": "hidden_size",
-    "llama.feed_forward_length": "intermediate_size",
-    "llama.block_count": "num_hidden_layers",
-    "llama.attention.head_count": "num_attention_heads",
-    "llama.attention.head_count_kv": "num_key_value_heads",
-    "llama.attention.key_length": "head_dim",
-    "llama.context_length": "max_position_embeddings",
-    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "llama.rope.freq_base": "rope_theta",
-    "tokenizer.ggml.bos_token_id": "bos_token_id",
-    "tokenizer.ggml.eos_token_id": "eos_token_id",
-    "tokenizer.ggml.padding_token_id": "pad_token_id",
+KINDS = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-_ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1's stretched frequencies are divided by, (head_dim / 2,)
+_FLOAT32_ONLY = ("ffn_gate_inp", "exp_probs_b")  # llama.cpp's routers are float32, as one-dimensional tensors are
 
 
-def load(path: Path, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer | None]:
-    """The model and tokenizer (None if there is none) in a GGUF file; `dtype` None means float32.
+def open_file(path: Path) -> Checkpoint:
+    """The model in a GGUF file.
 
     Raises:
-        ValueError: a damaged file, another architecture than llama, a quantisation or tokenizer that is not supported.
+        ValueError: a damaged file, another architecture than those in `families/`, or tensors that do not fit.
     """
     file = GGUFFile(path)
     config = config_of(file)
-    kind = file.metadata.get("tokenizer.ggml.model")
-    tokenizer = None if kind in (None, "no_vocab") else tokenizer_of(file.metadata, path)
-    rows = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    stored = {
+        name: Stored(info.shape, info.kind.name, info.size)
+        for name, info in file.tensors.items()
+        if name != ROPE_FACTORS
+        and not names.is_copy(name, config, file.tensors)
+        and not (file.metadata.get(NO_SHARED_EXPERT) is True and "_shexp." in name)
+    }
+
+    def tokenizer() -> Tokenizer | None:
+        absent = file.metadata.get("tokenizer.ggml.model") in (None, "none", "no_vocab")
+        return None if absent else tokenizer_of(file.metadata, path)
 
     def read(name: str) -> Tensor:
-        tensor = torch.from_numpy(file.tensor(name))
-        heads = rows.get(name.split(".")[-2])
-        return tensor if heads is None else _half_split(tensor, heads)
+        return torch.from_numpy(file.tensor(name))
 
-    shapes = {name: info.shape for name, info in file.tensors.items() if name != _ROPE_FACTORS}
+    return Checkpoint(path, "gguf", config, stored, names.gguf, read, tokenizer)
+
+
+def write(
+    path: Path,
+    config: ModelConfig,
+    shapes: Mapping[str, Shape],
+    tensor: Callable[[Place], Tensor],
+    kind: str,
+    tokenizer: Tokenizer | None,
+    name: str,
+) -> None:
+    """Write a model whose parameters have these `shapes`, holding one tensor in memory.
+
+    `tensor` gives the part of a parameter that stands at a place; `kind` is one of KINDS; `name` is shown by llama.cpp.
+
+    Raises:
+        ValueError: GGUF has no place for something in the configuration or the tokenizer.
+    """
+    metadata = metadata_of(config) | {"general.name": name, "general.file_type": int(KINDS[kind][1])}
+    metadata["general.quantization_version"] = 2
+    if tokenizer is None:
+        ids = {theirs: getattr(config, ours) for theirs, ours in TOKEN_IDS.items()}
+        metadata |= {theirs: value for theirs, value in ids.items() if isinstance(value, int)}
+        metadata["tokenizer.ggml.model"] = "none"
+    else:
+        metadata |= vocabulary_of(tokenizer, config.vocab_size)
+
+    places = names.gguf(config, shapes)
+    factors = rope_factors(config)
+    plan: dict[str, tuple[Shape, GGMLQuantizationType]] = {}
+    if factors is not None:
+        plan[ROPE_FACTORS] = (factors.shape, GGMLQuantizationType.F32)
+    plan |= {name: (place.shape, _kind_of(name, place.shape, kind)) for name, place in places.items()}
+    zeros = _zero_shared_experts(config)
+    plan |= {name: (shape, _kind_of(name, shape, kind)) for name, shape in zeros.items()}
+
+    writer = _Writer(path, metadata.pop("general.architecture"))
     try:
-        return build(config, dtype, names.gguf_llama, shapes, read), tokenizer
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        writer.begin(metadata, plan)
+        for name, (shape, stored) in plan.items():
+            if name == ROPE_FACTORS:
+                values = factors
+            elif name in zeros:
+                values = np.zeros(shape, np.float32)
+            else:
+                values = tensor(places[name]).float().contiguous().numpy()
+            assert values is not None
+            writer.add(values, stored)
+    finally:
+        writer.close()
+
+
+def _kind_of(name: str, shape: Shape, kind: str) -> GGMLQuantizationType:
+    """How a tensor is stored. Rows that are not whole blocks cannot be quantised and stay in half precision."""
+    if len(shape) == 1 or any(part in name for part in _FLOAT32_ONLY):
+        return GGMLQuantizationType.F32
+    wanted = KINDS[kind][0]
+    return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
+
+
+def _zero_shared_experts(config: ModelConfig) -> dict[str, Shape]:
+    """llama.cpp adds a shared expert in every layer with experts; one of zeros adds nothing."""
+    if config.n_routed_experts is None or config.n_shared_experts:
+        return {}
+    wide, narrow = config.hidden_size, config.moe_intermediate_size or 0
+    layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+    shapes = {"gate": (narrow, wide), "up": (narrow, wide), "down": (wide, narrow)}
+    return {
+        f"blk.{layer}.ffn_{part}_shexp.weight": shape
+        for layer in layers
+        if config.is_moe_layer(layer)
+        for part, shape in shapes.items()
+    }
+
+
+class _Writer:
+    """The gguf package's writer: header first, then each tensor as it comes."""
+
+    def __init__(self, path: Path, architecture: str) -> None:
+        self._path = path
+        self._writer = GGUFWriter(None, architecture)
+
+    def begin(self, metadata: Mapping[str, Any], plan: Mapping[str, tuple[Shape, GGMLQuantizationType]]) -> None:
+        writer = self._writer
+        add = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }
+        for key, value in metadata.items():
+            add[type(value)](key, value)  # type: ignore[operator]
+        for name, (shape, kind) in plan.items():
+            per_block, block_bytes = GGML_QUANT_SIZES[kind]
+            row = shape[-1] // per_block * block_bytes
+            size = int(np.prod(shape[:-1], dtype=np.int64)) * row
+            if kind == GGMLQuantizationType.F32:
+                writer.add_tensor_info(name, shape, np.dtype(np.float32), size)
+            else:
+                writer.add_tensor_info(name, (*shape[:-1], row), np.dtype(np.uint8), size, raw_dtype=kind)
+        writer.write_header_to_file(self._path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+
+    def add(self, values: np.ndarray[Any, np.dtype[np.float32]], kind: GGMLQuantizationType) -> None:
+        stored = values if kind == GGMLQuantizationType.F32 else quantize(values, kind).view(np.uint8)
+        self._writer.write_tensor_data(np.ascontiguousarray(stored))
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def find_packaged(name: str) -> Path:
@@ -76,51 +188,3 @@ def find_packaged(name: str) -> Path:
     if len(found) != 1:
         raise ValueError(f"The installed package {name} ships {len(found)} .gguf files where one is needed.")
     return found[0]
-
-
-def config_of(file: GGUFFile) -> ModelConfig:
-    """The ModelConfig that a file's metadata and tensors amount to."""
-    metadata, tensors = file.metadata, file.tensors
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama" or metadata.get("llama.expert_count"):
-        kind = f"{architecture!r} model" + (" with experts" if architecture == "llama" else "")
-        raise ValueError(f"{file.path} holds a {kind}; from GGUF only dense 'llama' models can be read.")
-    if "token_embd.weight" not in tensors:
-        raise ValueError(f"{file.path} is not a whole GGUF file (token_embd.weight is missing); fetch it again.")
-    data = {ours: _shortest(metadata[theirs]) for theirs, ours in METADATA.items() if theirs in metadata}
-    data["model_type"] = "llama"
-    data["vocab_size"] = tensors["token_embd.weight"].shape[0]
-    data["tie_word_embeddings"] = "output.weight" not in tensors
-    data["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    data["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    if scaling == "linear":
-        data["rope_scaling"] = {"type": "linear", "factor": metadata.get("llama.rope.scaling.factor")}
-    elif scaling != "none":
-        raise ValueError(f"{file.path} stretches its rotary frequencies by {scaling}, which cannot be read from GGUF.")
-    config = config_from(data, file.path)
-    config = config.model_copy(update={"head_dim": config.rope_dim})
-    if metadata.get("llama.rope.dimension_count", config.rope_dim) != config.rope_dim:
-        raise ValueError(f"{file.path} rotates only part of each head, which this version cannot do.")
-    return _with_llama3_scaling(config, file) if _ROPE_FACTORS in tensors else config
-
-
-def _shortest(value: Any) -> Any:
-    """For a float the shortest decimal with the same float32: 1e-05 was stored as 9.999999747378752e-06."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def _with_llama3_scaling(config: ModelConfig, file: GGUFFile) -> ModelConfig:
-    """Llama 3.1's scaling is stored as the factors themselves; they must be those of its published parameters."""
-    factors, plain = torch.from_numpy(file.tensor(_ROPE_FACTORS)), frequencies(config)[0]
-    if factors.shape == plain.shape and factors.min() > 0:
-        scaling = RopeScaling(rope_type="llama3", factor=float(factors.max()), original_max_position_embeddings=8192)
-        stretched = config.model_copy(update={"rope_scaling": scaling})
-        if torch.allclose(plain / factors, frequencies(stretched)[0], rtol=1e-4):
-            return stretched
-    raise ValueError(f"{file.path} stretches its rotary frequencies by a table other than Llama 3.1's.")
-
-
-def _half_split(rows: Tensor, heads: int) -> Tensor:
-    """Rows of each head from llama.cpp's order, neighbours paired, to Hugging Face's, first half paired with second."""
-    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

@@ -5,7 +5,8 @@ Only safetensors are read: a pickle (`pytorch_model.bin`) runs whatever code its
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,37 +17,52 @@ from torch import Tensor
 
 from luciola.model.config import ModelConfig
 from luciola.model.transformer import Transformer
+from luciola.text.tokenizer import Tokenizer
 from luciola.weights import names
-from luciola.weights.build import build, config_from
+from luciola.weights.checkpoint import Checkpoint, Stored, config_from
+from luciola.weights.families import FAMILIES
+from luciola.weights.parts import Place, Shape, take
 
 SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FP8_BLOCK = 128  # DeepSeek-V3 report, section 3.3: one scale for each 128 x 128 weights
+FP8, SCALES = "F8_E4M3", "_scale_inv"
+KINDS = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2, FP8: 1, "F8_E8M0": 1}  # bytes of a number; the last: powers of two
+ROUTER_BIAS = "e_score_correction_bias"
+CHECKSUMS = "luciola.crc32"  # in a file's metadata; other programs pass over it
+RELEASE_BYTES = 64 << 20
 
 
-def load(folder: Path, dtype: torch.dtype | None = None) -> Transformer:
-    """The model in a Hugging Face folder, its weights converted to `dtype` (None: float32, as training wants them).
+def open_folder(folder: Path) -> Checkpoint:
+    """The model in a Hugging Face folder.
 
     FP8 weights are multiplied by their block scales. A DeepSeek-V3 folder whose config.json announces MTP layers that
-    its files lack, as transformers writes them, loads without MTP.
+    its files lack, as transformers writes them, is read without MTP.
 
     Raises:
         ValueError: a missing or malformed file, tensors that are missing, unknown or misshapen, a weight format or
             model type which is not supported.
     """
-    data = _read_json(folder / "config.json")
+    data = read_json(folder / "config.json")
     files = _tensor_files(folder)
-    config = _without_lost_mtp(config_from(data, folder / "config.json"), files)
+    config = _without_lost_mtp(_config(data, folder / "config.json"), files)
     tensors = _Tensors(folder, files, _fp8_block(data, folder))
-    shapes = {
-        name: shape
-        for name, shape in tensors.shapes().items()
-        if not names.is_copy(name, config) and 0 not in shape  # transformers writes the absent shared expert as nothing
+    stored = {
+        name: stored
+        for name, stored in tensors.stored().items()
+        if not names.is_copy(name, config, files)
+        and 0 not in stored.shape  # transformers writes an absent expert as nothing
     }
-    try:
-        return build(config, dtype, names.hugging_face, shapes, tensors.read)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+    moe_layers = sum(map(config.is_moe_layer, range(min(config.num_hidden_layers, len(stored)))))
+    if moe_layers * (config.n_routed_experts or 0) > len(stored):
+        raise ValueError(
+            f"{folder}: {config.n_routed_experts} experts are announced and only {len(stored)} tensors are there."
+        )
+
+    def tokenizer() -> Tokenizer | None:
+        return Tokenizer.load(folder) if Tokenizer.present(folder) else None
+
+    return Checkpoint(folder, "hf", config, stored, names.hugging_face, tensors.read, tokenizer)
 
 
 def save(
@@ -56,36 +72,86 @@ def save(
 
     `eos_token_ids`, the tokenizer's, go into generation_config.json; without them the config's are used.
     """
-    config, state = model.config, model.state_dict()
-    places = names.hugging_face(config, state)
-    shards = _shards({name: state[place.name][place.index] for name, place in places.items()}, shard_bytes)
+    state = model.state_dict()
+    write(
+        folder,
+        model.config,
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+        lambda place: take(state[place.name], place),
+        model.embed_tokens.weight.dtype,
+        eos_token_ids=eos_token_ids,
+        shard_bytes=shard_bytes,
+    )
+
+
+def write(
+    folder: Path,
+    config: ModelConfig,
+    shapes: Mapping[str, Shape],
+    tensor: Callable[[Place], Tensor],
+    dtype: torch.dtype,
+    *,
+    eos_token_ids: Sequence[int] = (),
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model whose parameters have these `shapes` into an existing folder, holding one shard in memory.
+
+    `tensor` gives the part of a parameter that stands at a place, in `dtype` (router biases in float32).
+    """
+    places = names.hugging_face(config, shapes)
+    shards = _shards({name: _nbytes(place, dtype) for name, place in places.items()}, shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, folder / file, {"format": "pt"})
+        tensors = {name: tensor(places[name]) for name in shard}
+        save_file(tensors, folder / file, {"format": "pt", CHECKSUMS: json.dumps(_checksums(tensors))})
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        total = sum(sum(shard.values()) for shard in shards)
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     eos = list(eos_token_ids) or config.eos_token_id
     eos = eos[0] if isinstance(eos, list) and len(eos) == 1 else eos
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": config.pad_token_id}
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", {**config.to_hf(), "torch_dtype": dtype})
+    _write_json(folder / "config.json", {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")})
     _write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
 
 
-def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
+def _nbytes(place: Place, dtype: torch.dtype) -> int:
+    is_bias = place.name.endswith(ROUTER_BIAS)
+    return math.prod(place.shape) * (torch.float32 if is_bias else dtype).itemsize
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[dict[str, int]]:
+    shards: list[dict[str, int]] = [{}]
     room = limit
-    for name, tensor in tensors.items():
-        if tensor.nbytes > room and shards[-1]:
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
             shards.append({})
             room = limit
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
+        shards[-1][name] = size
+        room -= size
     return shards
+
+
+def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: checksum(tensor) for name, tensor in tensors.items()}
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a contiguous tensor's dtype, shape and bytes."""
+    start = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    return zlib.crc32(tensor.detach().flatten().view(torch.uint8).numpy().data, start)
+
+
+def _config(data: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The configuration; code that a folder brings along (`auto_map`) is never run, so only known families load."""
+    if "auto_map" in data and data.get("model_type") not in FAMILIES:
+        raise ValueError(
+            f"{path}: model_type {data.get('model_type')!r} asks for code of its own (auto_map), which is not run; "
+            f"this version reads {', '.join(FAMILIES)}"
+        )
+    return config_from(data, path)
 
 
 def _without_lost_mtp(config: ModelConfig, files: Mapping[str, str]) -> ModelConfig:
@@ -111,26 +177,35 @@ def _fp8_block(data: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:
-    """The file of every tensor, from the index or from the header of the single file."""
-    if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{folder / INDEX} has no weight_map from tensor names to files.")
-        for file in set(weight_map.values()):
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise ValueError(f"{folder / INDEX} names {file!r}; it may only name .safetensors files beside it.")
-            if not (folder / file).is_file():
-                raise ValueError(f"{folder / file} is missing, which {INDEX} names; fetch the folder again.")
-        return weight_map
+    """The file of every tensor, from the header of the single file or from the index.
+
+    Where both are there the index is of an earlier version, as transformers leaves it behind.
+    """
+    weight_map = _weight_map(folder / INDEX) if (folder / INDEX).is_file() else None
     if (folder / SINGLE).is_file():
         with _opened(folder / SINGLE) as file:
             return dict.fromkeys(file.keys(), SINGLE)
+    if weight_map is not None:
+        for file in dict.fromkeys(weight_map.values()):
+            if not (folder / file).is_file():
+                raise ValueError(f"{folder / file} is missing, which {INDEX} names; fetch the folder again.")
+        return weight_map
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise ValueError(
             f"{folder} holds its weights only as a pickle, which can run any code and is not read; convert it with "
             "transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)."
         )
     raise ValueError(f"{folder} has no {SINGLE} and no {INDEX}; is it a model in Hugging Face layout?")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map from tensor names to files.")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index} names {file!r}; it may only name .safetensors files beside it.")
+    return weight_map
 
 
 def _opened(path: Path) -> Any:
@@ -144,29 +219,71 @@ class _Tensors:
     """The tensors of a folder, read one at a time; FP8 weights are multiplied by their scales on the way."""
 
     def __init__(self, folder: Path, files: Mapping[str, str], block: tuple[int, int] | None) -> None:
-        self._files = files
-        self._block = block
+        self._folder, self._files, self._block = folder, files, block
         self._opened = {file: _opened(folder / file) for file in dict.fromkeys(files.values())}
+        self._touched = dict.fromkeys(self._opened, 0)
+        self._checksums = {file: self._checksums_of(file) for file in self._opened}
 
-    def shapes(self) -> dict[str, list[int]]:
-        """The shape of every weight, from the files' headers alone."""
-        weights = [name for name in self._files if not name.endswith("_scale_inv")]
-        return {name: self._from_file(name, "get_slice").get_shape() for name in weights}
+    def _checksums_of(self, file: str) -> dict[str, int]:
+        """Those that this project writes; other files have none."""
+        text = (self._opened[file].metadata() or {}).get(CHECKSUMS)
+        try:
+            checksums = {} if text is None else json.loads(text)
+        except ValueError:
+            checksums = None
+        if not isinstance(checksums, dict) or (text is not None and set(self._opened[file].keys()) - checksums.keys()):
+            raise ValueError(f"{self._folder / file} is damaged: its checksums are not readable; fetch it again.")
+        return checksums
+
+    def stored(self) -> dict[str, Stored]:
+        """How every weight lies in its file, from the headers alone."""
+        found = {}
+        for name in self._files:
+            slice_ = self._from_file(name, "get_slice")
+            shape, kind = tuple(slice_.get_shape()), slice_.get_dtype()
+            if kind not in KINDS:
+                raise ValueError(
+                    f"{self._folder / self._files[name]}: tensor {name} is stored as {kind}; weights are read from "
+                    f"{', '.join(KINDS)}."
+                )
+            found[name] = Stored(shape, kind, math.prod(shape) * KINDS[kind])
+        for name, scales in ((name, f"{name}{SCALES}") for name, stored in found.items() if stored.kind == FP8):
+            if self._block is None or scales not in found:
+                raise ValueError(
+                    f"{self._folder}: {name} is stored in FP8, but {scales} or quantization_config is missing."
+                )
+        return {name: stored for name, stored in found.items() if not name.endswith(SCALES)}
 
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self._from_file(name, "get_tensor")
         if tensor.dtype != torch.float8_e4m3fn:
             return tensor
-        scales = f"{name}_scale_inv"
-        if self._block is None or scales not in self._files:
-            raise ValueError(f"{name} is stored in FP8, but {scales} or quantization_config is missing.")
-        return dequantize_blocks(tensor, self._from_file(scales, "get_tensor"), self._block)
+        assert self._block is not None
+        try:
+            return dequantize_blocks(tensor, self._from_file(f"{name}{SCALES}", "get_tensor"), self._block)
+        except ValueError as error:
+            raise ValueError(f"{self._folder / self._files[name]}: {name}: {error}") from error
 
     def _from_file(self, name: str, method: Literal["get_slice", "get_tensor"]) -> Any:
+        file = self._files[name]
         try:
-            return getattr(self._opened[self._files[name]], method)(name)
+            found = getattr(self._opened[file], method)(name)
         except SafetensorError as error:
-            raise ValueError(f"{self._files[name]} lacks {name}, which {INDEX} puts there; fetch it again.") from error
+            raise ValueError(
+                f"{self._folder / file} lacks {name}, which {INDEX} puts there; fetch it again."
+            ) from error
+        if method == "get_tensor":
+            known = self._checksums[file].get(name)
+            if known is not None and known != checksum(found):
+                raise ValueError(f"{self._folder / file} is damaged: tensor {name} is not as it was written.")
+            self._release(file, found.nbytes)
+        return found
+
+    def _release(self, file: str, nbytes: int) -> None:
+        """Map the file anew now and then: pages of a mapping stay in memory for as long as it is open."""
+        self._touched[file] += nbytes
+        if self._touched[file] > RELEASE_BYTES:
+            self._opened[file], self._touched[file] = _opened(self._folder / file), 0
 
 
 def dequantize_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
@@ -181,12 +298,13 @@ def dequantize_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) ->
     return weight.float() * spread
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; is {path.parent} a model in Hugging Face layout?")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
