@@ -187,7 +187,7 @@ def test_end_of_turn_ends_too(tmp_path: Path) -> None:
         ({"llama.rope.scaling.type": "linear"}, "rope_scaling.factor: Field required"),
         (
             {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0},
-            "by longrope, which cannot be read",
+            "by 'longrope', which cannot be read",
         ),
         ({"tokenizer.ggml.model": "t5"}, "the tokenizer is .t5."),
         ({"tokenizer.ggml.pre": "default"}, "pre-tokenizer 'default'; readable are"),

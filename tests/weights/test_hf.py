@@ -212,7 +212,7 @@ def test_an_index_which_names_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lacks model\.norm\.weight"):
         load(tmp_path)
     (tmp_path / files[0]).unlink()
-    with pytest.raises(ValueError, match=f"{files[0]} is missing"):
+    with pytest.raises(ValueError, match=f"{files[0]}.* is missing"):
         load(tmp_path)
     (tmp_path / hf.INDEX).write_text("{}")
     with pytest.raises(ValueError, match="no weight_map"):

@@ -13,11 +13,16 @@ What a family does without saying so in its configuration (Qwen2's biases, Qwen3
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
 
+from luciola.text.json_files import shortened
 from luciola.weights.families import FAMILIES, Family
+
+Size = Annotated[int, Field(gt=0, lt=2**31)]  # beyond that a product of two no longer fits in a tensor's numbers
+TokenId = Annotated[int, Field(ge=-1, lt=2**31)]  # -1 stands for none in some published files
+Layers = Field(le=1000)  # each is an object that has to be built; the deepest published model has 126
 
 # Fields of published config.json files that say nothing about the computation.
 IGNORED_HF_FIELDS = frozenset(
@@ -66,24 +71,26 @@ class RopeScaling(BaseModel):
     position by `factor`, `llama3` is the piecewise form of Llama 3.1.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rope_type: Literal["yarn", "linear", "llama3"]
-    factor: PositiveFloat
-    original_max_position_embeddings: PositiveInt | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: float = Field(ge=1)
+    original_max_position_embeddings: Size | None = None
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
     mscale: float | None = None
     mscale_all_dim: float | None = None
     attention_factor: float | None = None
     truncate: bool = True
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
 
     @model_validator(mode="after")
     def _original_length_known(self) -> Self:
         if self.rope_type == "llama3" and self.original_max_position_embeddings is None:
             raise ValueError("rope_type 'llama3' needs original_max_position_embeddings: the length of pre-training")
+        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(f"high_freq_factor={self.high_freq_factor} must be above {self.low_freq_factor}, the low")
         return self
 
 
@@ -94,53 +101,53 @@ class ModelConfig(BaseModel):
     num_attention_heads); MLA's widths are `qk_nope_head_dim`, `qk_rope_head_dim` and `v_head_dim`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model_type: str = "deepseek_v3"
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt | None = None
-    head_dim: PositiveInt | None = None
-    max_position_embeddings: PositiveInt = 4096
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[Size, Layers]
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    max_position_embeddings: Size = 4096
     initializer_range: PositiveFloat = 0.006
     rms_norm_eps: PositiveFloat = 1e-6
     hidden_act: Literal["silu"] = "silu"
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | None = None
 
-    rope_theta: PositiveFloat = 10_000.0
+    rope_theta: float = Field(default=10_000.0, gt=1)
     rope_scaling: RopeScaling | None = None
     rope_interleave: bool = True  # MLA weights as DeepSeek publishes them pair neighbouring dimensions
-    sliding_window: PositiveInt | None = None  # tokens that attention sees, its own included; None: all
+    sliding_window: Size | None = None  # tokens that attention sees, its own included; None: all
     layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None  # None: all as above
 
-    q_lora_rank: PositiveInt | None = None
-    kv_lora_rank: PositiveInt | None = None
-    qk_nope_head_dim: PositiveInt | None = None
-    qk_rope_head_dim: PositiveInt | None = None
-    v_head_dim: PositiveInt | None = None
+    q_lora_rank: Size | None = None
+    kv_lora_rank: Size | None = None
+    qk_nope_head_dim: Size | None = None
+    qk_rope_head_dim: Size | None = None
+    v_head_dim: Size | None = None
 
-    moe_intermediate_size: PositiveInt | None = None
-    n_shared_experts: int | None = Field(default=None, ge=0)
-    n_routed_experts: PositiveInt | None = None
-    num_experts_per_tok: PositiveInt | None = None
-    first_k_dense_replace: int = Field(default=0, ge=0)
-    moe_layer_freq: PositiveInt = 1
-    n_group: PositiveInt = 1
-    topk_group: PositiveInt = 1
+    moe_intermediate_size: Size | None = None
+    n_shared_experts: int | None = Field(default=None, ge=0, lt=2**31)
+    n_routed_experts: Size | None = None
+    num_experts_per_tok: Size | None = None
+    first_k_dense_replace: int = Field(default=0, ge=0, lt=2**31)
+    moe_layer_freq: Size = 1
+    n_group: Size = 1
+    topk_group: Size = 1
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] | None = None
     scoring_func: Literal["softmax", "sigmoid"] | None = None
     norm_topk_prob: bool | None = None
     routed_scaling_factor: PositiveFloat = 1.0
 
-    num_nextn_predict_layers: int = Field(default=0, ge=0)
+    num_nextn_predict_layers: Annotated[int, Field(ge=0), Layers] = 0
 
     @field_validator("model_type")
     @classmethod
@@ -291,13 +298,15 @@ class ModelConfig(BaseModel):
         data = {k: v for k, v in data.items() if k not in IGNORED_HF_FIELDS}
         family = FAMILIES.get(str(data.get("model_type")))
         if family is None:
-            known = ", ".join(FAMILIES)
-            raise ValueError(f"model_type {data.get('model_type')!r} is not supported; this version reads {known}")
+            found, known = shortened(data.get("model_type")), ", ".join(FAMILIES)
+            raise ValueError(f"model_type {found} is not supported; this version reads {known}")
         data = {**family.defaults, **data}
         family.read(data)
         rope = data.pop("rope_parameters", None) or data.pop("rope_scaling", None)
         data.pop("rope_scaling", None)
         if rope is not None:
+            if not isinstance(rope, dict):
+                raise ValueError(f"rope_scaling must be an object with type and factor, not a {type(rope).__name__}")
             rope = dict(rope)
             kind = rope.pop("type", None) or "default"
             rope["rope_type"] = rope.get("rope_type") or kind

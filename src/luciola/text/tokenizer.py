@@ -13,8 +13,10 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models
 
 from luciola.text import chat
+from luciola.text.json_files import read_json, read_text, shortened
 
 UNKNOWN = "<unk>"
+MAX_TOKEN_ID = 2**31
 REASONING_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 
 # What a folder with a tokenizer in some form holds at least one of; only the first can be read here.
@@ -168,13 +170,13 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for everything, a missing comma included
             raise ValueError(f"{path} is not a tokenizer the `tokenizers` library can read: {error}") from error
-        config = _read_json(folder / "tokenizer_config.json")
-        names = {**_read_json(folder / "special_tokens_map.json"), **config}
+        config = _json_or_nothing(folder / "tokenizer_config.json")
+        names = {**_json_or_nothing(folder / "special_tokens_map.json"), **config}
         return cls(
             backend,
-            bos_token=_token_text(names.get("bos_token")),
-            eos_token=_token_text(names.get("eos_token")),
-            pad_token=_token_text(names.get("pad_token")),
+            bos_token=_token_text(names, "bos_token", folder),
+            eos_token=_token_text(names, "eos_token", folder),
+            pad_token=_token_text(names, "pad_token", folder),
             further_eos_ids=_eos_ids(folder, has_name=names.get("eos_token") is not None),
             chat_template=_chat_template(folder, config),
         )
@@ -257,41 +259,44 @@ class DecodeStream:
         self._open = len(self._window)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _json_or_nothing(path: Path) -> dict[str, Any]:
     """The object in a JSON file, {} when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
-    return content
+    return read_json(path) if path.exists() else {}
 
 
-def _token_text(entry: object) -> str | None:
+def _token_text(names: Mapping[str, Any], role: str, folder: Path) -> str | None:
     """transformers writes a token as text, or as a dict that holds its text under "content"."""
-    if isinstance(entry, dict):
-        entry = entry.get("content")
-    return entry if isinstance(entry, str) else None
+    entry = names.get(role)
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    if isinstance(text, str) or entry is None:
+        return text
+    raise ValueError(f"{folder / 'tokenizer_config.json'}: {role} must be a token's text, not {shortened(entry)}.")
 
 
 def _eos_ids(folder: Path, has_name: bool) -> tuple[int, ...]:
     """Eos ids from generation_config.json; from config.json only when nothing else names one (base models)."""
-    entry = _read_json(folder / "generation_config.json").get("eos_token_id")
+    path = folder / "generation_config.json"
+    entry = _json_or_nothing(path).get("eos_token_id")
     if entry is None and not has_name:
-        entry = _read_json(folder / "config.json").get("eos_token_id")
+        path = folder / "config.json"
+        entry = _json_or_nothing(path).get("eos_token_id")
     entries = entry if isinstance(entry, list) else [] if entry is None else [entry]
-    return tuple(int(token_id) for token_id in entries)
+    for token_id in entries:
+        if type(token_id) is not int or not 0 <= token_id < MAX_TOKEN_ID:
+            raise ValueError(f"{path}: eos_token_id must be a token id or a list of some, not {shortened(entry)}.")
+    return tuple(entries)
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """chat_template.jinja (transformers 5) before the entry in tokenizer_config.json, which may be a list by name."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     entry = config.get("chat_template")
-    if isinstance(entry, list):
-        entry = {named["name"]: named["template"] for named in entry}.get("default")
-    return entry if isinstance(entry, str) else None
+    if isinstance(entry, list) and all(isinstance(named, dict) for named in entry):
+        entry = next((named.get("template") for named in entry if named.get("name") == "default"), None)
+    if isinstance(entry, str) or entry is None:
+        return entry
+    raise ValueError(
+        f"{folder / 'tokenizer_config.json'}: chat_template must be text, or a list of objects with name and template."
+    )

@@ -14,6 +14,7 @@ import torch
 
 from luciola.model.config import ModelConfig, RopeScaling, yarn_temperature
 from luciola.model.rope import frequencies
+from luciola.text.json_files import shortened
 from luciola.weights.checkpoint import config_from
 from luciola.weights.families import FAMILIES
 from luciola.weights.gguf_file import GGUFFile
@@ -185,7 +186,9 @@ def config_of(file: GGUFFile) -> ModelConfig:
     architecture = metadata.get("general.architecture")
     known = sorted({family.gguf_architecture for family in FAMILIES.values()})
     if architecture not in known:
-        raise ValueError(f"{file.path} holds a {architecture!r} model; readable from GGUF are {', '.join(known)}.")
+        raise ValueError(
+            f"{file.path} holds a {shortened(architecture)} model; readable from GGUF are {', '.join(known)}."
+        )
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{file.path} is not a whole GGUF file (token_embd.weight is missing); fetch it again.")
 
@@ -251,7 +254,9 @@ def _read_rope_scaling(file: GGUFFile, mla: bool) -> dict[str, Any] | None:
     if kind == "linear":
         return scaling
     if kind != "yarn":
-        raise ValueError(f"{file.path} stretches its rotary frequencies by {kind}, which cannot be read from GGUF.")
+        raise ValueError(
+            f"{file.path} stretches its rotary frequencies by {shortened(kind)}, which cannot be read from GGUF."
+        )
     scaling["original_max_position_embeddings"] = data.get("original_context_length")
     for name in ("beta_fast", "beta_slow"):
         scaling |= {name: _shortest(data[f"yarn_{name}"])} if f"yarn_{name}" in data else {}

@@ -20,6 +20,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 _STRING, _ARRAY = 8, 9
+_ALIGNMENTS = {1 << power for power in range(17)}
+_LONGEST_NAME = 200
 _SCALARS = {
     0: "<u1",
     1: "<i1",
@@ -60,11 +62,13 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            try:
+        try:
+            with path.open("rb") as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except ValueError as error:
-                raise ValueError(f"{path} is empty.") from error
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is empty.") from error
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
@@ -81,21 +85,31 @@ class GGUFFile:
             raise DamagedError(f"its version is {version}; 2 and 3 are known")
         tensor_count, metadata_count = self._number("Q"), self._number("Q")
         for _ in range(metadata_count):
-            key = self._string()
+            key = self._name()
+            if key in self.metadata:
+                raise DamagedError(f"the key {key} appears twice")
             self.metadata[key] = self._value(self._number("I"))
         infos = [self._tensor_header() for _ in range(tensor_count)]
         alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise DamagedError(f"its alignment is {alignment}")
-        data_start = -(-self._at // alignment) * alignment
+        if type(alignment) is not int or alignment not in _ALIGNMENTS:
+            raise DamagedError("its alignment is no power of two up to 65,536")
+
+        def aligned(position: int) -> int:
+            return -(-position // alignment) * alignment
+
+        data_start = end = aligned(self._at)
         for name, shape, kind, offset in infos:
             per_block, block_bytes = GGML_QUANT_SIZES[kind]
             if name in self.tensors or shape[-1] % per_block:
                 raise DamagedError(f"tensor {name} appears twice, or its rows are not whole blocks of {kind.name}")
-            size = math.prod(shape) // per_block * block_bytes
-            if data_start + offset + size > len(self._bytes):
+            if data_start + offset != aligned(end):
+                raise DamagedError(f"tensor {name} does not begin where the one before it ends")
+            start, end = aligned(end), aligned(end) + math.prod(shape) // per_block * block_bytes
+            if end > len(self._bytes):
                 raise DamagedError(f"tensor {name} ends beyond the {len(self._bytes):,} bytes there are")
-            self.tensors[name] = TensorInfo(shape, kind, data_start + offset, size)
+            self.tensors[name] = TensorInfo(shape, kind, start, end - start)
+        if len(self._bytes) > aligned(end):
+            raise DamagedError(f"{len(self._bytes) - end:,} bytes follow its last tensor")
 
     def _take(self, size: int) -> int:
         """Step over `size` bytes and return where they begin."""
@@ -113,6 +127,13 @@ class GGUFFile:
         length = self._number("Q")
         start = self._take(length)
         return self._bytes[start : start + length].decode("utf-8")
+
+    def _name(self) -> str:
+        """A string that may stand in the sentence of an error."""
+        name = self._string()
+        if not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise DamagedError(f"{name[:40]!r} is no name of a key or tensor")
+        return name
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -134,7 +155,7 @@ class GGUFFile:
         return numbers
 
     def _tensor_header(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
-        name, axes = self._string(), self._number("I")
+        name, axes = self._name(), self._number("I")
         if not 1 <= axes <= 4:
             raise DamagedError(f"tensor {name} has {axes} axes")
         shape = tuple(self._number("Q") for _ in range(axes))[::-1]
@@ -149,7 +170,7 @@ class GGUFFile:
         """One tensor as float32, of the shape in its TensorInfo.
 
         Raises:
-            ValueError: it is quantised in a way the gguf package cannot undo, or holds infinities or NaN.
+            ValueError: it is quantised in a way the gguf package cannot undo.
         """
         info = self.tensors[name]
         raw = np.frombuffer(self._bytes, np.uint8, info.size, info.start)
@@ -163,6 +184,12 @@ class GGUFFile:
                 raise ValueError(
                     f"{self.path}: tensor {name} is stored as {info.kind.name}, which cannot be read."
                 ) from error
-        if not np.isfinite(values).all():
-            raise ValueError(f"{self.path} is damaged: tensor {name} holds values that are not finite; fetch it again.")
+        del raw
+        self._release(info)
         return values
+
+    def _release(self, info: TensorInfo) -> None:
+        """Give back the memory of a tensor's mapped pages, which otherwise stay for as long as the file is open."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._bytes.madvise(mmap.MADV_DONTNEED, start, info.start + info.size - start)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from luciola.model.config import ModelConfig
 from luciola.model.transformer import Transformer
+from luciola.text.json_files import read_json, shortened
 from luciola.text.tokenizer import Tokenizer
 from luciola.weights import names
 from luciola.weights.checkpoint import Checkpoint, Stored, config_from
@@ -27,10 +28,12 @@ SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FP8_BLOCK = 128  # DeepSeek-V3 report, section 3.3: one scale for each 128 x 128 weights
 FP8, SCALES = "F8_E4M3", "_scale_inv"
-KINDS = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2, FP8: 1, "F8_E8M0": 1}  # bytes of a number; the last: powers of two
+KINDS = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2, FP8: 1}  # bytes of a number
+SCALE_KINDS = ("F32", "BF16", "F8_E8M0")  # the last: powers of two
 ROUTER_BIAS = "e_score_correction_bias"
 CHECKSUMS = "luciola.crc32"  # in a file's metadata; other programs pass over it
 RELEASE_BYTES = 64 << 20
+LONGEST_NAME = 200
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -146,9 +149,9 @@ def checksum(tensor: Tensor) -> int:
 
 def _config(data: Mapping[str, Any], path: Path) -> ModelConfig:
     """The configuration; code that a folder brings along (`auto_map`) is never run, so only known families load."""
-    if "auto_map" in data and data.get("model_type") not in FAMILIES:
+    if "auto_map" in data and str(data.get("model_type")) not in FAMILIES:
         raise ValueError(
-            f"{path}: model_type {data.get('model_type')!r} asks for code of its own (auto_map), which is not run; "
+            f"{path}: model_type {shortened(data.get('model_type'))} asks for code of its own (auto_map), which is not run; "
             f"this version reads {', '.join(FAMILIES)}"
         )
     return config_from(data, path)
@@ -170,10 +173,15 @@ def _fp8_block(data: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
     method = scheme.get("quant_method") if isinstance(scheme, dict) else scheme
     if method != "fp8":
         raise ValueError(
-            f"{folder} is quantised by {method!r}; of quantised folders only DeepSeek's 'fp8' can be read."
+            f"{folder} is quantised by {shortened(method)}; of quantised folders only DeepSeek's 'fp8' can be read."
         )
-    rows, columns = scheme.get("weight_block_size") or (FP8_BLOCK, FP8_BLOCK)
-    return int(rows), int(columns)
+    block = [FP8_BLOCK, FP8_BLOCK] if scheme == method else scheme.get("weight_block_size") or [FP8_BLOCK, FP8_BLOCK]
+    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        raise ValueError(
+            f"{folder / 'config.json'}: weight_block_size must be the rows and columns of a block, such as "
+            f"[128, 128], not {shortened(block)}."
+        )
+    return block[0], block[1]
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:
@@ -183,12 +191,16 @@ def _tensor_files(folder: Path) -> dict[str, str]:
     """
     weight_map = _weight_map(folder / INDEX) if (folder / INDEX).is_file() else None
     if (folder / SINGLE).is_file():
-        with _opened(folder / SINGLE) as file:
-            return dict.fromkeys(file.keys(), SINGLE)
+        return dict.fromkeys(_names(folder / SINGLE), SINGLE)
     if weight_map is not None:
-        for file in dict.fromkeys(weight_map.values()):
-            if not (folder / file).is_file():
-                raise ValueError(f"{folder / file} is missing, which {INDEX} names; fetch the folder again.")
+        held = {file: _names(_beside(folder, file)) for file in dict.fromkeys(weight_map.values())}
+        for name, file in weight_map.items():
+            if name not in held[file]:
+                raise ValueError(f"{folder / file} lacks {name}, which {INDEX} puts there; fetch it again.")
+        for file, found in held.items():
+            for name in found:
+                if weight_map.get(name) != file:
+                    raise ValueError(f"{folder / file} holds {name}, which {INDEX} does not put there; fetch it again.")
         return weight_map
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise ValueError(
@@ -204,15 +216,35 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"{index} has no weight_map from tensor names to files.")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index} names {file!r}; it may only name .safetensors files beside it.")
+            raise ValueError(f"{index} names {shortened(file)}; it may only name .safetensors files beside it.")
     return weight_map
+
+
+def _beside(folder: Path, file: str) -> Path:
+    if not file.isprintable() or not (folder / file).is_file():
+        raise ValueError(f"{folder}: {shortened(file)}, which {INDEX} names, is missing; fetch the folder again.")
+    return folder / file
+
+
+def _names(path: Path) -> set[str]:
+    """The tensors in a file; none has a name that would garble the sentence of an error."""
+    with _opened(path) as file:
+        found = set(file.keys())
+    odd = next((name for name in found if not name.isprintable() or len(name) > LONGEST_NAME), None)
+    if odd is not None:
+        raise ValueError(f"{path} is damaged: no tensor of a model is called {shortened(odd)}; fetch it again.")
+    return found
 
 
 def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again.") from error
+        raise ValueError(f"{path} is not a whole safetensors file ({_line(error)}); fetch it again.") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 class _Tensors:
@@ -227,32 +259,41 @@ class _Tensors:
     def _checksums_of(self, file: str) -> dict[str, int]:
         """Those that this project writes; other files have none."""
         text = (self._opened[file].metadata() or {}).get(CHECKSUMS)
+        if text is None:
+            return {}
         try:
-            checksums = {} if text is None else json.loads(text)
-        except ValueError:
-            checksums = None
-        if not isinstance(checksums, dict) or (text is not None and set(self._opened[file].keys()) - checksums.keys()):
-            raise ValueError(f"{self._folder / file} is damaged: its checksums are not readable; fetch it again.")
-        return checksums
+            checksums = json.loads(text)
+            whole = set(self._opened[file].keys()) == checksums.keys()
+            if whole and all(type(known) is int for known in checksums.values()):
+                return dict(checksums)
+        except (ValueError, AttributeError, RecursionError):
+            pass
+        raise ValueError(f"{self._folder / file} is damaged: its checksums are not readable; fetch it again.")
 
     def stored(self) -> dict[str, Stored]:
         """How every weight lies in its file, from the headers alone."""
-        found = {}
+        headers = {}
         for name in self._files:
             slice_ = self._from_file(name, "get_slice")
-            shape, kind = tuple(slice_.get_shape()), slice_.get_dtype()
-            if kind not in KINDS:
+            headers[name] = tuple(slice_.get_shape()), slice_.get_dtype()
+        scales = {f"{name}{SCALES}": name for name, (_, kind) in headers.items() if kind == FP8}
+        for name, weight in scales.items():
+            if self._block is None or name not in headers:
                 raise ValueError(
-                    f"{self._folder / self._files[name]}: tensor {name} is stored as {kind}; weights are read from "
-                    f"{', '.join(KINDS)}."
+                    f"{self._folder}: {weight} is stored in FP8, but {name} or quantization_config is missing."
                 )
-            found[name] = Stored(shape, kind, math.prod(shape) * KINDS[kind])
-        for name, scales in ((name, f"{name}{SCALES}") for name, stored in found.items() if stored.kind == FP8):
-            if self._block is None or scales not in found:
+        for name, (shape, kind) in headers.items():
+            known = SCALE_KINDS if name in scales else KINDS
+            if kind not in known or (name in scales and len(shape) != 2):
                 raise ValueError(
-                    f"{self._folder}: {name} is stored in FP8, but {scales} or quantization_config is missing."
+                    f"{self._folder / self._files[name]}: tensor {name} is stored as {kind} of shape {list(shape)}; "
+                    f"it is read from {', '.join(known)}, and FP8's scales have two axes."
                 )
-        return {name: stored for name, stored in found.items() if not name.endswith(SCALES)}
+        return {
+            name: Stored(shape, kind, math.prod(shape) * KINDS[kind])
+            for name, (shape, kind) in headers.items()
+            if name not in scales
+        }
 
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self._from_file(name, "get_tensor")
@@ -288,7 +329,10 @@ class _Tensors:
 
 def dequantize_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     """Float32 values of an FP8 weight (M, N): each block times its scale; blocks at the edge are cut."""
+    if weight.ndim != 2:
+        raise ValueError(f"FP8 weights have rows and columns, and the shape here is {list(weight.shape)}")
     rows, columns = weight.shape
+    block = min(block[0], rows), min(block[1], columns)  # a hostile one would be spread over all memory below
     expected = (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
     if tuple(scales.shape) != expected:
         raise ValueError(
@@ -296,19 +340,6 @@ def dequantize_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) ->
         )
     spread = scales.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
     return weight.float() * spread
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model folder."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; is {path.parent} a model in Hugging Face layout?")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
-    return content
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -13,10 +13,13 @@ def read_windows(data: dict[str, Any]) -> None:
     """
     used = data.pop("use_sliding_window", False)
     first = data.pop("max_window_layers", 28)
+    types = data.get("layer_types")
+    if not isinstance(first, int) or not isinstance(types, list | None):
+        raise ValueError("max_window_layers must be a number of layers, and layer_types a list with an entry for each")
     if not used or data.get("sliding_window") is None:
         data.pop("sliding_window", None)
-        if data.get("layer_types") is not None and SLIDING not in data["layer_types"]:
+        if types is not None and SLIDING not in types:
             del data["layer_types"]
-    elif data.get("layer_types") is None and isinstance(data.get("num_hidden_layers"), int):
+    elif types is None and isinstance(data.get("num_hidden_layers"), int):
         layers = min(data["num_hidden_layers"], 100_000)
         data["layer_types"] = [FULL if layer < first else SLIDING for layer in range(layers)]

@@ -1,0 +1,63 @@
+"""JSON files that came with a model, read strictly: what other readers would take in two ways is refused."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, NoReturn
+
+MAX_BYTES = 32 << 20  # the largest published one, DeepSeek-V3's index of 91,991 tensors, has 9 MB
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the JSON file `path`.
+
+    Raises:
+        ValueError: there is no such file, it cannot be read, it is larger than MAX_BYTES, it is not JSON (in which
+            there is no NaN), it does not hold an object, or a key in it appears twice or is not printable.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing or no file; is {path.parent} a model in Hugging Face layout?")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} has more than {MAX_BYTES >> 20} MB, which no such file needs; fetch it again.")
+    try:
+        content = json.loads(read_text(path), object_pairs_hook=_object, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text in a file.
+
+    Raises:
+        ValueError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); fetch it again.") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice[:80]!r} appears twice")
+    for key in found:
+        if not key.isprintable():
+            raise ValueError(f"the key {key[:80]!r} is not printable")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def shortened(value: object) -> str:
+    """A value from such a file as it can stand in the sentence of an error: on one line, and not long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
