@@ -58,7 +58,18 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {  # and the type of number in
 NASTY: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 7, 31, 33, 2**31 - 1, 2**31, 2**32, 2**63, 2**64, 10**40, -(2**63)),
     *(0.5, -0.5, 1e-300, 1e308, float("nan"), float("inf"), float("-inf"), "", "2", "x", "nan", "../x", "\n", "\ud800"),
-    *([], [1], ["1"], [[]], [2, "x"], {}, {"a": 1}, {"type": "yarn"}, {"type": "yarn", "factor": 1e-320}, "y" * 100_000),
+    *(
+        [],
+        [1],
+        ["1"],
+        [[]],
+        [2, "x"],
+        {},
+        {"a": 1},
+        {"type": "yarn"},
+        {"type": "yarn", "factor": 1e-320},
+        "y" * 100_000,
+    ),
     *({"type": "linear", "factor": 0.0}, {"type": "linear", "factor": 1e300}, {"content": 3}, {"content": None}),
 ]
 Files = dict[str, bytes]
@@ -238,7 +249,7 @@ def damage_header(files: Files, rng: random.Random, number: int) -> str:
     name = weights_file(files, rng)
     end = header_end(files[name])
     header, data = json.loads(files[name][8:end]), files[name][end:]
-    one, other = rng.sample([key for key in header if key != "__metadata__"], 2)
+    one, other = rng.choices([key for key in header if key != "__metadata__"], k=2)
     begin, stop = header[one]["data_offsets"]
     edits: list[Callable[[], Any]] = [
         lambda: header.update({one: header[other], other: header[one]}),
@@ -246,7 +257,9 @@ def damage_header(files: Files, rng: random.Random, number: int) -> str:
         lambda: header[one].update(data_offsets=[begin, stop + rng.choice([-4, 4, 2**40, 2**63, 2**64 - 1 - stop])]),
         lambda: header[one].update(data_offsets=[begin + rng.choice([-4, 4, -(2**40), 2**63]), stop]),
         lambda: header[one].update(shape=header[one]["shape"][::-1]),
-        lambda: header[one].update(shape=rng.choice([[], [0], [-1], [2**32, 2**32], [2**63, 2], [1.5], ["x"], None, 7])),
+        lambda: header[one].update(
+            shape=rng.choice([[], [0], [-1], [2**32, 2**32], [2**63, 2], [1.5], ["x"], None, 7])
+        ),
         lambda: header[one].update(shape=[1, *header[one]["shape"]]),
         lambda: header[one].update(dtype=rng.choice(["F64", "I32", "I8", "BOOL", "F8_E4M3", "F8_E8M0", "F9", 1, None])),
         lambda: header.pop(one),
@@ -255,7 +268,9 @@ def damage_header(files: Files, rng: random.Random, number: int) -> str:
         lambda: header.update({"model.extra": header[one]}),
         lambda: header.update({"model.extra": {"dtype": "F32", "shape": [0], "data_offsets": [len(data), len(data)]}}),
         lambda: header.update(__metadata__=rng.choice(NASTY)),
-        lambda: header["__metadata__"].update({"luciola.crc32": rng.choice(["{}", "[", "[" * 10**5, "null", "{1", "7"])}),
+        lambda: header["__metadata__"].update(
+            {"luciola.crc32": rng.choice(["{}", "[", "[" * 10**5, "null", "{1", "7"])}
+        ),
     ]
     if number % (len(edits) + 1) == len(edits):
         text = edit_value(json.dumps(header).encode(), rng)
@@ -356,7 +371,9 @@ def damage_info(files: Files, rng: random.Random, number: int) -> str:
     if number % 5 == 0:
         content = overwrite(overwrite(content, offset, "Q", second), other_offset, "Q", first)
     elif number % 5 == 1:
-        content = overwrite(content, offset, "Q", rng.choice([second, first + 1, first + 32, first - 32 & 2**64 - 1, *huge]))
+        content = overwrite(
+            content, offset, "Q", rng.choice([second, first + 1, first + 32, first - 32 & 2**64 - 1, *huge])
+        )
     elif number % 5 == 2:
         content = overwrite(content, one + 4 + 8 * rng.randrange(axes), "Q", rng.choice([*huge, 16, 64, 31]))
     elif number % 5 == 3:
@@ -390,7 +407,8 @@ FOLDER: dict[str, tuple[Damage, int]] = {
 }
 DAMAGES: dict[str, dict[str, tuple[Damage, int]]] = {
     "single": FOLDER,
-    "shards": {name: (damage, number // 3) for name, (damage, number) in FOLDER.items()} | {"index": (damage_index, 40)},
+    "shards": {name: (damage, number // 3) for name, (damage, number) in FOLDER.items()}
+    | {"index": (damage_index, 40)},
     "gguf": {
         "start": (damage_gguf_start, 20),
         "metadata byte": (damage_metadata_byte, 80),

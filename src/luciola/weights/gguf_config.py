@@ -29,6 +29,7 @@ FIELDS = {
     "rope.freq_base": "rope_theta",
     "nextn_predict_layers": "num_nextn_predict_layers",
 }
+REQUIRED = ("context_length", "attention.layer_norm_rms_epsilon")  # where ModelConfig's defaults would be a guess
 GQA_FIELDS = {"attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim"}
 MLA_FIELDS = {
     "attention.kv_lora_rank": "kv_lora_rank",
@@ -191,6 +192,10 @@ def config_of(file: GGUFFile) -> ModelConfig:
         )
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{file.path} is not a whole GGUF file (token_embd.weight is missing); fetch it again.")
+
+    for key in REQUIRED:
+        if f"{architecture}.{key}" not in metadata:
+            raise ValueError(f"{file.path} does not state {architecture}.{key}, as every model does; fetch it again.")
 
     def get(key: str, default: Any = None) -> Any:
         return _shortest(metadata.get(f"{architecture}.{key}", default))

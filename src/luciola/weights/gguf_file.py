@@ -66,7 +66,7 @@ class GGUFFile:
             with path.open("rb") as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+            raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
         except ValueError as error:
             raise ValueError(f"{path} is empty.") from error
         self.metadata: dict[str, Any] = {}

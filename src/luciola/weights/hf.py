@@ -6,6 +6,7 @@ Only safetensors are read: a pickle (`pytorch_model.bin`) runs whatever code its
 import json
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -253,7 +254,7 @@ class _Tensors:
     def __init__(self, folder: Path, files: Mapping[str, str], block: tuple[int, int] | None) -> None:
         self._folder, self._files, self._block = folder, files, block
         self._opened = {file: _opened(folder / file) for file in dict.fromkeys(files.values())}
-        self._touched = dict.fromkeys(self._opened, 0)
+        self._touched: Counter[str] = Counter()
         self._checksums = {file: self._checksums_of(file) for file in self._opened}
 
     def _checksums_of(self, file: str) -> dict[str, int]:
@@ -321,10 +322,11 @@ class _Tensors:
         return found
 
     def _release(self, file: str, nbytes: int) -> None:
-        """Map the file anew now and then: pages of a mapping stay in memory for as long as it is open."""
+        """Map the files anew now and then: pages of a mapping stay in memory for as long as it is open."""
         self._touched[file] += nbytes
-        if self._touched[file] > RELEASE_BYTES:
-            self._opened[file], self._touched[file] = _opened(self._folder / file), 0
+        if self._touched.total() > RELEASE_BYTES:
+            self._opened |= {touched: _opened(self._folder / touched) for touched in self._touched}
+            self._touched.clear()
 
 
 def dequantize_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
