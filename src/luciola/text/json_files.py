@@ -12,13 +12,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in the JSON file `path`.
 
     Raises:
-        ValueError: there is no such file, it cannot be read, it is larger than MAX_BYTES, it is not JSON (in which
-            there is no NaN), it does not hold an object, or a key in it appears twice or is not printable.
+        ValueError: there is no such file, `read_text` refuses it, it is not JSON (in which there is no NaN), it does
+            not hold an object, or a key in it appears twice or is not printable.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing or no file; is {path.parent} a model in Hugging Face layout?")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path} has more than {MAX_BYTES >> 20} MB, which no such file needs; fetch it again.")
     text = read_text(path)
     try:
         content = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
@@ -33,9 +31,11 @@ def read_text(path: Path) -> str:
     """The UTF-8 text in a file.
 
     Raises:
-        ValueError: the file cannot be read, or is not UTF-8.
+        ValueError: the file cannot be read, is larger than MAX_BYTES, or is not UTF-8.
     """
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{path} has more than {MAX_BYTES >> 20} MB, which no such file needs; fetch it again.")
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
@@ -59,6 +59,11 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def shortened(value: object) -> str:
-    """A value from such a file as it can stand in the sentence of an error: on one line, and not long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:76]} ..."
+    """A value from such a file as it can stand in the sentence of an error."""
+    return printable(repr(value), 80)
+
+
+def printable(text: str, length: int = 200) -> str:
+    """Text from elsewhere as it can stand in the sentence of an error: on one line, harmless to a terminal, short."""
+    text = "".join(character if character.isprintable() else " " for character in text)
+    return text if len(text) <= length else f"{text[: length - 4]} ..."

@@ -13,10 +13,11 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models
 
 from luciola.text import chat
-from luciola.text.json_files import read_json, read_text, shortened
+from luciola.text.json_files import printable, read_json, read_text, shortened
 
 UNKNOWN = "<unk>"
 MAX_TOKEN_ID = 2**31
+MAX_BYTES = 128 << 20  # of tokenizer.json; those of 256,000 tokens have 34 MB
 REASONING_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 
 # What a folder with a tokenizer in some form holds at least one of; only the first can be read here.
@@ -81,8 +82,15 @@ class Tokenizer:
         return token_id
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of `text`; nothing is added, and special tokens written in the text are recognised."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        """The token ids of `text`; nothing is added, and special tokens written in the text are recognised.
+
+        Raises:
+            ValueError: the tokenizer has neither tokens for the text nor one for what it does not know.
+        """
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # a bare one, where something is unknown and the vocabulary lacks the unknown token
+            raise ValueError(f"The tokenizer cannot encode {shortened(text)}: {printable(str(error))}.") from error
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -166,10 +174,15 @@ class Tokenizer:
                 f"{folder} has no tokenizer.json; write one with transformers: "
                 "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
             )
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{path} has more than {MAX_BYTES >> 20} MB, which no tokenizer needs; fetch it again.")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for everything, a missing comma included
-            raise ValueError(f"{path} is not a tokenizer the `tokenizers` library can read: {error}") from error
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # Exception for a missing comma, and for some contents a panic, which is none
+            reason = printable(str(error))
+            raise ValueError(f"{path} is not a tokenizer the `tokenizers` library can read: {reason}") from error
         config = _json_or_nothing(folder / "tokenizer_config.json")
         names = {**_json_or_nothing(folder / "special_tokens_map.json"), **config}
         return cls(

@@ -290,7 +290,7 @@ def _with_llama3_scaling(config: ModelConfig, file: GGUFFile) -> ModelConfig:
         parameters = published if stated is None else json.loads(stated)
         stretched = config.model_copy(update={"rope_scaling": RopeScaling.model_validate(parameters)})
         fits = factors.shape == plain.shape and torch.allclose(plain / factors, frequencies(stretched)[0], rtol=1e-4)
-    except (ValueError, TypeError, AssertionError):
+    except (ValueError, TypeError, AssertionError, RecursionError):
         fits = False
     if not fits:
         raise ValueError(f"{file.path} stretches its rotary frequencies by a table other than Llama 3.1's.")

@@ -78,7 +78,7 @@ class GGUFFile:
 
     def _read(self) -> None:
         if self._bytes[:4] != b"GGUF":
-            raise DamagedError("it does not begin with GGUF")
+            raise DamagedError("it does not begin with GGUF; of a model in Hugging Face layout give the folder")
         self._at = 4
         version = self._number("I")
         if version not in (2, 3):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from luciola.model.config import ModelConfig
 from luciola.model.transformer import Transformer
-from luciola.text.json_files import read_json, shortened
+from luciola.text.json_files import printable, read_json, shortened
 from luciola.text.tokenizer import Tokenizer
 from luciola.weights import names
 from luciola.weights.checkpoint import Checkpoint, Stored, config_from
@@ -33,7 +33,7 @@ KINDS = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2, FP8: 1}  # bytes of a number
 SCALE_KINDS = ("F32", "BF16", "F8_E8M0")  # the last: powers of two
 ROUTER_BIAS = "e_score_correction_bias"
 CHECKSUMS = "luciola.crc32"  # in a file's metadata; other programs pass over it
-RELEASE_BYTES = 64 << 20
+RELEASE_BYTES = 32 << 20
 LONGEST_NAME = 200
 
 
@@ -151,8 +151,9 @@ def checksum(tensor: Tensor) -> int:
 def _config(data: Mapping[str, Any], path: Path) -> ModelConfig:
     """The configuration; code that a folder brings along (`auto_map`) is never run, so only known families load."""
     if "auto_map" in data and str(data.get("model_type")) not in FAMILIES:
+        found = shortened(data.get("model_type"))
         raise ValueError(
-            f"{path}: model_type {shortened(data.get('model_type'))} asks for code of its own (auto_map), which is not run; "
+            f"{path}: model_type {found} asks for code of its own (auto_map), which is not run; "
             f"this version reads {', '.join(FAMILIES)}"
         )
     return config_from(data, path)
@@ -176,7 +177,8 @@ def _fp8_block(data: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
         raise ValueError(
             f"{folder} is quantised by {shortened(method)}; of quantised folders only DeepSeek's 'fp8' can be read."
         )
-    block = [FP8_BLOCK, FP8_BLOCK] if scheme == method else scheme.get("weight_block_size") or [FP8_BLOCK, FP8_BLOCK]
+    block = scheme.get("weight_block_size") if isinstance(scheme, dict) else None
+    block = [FP8_BLOCK, FP8_BLOCK] if block is None else block
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
         raise ValueError(
             f"{folder / 'config.json'}: weight_block_size must be the rows and columns of a block, such as "
@@ -201,7 +203,7 @@ def _tensor_files(folder: Path) -> dict[str, str]:
         for file, found in held.items():
             for name in found:
                 if weight_map.get(name) != file:
-                    raise ValueError(f"{folder / file} holds {name}, which {INDEX} does not put there; fetch it again.")
+                    raise ValueError(f"{folder / file} holds {name}, which {INDEX} puts elsewhere; fetch it again.")
         return weight_map
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise ValueError(
@@ -241,11 +243,7 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({_line(error)}); fetch it again.") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not a whole safetensors file ({printable(str(error))}); fetch it again.") from error
 
 
 class _Tensors:
@@ -317,7 +315,9 @@ class _Tensors:
         if method == "get_tensor":
             known = self._checksums[file].get(name)
             if known is not None and known != checksum(found):
-                raise ValueError(f"{self._folder / file} is damaged: tensor {name} is not as it was written.")
+                raise ValueError(
+                    f"{self._folder / file} is damaged: tensor {name} is not as it was written; fetch it again."
+                )
             self._release(file, found.nbytes)
         return found
 

@@ -17,6 +17,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if isinstance(path, str) and path.startswith(PACKAGE_PREFIX):
         path = gguf.find_packaged(path.removeprefix(PACKAGE_PREFIX))
     path = Path(path).expanduser()
+    try:
+        return _opened(path)
+    except OSError as error:
+        raise ValueError(f"{error.filename or path} cannot be read: {error.strerror}.") from error
+
+
+def _opened(path: Path) -> Checkpoint:
     if path.is_file():
         return gguf.open_file(path)
     folder = path / "model" if (path / "model").is_dir() and not (path / "config.json").is_file() else path
