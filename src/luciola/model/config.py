@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from luciola.text.json_files import shortened
 from luciola.weights.families import FAMILIES, Family
 
 Size = Annotated[int, Field(gt=0, lt=2**31)]  # beyond that a product of two no longer fits in a tensor's numbers
+Positive = Annotated[float, Field(gt=1e-30, lt=1e38)]  # what float32 can be multiplied and divided by
 TokenId = Annotated[int, Field(ge=-1, lt=2**31)]  # -1 stands for none in some published files
 Layers = Field(le=1000)  # each is an object that has to be built; the deepest published model has 126
 
@@ -74,16 +75,16 @@ class RopeScaling(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rope_type: Literal["yarn", "linear", "llama3"]
-    factor: float = Field(ge=1)
+    factor: float = Field(ge=1, lt=1e38)
     original_max_position_embeddings: Size | None = None
-    beta_fast: PositiveFloat = 32.0
-    beta_slow: PositiveFloat = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attention_factor: float | None = None
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    mscale: float | None = Field(default=None, ge=0, lt=1e38)
+    mscale_all_dim: float | None = Field(default=None, ge=0, lt=1e38)
+    attention_factor: Positive | None = None
     truncate: bool = True
-    low_freq_factor: PositiveFloat = 1.0
-    high_freq_factor: PositiveFloat = 4.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
 
     @model_validator(mode="after")
     def _original_length_known(self) -> Self:
@@ -112,8 +113,8 @@ class ModelConfig(BaseModel):
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None
     max_position_embeddings: Size = 4096
-    initializer_range: PositiveFloat = 0.006
-    rms_norm_eps: PositiveFloat = 1e-6
+    initializer_range: Positive = 0.006
+    rms_norm_eps: Positive = 1e-6
     hidden_act: Literal["silu"] = "silu"
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -122,7 +123,7 @@ class ModelConfig(BaseModel):
     eos_token_id: TokenId | list[TokenId] | None = None
     pad_token_id: TokenId | None = None
 
-    rope_theta: float = Field(default=10_000.0, gt=1)
+    rope_theta: float = Field(default=10_000.0, gt=1, lt=1e38)
     rope_scaling: RopeScaling | None = None
     rope_interleave: bool = True  # MLA weights as DeepSeek publishes them pair neighbouring dimensions
     sliding_window: Size | None = None  # tokens that attention sees, its own included; None: all
@@ -145,7 +146,7 @@ class ModelConfig(BaseModel):
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] | None = None
     scoring_func: Literal["softmax", "sigmoid"] | None = None
     norm_topk_prob: bool | None = None
-    routed_scaling_factor: PositiveFloat = 1.0
+    routed_scaling_factor: Positive = 1.0
 
     num_nextn_predict_layers: Annotated[int, Field(ge=0), Layers] = 0
 

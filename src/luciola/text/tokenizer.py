@@ -63,8 +63,8 @@ class Tokenizer:
         token_id = self.token_id(token)
         if token_id is None:
             raise ValueError(
-                f"The tokenizer's {role} is {token!r}, which is not in its vocabulary of {self.vocab_size} tokens; "
-                f"add it to tokenizer.json, or take {role} out of tokenizer_config.json."
+                f"The tokenizer's {role} is {shortened(token)}, which its vocabulary of {self.vocab_size} tokens "
+                f"lacks; add it to tokenizer.json, or take {role} out of tokenizer_config.json."
             )
         return token_id
 

@@ -31,6 +31,7 @@ FP8_BLOCK = 128  # DeepSeek-V3 report, section 3.3: one scale for each 128 x 128
 FP8, SCALES = "F8_E4M3", "_scale_inv"
 KINDS = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2, FP8: 1}  # bytes of a number
 SCALE_KINDS = ("F32", "BF16", "F8_E8M0")  # the last: powers of two
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROUTER_BIAS = "e_score_correction_bias"
 CHECKSUMS = "luciola.crc32"  # in a file's metadata; other programs pass over it
 RELEASE_BYTES = 32 << 20
@@ -63,10 +64,20 @@ def open_folder(folder: Path) -> Checkpoint:
             f"{folder}: {config.n_routed_experts} experts are announced and only {len(stored)} tensors are there."
         )
 
+    def read(name: str) -> Tensor:
+        tensor = tensors.read(name)
+        repeated = name == EMBEDDING and config.tie_word_embeddings and HEAD in files
+        if repeated and not torch.equal(tensor, tensors.read(HEAD).to(tensor.dtype)):
+            raise ValueError(
+                f"{folder}: tie_word_embeddings makes the embedding the head, and {HEAD} is another tensor; set it to "
+                "false in config.json."
+            )
+        return tensor
+
     def tokenizer() -> Tokenizer | None:
         return Tokenizer.load(folder) if Tokenizer.present(folder) else None
 
-    return Checkpoint(folder, "hf", config, stored, names.hugging_face, tensors.read, tokenizer)
+    return Checkpoint(folder, "hf", config, stored, names.hugging_face, read, tokenizer)
 
 
 def save(
@@ -241,9 +252,14 @@ def _names(path: Path) -> set[str]:
 
 def _opened(path: Path) -> Any:
     try:
+        path.open("rb").close()  # safetensors itself calls a file that may not be read a missing one
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({printable(str(error))}); fetch it again.") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {printable(error.strerror or str(error))}.") from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({printable(str(error))}); fetch it again."
+        ) from error
 
 
 class _Tensors:
