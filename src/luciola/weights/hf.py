@@ -5,25 +5,22 @@ Only safetensors are read: a pickle (`pytorch_model.bin`) runs whatever code its
 
 import json
 import math
-import zlib
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from luciola.model.config import ModelConfig
 from luciola.model.transformer import Transformer
-from luciola.text.json_files import printable, read_json, shortened
+from luciola.text.json_files import read_json, shortened
 from luciola.text.tokenizer import Tokenizer
-from luciola.weights import names
+from luciola.weights import names, safetensors_file
 from luciola.weights.checkpoint import Checkpoint, Stored, config_from
 from luciola.weights.families import FAMILIES
 from luciola.weights.parts import Place, Shape, take
+from luciola.weights.safetensors_file import Reader
 
 SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,9 +30,6 @@ KINDS = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2, FP8: 1}  # bytes of a number
 SCALE_KINDS = ("F32", "BF16", "F8_E8M0")  # the last: powers of two
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROUTER_BIAS = "e_score_correction_bias"
-CHECKSUMS = "luciola.crc32"  # in a file's metadata; other programs pass over it
-RELEASE_BYTES = 32 << 20
-LONGEST_NAME = 200
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -49,7 +43,7 @@ def open_folder(folder: Path) -> Checkpoint:
             model type which is not supported.
     """
     data = read_json(folder / "config.json")
-    files = _tensor_files(folder)
+    files = _readers(folder)
     config = _without_lost_mtp(_config(data, folder / "config.json"), files)
     tensors = _Tensors(folder, files, _fp8_block(data, folder))
     stored = {
@@ -109,17 +103,19 @@ def write(
     eos_token_ids: Sequence[int] = (),
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a model whose parameters have these `shapes` into an existing folder, holding one shard in memory.
+    """Write a model whose parameters have these `shapes` into an existing folder, holding one tensor in memory.
 
     `tensor` gives the part of a parameter that stands at a place, in `dtype` (router biases in float32).
     """
     places = names.hugging_face(config, shapes)
-    shards = _shards({name: _nbytes(place, dtype) for name, place in places.items()}, shard_bytes)
+    shards = _shards(
+        {name: math.prod(place.shape) * _dtype(place, dtype).itemsize for name, place in places.items()}, shard_bytes
+    )
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: tensor(places[name]) for name in shard}
-        save_file(tensors, folder / file, {"format": "pt", CHECKSUMS: json.dumps(_checksums(tensors))})
+        layout = {name: (places[name].shape, _dtype(places[name], dtype)) for name in shard}
+        safetensors_file.write(folder / file, layout, lambda name: tensor(places[name]))
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         total = sum(sum(shard.values()) for shard in shards)
@@ -132,9 +128,8 @@ def write(
     _write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
 
 
-def _nbytes(place: Place, dtype: torch.dtype) -> int:
-    is_bias = place.name.endswith(ROUTER_BIAS)
-    return math.prod(place.shape) * (torch.float32 if is_bias else dtype).itemsize
+def _dtype(place: Place, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if place.name.endswith(ROUTER_BIAS) else dtype
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[dict[str, int]]:
@@ -149,16 +144,6 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[dict[str, int]]:
     return shards
 
 
-def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    return {name: checksum(tensor) for name, tensor in tensors.items()}
-
-
-def checksum(tensor: Tensor) -> int:
-    """CRC-32 of a contiguous tensor's dtype, shape and bytes."""
-    start = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    return zlib.crc32(tensor.detach().flatten().view(torch.uint8).numpy().data, start)
-
-
 def _config(data: Mapping[str, Any], path: Path) -> ModelConfig:
     """The configuration; code that a folder brings along (`auto_map`) is never run, so only known families load."""
     if "auto_map" in data and str(data.get("model_type")) not in FAMILIES:
@@ -170,7 +155,7 @@ def _config(data: Mapping[str, Any], path: Path) -> ModelConfig:
     return config_from(data, path)
 
 
-def _without_lost_mtp(config: ModelConfig, files: Mapping[str, str]) -> ModelConfig:
+def _without_lost_mtp(config: ModelConfig, files: Iterable[str]) -> ModelConfig:
     """transformers announces one MTP layer in every V3 config it writes, and drops its tensors."""
     first = f"model.layers.{config.num_hidden_layers}."
     if config.num_nextn_predict_layers and not any(name.startswith(first) for name in files):
@@ -198,24 +183,25 @@ def _fp8_block(data: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def _tensor_files(folder: Path) -> dict[str, str]:
+def _readers(folder: Path) -> dict[str, Reader]:
     """The file of every tensor, from the header of the single file or from the index.
 
     Where both are there the index is of an earlier version, as transformers leaves it behind.
     """
     weight_map = _weight_map(folder / INDEX) if (folder / INDEX).is_file() else None
     if (folder / SINGLE).is_file():
-        return dict.fromkeys(_names(folder / SINGLE), SINGLE)
+        reader = Reader(folder / SINGLE)
+        return dict.fromkeys(reader.names, reader)
     if weight_map is not None:
-        held = {file: _names(_beside(folder, file)) for file in dict.fromkeys(weight_map.values())}
+        readers = {file: Reader(_beside(folder, file)) for file in dict.fromkeys(weight_map.values())}
         for name, file in weight_map.items():
-            if name not in held[file]:
+            if name not in readers[file].names:
                 raise ValueError(f"{folder / file} lacks {name}, which {INDEX} puts there; fetch it again.")
-        for file, found in held.items():
-            for name in found:
+        for file, reader in readers.items():
+            for name in reader.names:
                 if weight_map.get(name) != file:
                     raise ValueError(f"{folder / file} holds {name}, which {INDEX} puts elsewhere; fetch it again.")
-        return weight_map
+        return {name: readers[file] for name, file in weight_map.items()}
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise ValueError(
             f"{folder} holds its weights only as a pickle, which can run any code and is not read; convert it with "
@@ -240,57 +226,16 @@ def _beside(folder: Path, file: str) -> Path:
     return folder / file
 
 
-def _names(path: Path) -> set[str]:
-    """The tensors in a file; none has a name that would garble the sentence of an error."""
-    with _opened(path) as file:
-        found = set(file.keys())
-    odd = next((name for name in found if not name.isprintable() or len(name) > LONGEST_NAME), None)
-    if odd is not None:
-        raise ValueError(f"{path} is damaged: no tensor of a model is called {shortened(odd)}; fetch it again.")
-    return found
-
-
-def _opened(path: Path) -> Any:
-    try:
-        path.open("rb").close()  # safetensors itself calls a file that may not be read a missing one
-        return safe_open(path, framework="pt")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {printable(error.strerror or str(error))}.") from error
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({printable(str(error))}); fetch it again."
-        ) from error
-
-
 class _Tensors:
     """The tensors of a folder, read one at a time; FP8 weights are multiplied by their scales on the way."""
 
-    def __init__(self, folder: Path, files: Mapping[str, str], block: tuple[int, int] | None) -> None:
-        self._folder, self._files, self._block = folder, files, block
-        self._opened = {file: _opened(folder / file) for file in dict.fromkeys(files.values())}
-        self._touched: Counter[str] = Counter()
-        self._checksums = {file: self._checksums_of(file) for file in self._opened}
-
-    def _checksums_of(self, file: str) -> dict[str, int]:
-        """Those that this project writes; other files have none."""
-        text = (self._opened[file].metadata() or {}).get(CHECKSUMS)
-        if text is None:
-            return {}
-        try:
-            checksums = json.loads(text)
-            whole = set(self._opened[file].keys()) == checksums.keys()
-            if whole and all(type(known) is int for known in checksums.values()):
-                return dict(checksums)
-        except (ValueError, AttributeError, RecursionError):
-            pass
-        raise ValueError(f"{self._folder / file} is damaged: its checksums are not readable; fetch it again.")
+    def __init__(self, folder: Path, readers: Mapping[str, Reader], block: tuple[int, int] | None) -> None:
+        self._folder, self._readers, self._block = folder, readers, block
+        self._last: Reader | None = None
 
     def stored(self) -> dict[str, Stored]:
         """How every weight lies in its file, from the headers alone."""
-        headers = {}
-        for name in self._files:
-            slice_ = self._from_file(name, "get_slice")
-            headers[name] = tuple(slice_.get_shape()), slice_.get_dtype()
+        headers = {name: reader.header(name) for name, reader in self._readers.items()}
         scales = {f"{name}{SCALES}": name for name, (_, kind) in headers.items() if kind == FP8}
         for name, weight in scales.items():
             if self._block is None or name not in headers:
@@ -301,7 +246,7 @@ class _Tensors:
             known = SCALE_KINDS if name in scales else KINDS
             if kind not in known or (name in scales and len(shape) != 2):
                 raise ValueError(
-                    f"{self._folder / self._files[name]}: tensor {name} is stored as {kind} of shape {list(shape)}; "
+                    f"{self._readers[name].path}: tensor {name} is stored as {kind} of shape {list(shape)}; "
                     f"it is read from {', '.join(known)}, and FP8's scales have two axes."
                 )
         return {
@@ -311,38 +256,21 @@ class _Tensors:
         }
 
     def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._from_file(name, "get_tensor")
+        tensor: Tensor = self._tensor(name)
         if tensor.dtype != torch.float8_e4m3fn:
             return tensor
         assert self._block is not None
         try:
-            return dequantize_blocks(tensor, self._from_file(f"{name}{SCALES}", "get_tensor"), self._block)
+            return dequantize_blocks(tensor, self._tensor(f"{name}{SCALES}"), self._block)
         except ValueError as error:
-            raise ValueError(f"{self._folder / self._files[name]}: {name}: {error}") from error
+            raise ValueError(f"{self._readers[name].path}: {name}: {error}") from error
 
-    def _from_file(self, name: str, method: Literal["get_slice", "get_tensor"]) -> Any:
-        file = self._files[name]
-        try:
-            found = getattr(self._opened[file], method)(name)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{self._folder / file} lacks {name}, which {INDEX} puts there; fetch it again."
-            ) from error
-        if method == "get_tensor":
-            known = self._checksums[file].get(name)
-            if known is not None and known != checksum(found):
-                raise ValueError(
-                    f"{self._folder / file} is damaged: tensor {name} is not as it was written; fetch it again."
-                )
-            self._release(file, found.nbytes)
-        return found
-
-    def _release(self, file: str, nbytes: int) -> None:
-        """Map the files anew now and then: pages of a mapping stay in memory for as long as it is open."""
-        self._touched[file] += nbytes
-        if self._touched.total() > RELEASE_BYTES:
-            self._opened |= {touched: _opened(self._folder / touched) for touched in self._touched}
-            self._touched.clear()
+    def _tensor(self, name: str) -> Tensor:
+        reader = self._readers[name]
+        if self._last is not None and self._last is not reader:
+            self._last.release()
+        self._last = reader
+        return reader.tensor(name)
 
 
 def dequantize_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
