@@ -24,6 +24,9 @@ class Server:
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         self._server = xllamacpp.Server(params)
+        # Its loop starts some time after it has begun to answer; let go before that, it would wait for its end forever.
+        # A completion is an answer of the loop.
+        self.greedy([0], 1)
 
     def _post(self, path: str, **body: Any) -> Any:
         address, data = self._server.listening_address + path, json.dumps(body).encode()
