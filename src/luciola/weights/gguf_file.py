@@ -107,6 +107,8 @@ class GGUFFile:
             start, end = aligned(end), aligned(end) + math.prod(shape) // per_block * block_bytes
             if end > len(self._bytes):
                 raise DamagedError(f"tensor {name} ends beyond the {len(self._bytes):,} bytes there are")
+            if self._bytes[end : aligned(end)].strip(b"\0"):  # all writers pad with zeros
+                raise DamagedError(f"something follows tensor {name} where padding should be")
             self.tensors[name] = TensorInfo(shape, kind, start, end - start)
         if len(self._bytes) > aligned(end):
             raise DamagedError(f"{len(self._bytes) - end:,} bytes follow its last tensor")
