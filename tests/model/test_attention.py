@@ -44,9 +44,11 @@ def mla(draw: st.DrawFn) -> dict[str, Any]:
 @st.composite
 def gqa(draw: st.DrawFn) -> dict[str, Any]:
     kv_heads = draw(st.integers(1, 3))
+    family = draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]))
     return SIZES | {
-        "model_type": "llama",
+        "model_type": family,
         "hidden_size": draw(st.sampled_from([7, 24])),
+        "sliding_window": None if family == "llama" else draw(st.sampled_from([None, 1, 4, 50])),
         "num_key_value_heads": kv_heads,
         "num_attention_heads": kv_heads * draw(st.integers(1, 3)),
         "head_dim": draw(st.sampled_from([2, 6, 10])),
@@ -56,7 +58,7 @@ def gqa(draw: st.DrawFn) -> dict[str, Any]:
 
 def module(settings: dict[str, Any], seed: int) -> tuple[MLA | GQA, ModelConfig]:
     config = ModelConfig.model_validate(settings)
-    attention = MLA(config) if config.is_mla else GQA(config)
+    attention = MLA(config) if config.is_mla else GQA(config, config.window(0))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in attention.parameters():

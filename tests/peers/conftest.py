@@ -1,71 +1,31 @@
-"""llama.cpp, in this process behind its own HTTP server."""
+"""llama.cpp, in a process of its own behind its own HTTP server."""
 
-import json
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
-import xllamacpp
 
+from luciola.weights.witness import LlamaCpp
 
-class Server:
-    """llama.cpp's server on a free port of this machine, for as long as the object lives."""
-
-    def __init__(self, path: Path) -> None:
-        params = xllamacpp.CommonParams()
-        params.verbosity = -1
-        params.model.path = str(path)
-        params.n_ctx, params.n_parallel, params.port, params.warmup = 512, 1, 0, False
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        self._server = xllamacpp.Server(params)
-        # Its loop starts some time after it has begun to answer; let go before that, it would wait for its end forever.
-        # A completion is an answer of the loop.
-        self.greedy([0], 1)
-
-    def _post(self, path: str, **body: Any) -> Any:
-        address, data = self._server.listening_address + path, json.dumps(body).encode()
-        with urllib.request.urlopen(urllib.request.Request(address, data)) as reply:
-            return json.load(reply)
-
-    def tokenize(self, text: str, add_special: bool = False) -> list[int]:
-        ids: list[int] = self._post("/tokenize", content=text, add_special=add_special, parse_special=True)["tokens"]
-        return ids
-
-    def detokenize(self, ids: list[int]) -> str:
-        text: str = self._post("/detokenize", tokens=ids)["content"]
-        return text
-
-    def greedy(self, prompt: list[int], count: int) -> list[int]:
-        """The likeliest token, `count` times."""
-        ids: list[int] = self._post(
-            "/completion", prompt=prompt, n_predict=count, temperature=0, return_tokens=True, ignore_eos=True
-        )["tokens"]
-        return ids
-
-    def next_logprobs(self, prompt: list[int]) -> dict[int, float]:
-        """Log-probabilities of the likeliest ten next tokens; none if the likeliest is no whole character."""
-        reply = self._post("/completion", prompt=prompt, n_predict=1, temperature=0, n_probs=10)
-        steps = reply.get("completion_probabilities", [])
-        return {top["id"]: top["logprob"] for step in steps for top in step["top_logprobs"]}
-
-
-@pytest.fixture(scope="session")
-def llama_cpp() -> type[Server]:
-    """`llama_cpp(path)`: llama.cpp's server for a GGUF file."""
-    return Server
+Serve = Callable[[Path], LlamaCpp]
 
 
 @pytest.fixture
-def llama_cpp_of(tmp_path: Path) -> Callable[[dict[str, Any]], Server]:
+def llama_cpp() -> Iterator[Serve]:
+    """`llama_cpp(path)`: llama.cpp's server for a GGUF file, until the test ends."""
+    with ExitStack() as running:
+        yield lambda path: running.enter_context(LlamaCpp(path))
+
+
+@pytest.fixture
+def llama_cpp_of(tmp_path: Path, llama_cpp: Serve) -> Callable[[dict[str, Any]], LlamaCpp]:
     """`llama_cpp_of(metadata)`: the same for a model of one layer of zeros with this `tokenizer.*` metadata."""
 
-    def make(metadata: dict[str, Any]) -> Server:
+    def make(metadata: dict[str, Any]) -> LlamaCpp:
         rows, width = len(metadata["tokenizer.ggml.tokens"]), 32
         path = tmp_path / "tokens.gguf"
         writer = gguf.GGUFWriter(path, "llama")
@@ -89,6 +49,6 @@ def llama_cpp_of(tmp_path: Path) -> Callable[[dict[str, Any]], Server]:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return Server(path)
+        return llama_cpp(path)
 
     return make

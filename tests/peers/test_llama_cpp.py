@@ -67,7 +67,7 @@ def write_llama(path: Path, kind: Kind = Kind.F32, scaling: dict[str, Any] | Non
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def disagreement(llama_cpp: Callable[[Path], Any]) -> Callable[[Path], float]:
     """The largest difference in the log-probability of a likely next token, over twenty prompts."""
 

@@ -167,3 +167,17 @@ def test_errors_name_the_file_or_the_token(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, True), (True, True), (False, False)])
+def test_what_tokenizer_config_adds_goes_into_the_saved_tokenizer(bos: bool, eos: bool, tmp_path: Path) -> None:
+    """R1's files say add_bos_token beside a tokenizer.json that adds nothing."""
+    tokenizer = Tokenizer.characters("abc")
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": bos, "add_eos_token": eos}))
+    Tokenizer.load(tmp_path).save(tmp_path / "again")
+    again = Tokenizer.load(tmp_path / "again")
+    assert again.encode("ab") == tokenizer.encode("ab")
+    whole = again.backend.encode("ab", add_special_tokens=True).ids
+    assert whole == [tokenizer.bos_token_id] * bos + tokenizer.encode("ab") + [tokenizer.eos_token_ids[0]] * eos

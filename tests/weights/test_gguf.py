@@ -178,6 +178,8 @@ def test_end_of_turn_ends_too(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"general.architecture": "mamba"}, "'mamba' model; readable from GGUF are deepseek, deepseek2"),
+        ({"split.count": 3}, "one part of a model in 3 files; join them with"),
+        ({"tokenizer.chat_template": 7}, "tokenizer.chat_template is no text"),
         ({"llama.expert_count": 8}, "'llama' model with experts"),
         ({"llama.rope.dimension_count": 4}, "rotates only part of each head"),
         ({"llama.block_count": None}, r"num_hidden_layers: Field required"),

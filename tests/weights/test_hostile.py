@@ -167,8 +167,9 @@ def test_scales_without_a_weight_have_no_place(folder: Path) -> None:
 
 
 def test_tensors_that_the_index_does_not_name(folder: Path) -> None:
-    names = list(load_file(folder / hf.SINGLE))
-    (folder / hf.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names[1:], hf.SINGLE)}))
+    names, shard = list(load_file(folder / hf.SINGLE)), "model-00001-of-00001.safetensors"
+    (folder / hf.SINGLE).rename(folder / shard)
+    (folder / hf.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names[1:], shard)}))
     refused(folder, f"holds {names[0]}, which {hf.INDEX} puts elsewhere")
 
 

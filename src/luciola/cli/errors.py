@@ -27,8 +27,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*arguments, **options)
         except (KeyboardInterrupt, Exception) as error:
-            # typer.Exit is how a command ends early by itself; a closed pipe (`| head`) is typer's to handle.
-            if debug or isinstance(error, typer.Exit | BrokenPipeError):
+            # typer.Exit is how a command ends early by itself; wrong usage and a closed pipe are typer's to handle.
+            if debug or isinstance(error, typer.Exit | typer.BadParameter | BrokenPipeError):
                 raise
             sentence, code = explain(error)
             print(sentence, file=sys.stderr)

@@ -61,6 +61,7 @@ IGNORED_HF_FIELDS = frozenset(
         "problem_type",
         "is_encoder_decoder",
         "tokenizer_class",
+        "use_mrope",
     ]
 )
 

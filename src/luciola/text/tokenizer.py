@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models
+from tokenizers import AddedToken, decoders, models, processors
 
 from luciola.text import chat
 from luciola.text.json_files import printable, read_json, read_text, shortened
@@ -185,10 +185,18 @@ class Tokenizer:
             raise ValueError(f"{path} is not a tokenizer the `tokenizers` library can read: {reason}") from error
         config = _json_or_nothing(folder / "tokenizer_config.json")
         names = {**_json_or_nothing(folder / "special_tokens_map.json"), **config}
+        bos, eos = (_token_text(names, role, folder) for role in ("bos_token", "eos_token"))
+        if {"add_bos_token", "add_eos_token"} & config.keys():  # transformers takes them over what tokenizer.json says
+            wanted = ((bos, config.get("add_bos_token")), (eos, config.get("add_eos_token")))
+            known = [
+                token if asked is True and backend.token_to_id(token or "") is not None else None
+                for token, asked in wanted
+            ]
+            add_around(backend, *known)
         return cls(
             backend,
-            bos_token=_token_text(names, "bos_token", folder),
-            eos_token=_token_text(names, "eos_token", folder),
+            bos_token=bos,
+            eos_token=eos,
             pad_token=_token_text(names, "pad_token", folder),
             further_eos_ids=_eos_ids(folder, has_name=names.get("eos_token") is not None),
             chat_template=_chat_template(folder, config),
@@ -223,6 +231,19 @@ def finished(
     backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in added_tokens])
     template = chat.DEFAULT_TEMPLATE if chat_template is None else chat_template
     return Tokenizer(backend, bos_token=chat.BOS, eos_token=chat.EOS, pad_token=chat.PAD, chat_template=template)
+
+
+def add_around(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
+    """Bos in front and eos behind, for those who ask a saved tokenizer.json for it; `Tokenizer.encode` never does."""
+    tokens = {role: token for role, token in (("bos", bos), ("eos", eos)) if token is not None}
+    front, behind = [role for role in tokens if role == "bos"], [role for role in tokens if role == "eos"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*front, "$A", *behind],
+        pair=[*front, "$A", *behind, "$B:1", *(f"{role}:1" for role in behind)],
+        special_tokens=[
+            {"id": role, "ids": [backend.token_to_id(token)], "tokens": [token]} for role, token in tokens.items()
+        ],
+    )
 
 
 class DecodeStream:

@@ -186,6 +186,11 @@ def config_of(file: GGUFFile) -> ModelConfig:
     metadata, tensors = file.metadata, file.tensors
     architecture = metadata.get("general.architecture")
     known = sorted({family.gguf_architecture for family in FAMILIES.values()})
+    if metadata.get("split.count", 0) not in (0, 1):
+        raise ValueError(
+            f"{file.path} is one part of a model in {metadata['split.count']} files; join them with llama.cpp's "
+            "llama-gguf-split --merge."
+        )
     if architecture not in known:
         raise ValueError(
             f"{file.path} holds a {shortened(architecture)} model; readable from GGUF are {', '.join(known)}."

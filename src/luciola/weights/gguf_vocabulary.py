@@ -16,7 +16,14 @@ from gguf.constants import TokenType
 
 from luciola.text.tokenizer import Tokenizer
 from luciola.weights.gguf_pre_tokenizers import PRE_TOKENIZERS, WHOLE_WORDS
-from luciola.weights.gguf_tokenizer import ASCII_SPELLING, NO_MERGES, padding_row, spaces_written_out, tokenizer_of
+from luciola.weights.gguf_tokenizer import (
+    ASCII_SPELLING,
+    NO_MERGES,
+    NORMALIZER,
+    padding_row,
+    spaces_written_out,
+    tokenizer_of,
+)
 from luciola.weights.tricky_texts import tricky_texts
 
 _BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
@@ -42,6 +49,8 @@ def vocabulary_of(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         **_named_ids(tokenizer, state),
         **_added_around(tokenizer),
     }
+    if state["normalizer"] == {"type": "NFC"}:
+        metadata[NORMALIZER] = "NFC"
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     _prove(tokenizer, metadata, texts)
@@ -215,7 +224,8 @@ def _prove(tokenizer: Tokenizer, metadata: dict[str, Any], texts: Sequence[str])
         if not same:
             raise ValueError(
                 f"As GGUF states it the tokenizer would treat {_shortened(text)} differently, so it is not written; "
-                "normalizers, and added tokens that strip blanks or stand only as single words, have no place in GGUF."
+                "normalizers other than NFC, Metaspace, and added tokens that strip blanks or stand only as words have "
+                "no place in GGUF."
             )
 
 

@@ -95,10 +95,15 @@ class LlamaCpp:
                 raise
             raise ValueError(f"llama.cpp ended while running {self._path}: {self._last_words()}") from error
 
-    def tokenize(self, text: str) -> list[int]:
-        """The token ids of `text`; special tokens written in it are recognised, none are added."""
-        ids: list[int] = self._post("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
+    def tokenize(self, text: str, add_special: bool = False) -> list[int]:
+        """The token ids of `text`; special tokens written in it are recognised, others only added if asked for."""
+        ids: list[int] = self._post("/tokenize", content=text, add_special=add_special, parse_special=True)["tokens"]
         return ids
+
+    def detokenize(self, ids: list[int]) -> str:
+        """The text of token ids."""
+        text: str = self._post("/detokenize", tokens=ids)["content"]
+        return text
 
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         """The likeliest token, `count` times; tokens that would end the text are never taken."""

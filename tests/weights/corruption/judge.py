@@ -38,7 +38,7 @@ TOKENS = torch.arange(8)[None]
 TEXT = "(1 + 2) * 3 = 9 <think> the é"
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-GROUPED = SHAPE | {"num_key_value_heads": 1, "head_dim": 8}
+GROUPED = SHAPE | {"num_key_value_heads": 1, "head_dim": 16}
 LATENT = SHAPE | {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 6}
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 8}
 EXPERTS["first_k_dense_replace"] = 1
