@@ -1,4 +1,4 @@
-"""What the README shows works: its commands run, its Python runs, its recipe is valid, its links lead somewhere."""
+"""What the README and docs/ show works: commands run, Python runs, recipes are valid, links lead somewhere."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from luciola.cli import app
 from luciola.tasks import TaskConfig
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAINS = {"quickstart", "pretrain", "sft", "grpo"}  # minutes each: shown what they would do instead
 
 TINY = ["base.steps=2", "base.data.batch_size=4", "grpo.steps=1", "rollout.prompts=2", "rollout.group_size=2"]
@@ -23,7 +23,8 @@ TINY += ["evaluate.problems=4", "evaluate.samples=1"]
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def commands() -> Iterator[str]:
@@ -73,13 +74,14 @@ def test_recipes_are_valid(block: str, workplace: Path) -> None:
     TypeAdapter(TaskConfig).validate_python(tomllib.loads(block)["task"])
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"labnotes/{note.name}" for note in (ROOT / "labnotes").glob("*.md"))])
-def test_no_figure_is_left_out(page: str) -> None:
-    assert "@@" not in (ROOT / page).read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "labnotes").glob("*.md"))], ids=lambda page: page.name)
+def test_no_figure_is_left_out(page: Path) -> None:
+    assert "@@" not in page.read_text(encoding="utf-8")
 
 
-def test_links_lead_somewhere() -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
     assert targets
-    missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
+    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
     assert not missing

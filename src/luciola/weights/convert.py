@@ -92,5 +92,5 @@ class _Parameters:
             self._name, self._last = place.name, self._source.parameter(place.name, dtype)
             self._progress(place.name)
             if dtype == torch.float16 and not torch.isfinite(self._last).all():
-                raise ValueError(f"{place.name} has values beyond what f16 can hold; use --dtype bf16 or f32.")
+                raise ValueError(f"{place.name} has values beyond 65504, the most that f16 can hold; use bf16 or f32.")
         return take(self._last, place)

@@ -34,6 +34,7 @@ KINDS = {
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
+LIMITS = {GGMLQuantizationType.F16: 65504.0, GGMLQuantizationType.Q8_0: 127 * 65504.0}
 _FLOAT32_ONLY = ("ffn_gate_inp", "exp_probs_b")  # llama.cpp's routers are float32, as one-dimensional tensors are
 
 
@@ -108,6 +109,12 @@ def write(
             else:
                 values = tensor(places[name]).float().contiguous().numpy()
             assert values is not None
+            limit = LIMITS.get(stored, np.inf)
+            if np.abs(values).max() > limit:
+                raise ValueError(
+                    f"{name} has values beyond {limit:g}, the most that {stored.name.lower()} can hold; use bf16 or "
+                    "f32."
+                )
             writer.add(values, stored)
     finally:
         writer.close()
