@@ -124,3 +124,18 @@ def test_a_config_in_either_dialect(tmp_path: Path) -> None:
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
     path.write_text(json.dumps(config))
     assert luciola.load(tmp_path / "m").config.rope_theta == 50_000.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype='int8' is not one a model can have"),
+        ({"dtype": "no_dtype"}, "dtype='no_dtype' is not one a model can have"),
+        ({"device": "cuda:99"}, "device='cuda:99' cannot hold a model on this machine"),
+        ({"device": "toaster"}, "device='toaster' cannot hold a model on this machine"),
+    ],
+)
+def test_dtypes_and_devices_that_are_none(options: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        luciola.load(tmp_path, **options)
+    assert "\n" not in str(error.value)

@@ -77,9 +77,14 @@ def load(
     Raises:
         ValueError: nothing is there, or what is there cannot be read; one sentence says why.
     """
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    wanted = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if wanted not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} is not one a model can have: {', '.join(map(str, DTYPES))}.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={str(device)!r} cannot hold a model on this machine: {reason}") from error
     checkpoint = open_checkpoint(path)
     tokenizer = checkpoint.load_tokenizer()
     if tokenizer is not None:
