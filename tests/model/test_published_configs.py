@@ -121,3 +121,9 @@ def test_windows_are_those_of_the_files() -> None:
     windowed = ModelConfig.from_hf(qwen | {"use_sliding_window": True})
     assert [windowed.window(layer) for layer in (0, 20, 21, 27)] == [None, None, 4096, 4096]
     assert ModelConfig.from_hf(windowed.to_hf()) == explicit(windowed)
+    assert (
+        ModelConfig.from_hf(
+            {name: value for name, value in qwen.items() if name != "sliding_window"} | {"use_sliding_window": True}
+        ).window(27)
+        == 4096
+    ), "what transformers takes where the file does not say"

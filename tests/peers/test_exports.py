@@ -15,6 +15,7 @@ from luciola.model.config import ModelConfig
 from luciola.model.language_model import LanguageModel
 from luciola.text.tokenizer import Tokenizer
 from luciola.weights.convert import convert
+from luciola.weights.gguf_limits import departures
 from luciola.weights.opening import open_checkpoint
 from luciola.weights.parity import against_llama_cpp
 from luciola.weights.witness import LlamaCpp
@@ -178,6 +179,52 @@ def test_weights_with_halves_paired_become_weights_with_neighbours_paired(tmp_pa
     assert against_llama_cpp(open_checkpoint(tmp_path / "m.gguf")).agrees
 
 
+def test_depths_that_llama_cpp_takes_for_v2_lite(tmp_path: Path) -> None:
+    config = {"kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 6, "q_lora_rank": None}
+    config |= {"model_type": "deepseek_v2", "vocab_size": ROWS[0], "hidden_size": 16, "intermediate_size": 16}
+    random_model(config | {"num_attention_heads": 2, "num_hidden_layers": 27}, 0).save(tmp_path / "model")
+    assert against_llama_cpp(open_checkpoint(tmp_path / "model")).agrees
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_windows_come_back_though_llama_cpp_knows_none(family: str, tmp_path: Path) -> None:
+    config = {"model_type": family, "vocab_size": ROWS[0], "hidden_size": 32, "intermediate_size": 40, "head_dim": 8}
+    config |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 5}
+    config |= {} if family == "mistral" else {"use_sliding_window": True, "max_window_layers": 1}
+    lm = random_model(config, 0)
+    lm.save(tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    assert departures(checkpoint.config)
+    convert(checkpoint, tmp_path / "m.gguf", "gguf", "f32")
+    convert(open_checkpoint(tmp_path / "m.gguf"), tmp_path / "back", "hf", "f32")
+    back, tokens = luciola.load(tmp_path / "back"), torch.arange(8, 40)[None]
+    assert [back.config.window(layer) for layer in range(3)] == [lm.config.window(layer) for layer in range(3)]
+    assert torch.equal(lm.model(tokens), back.model(tokens))
+    assert against_llama_cpp(open_checkpoint(tmp_path / "m.gguf"), "abcd").agrees, "within the window"
+    assert not against_llama_cpp(open_checkpoint(tmp_path / "m.gguf"), "abcdefghijklmnop").agrees
+
+
+def test_each_parameter_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts lie one by one in a folder and fused in GGUF and in memory: whoever asks for them in turn reads once."""
+    config = {"model_type": "deepseek", "vocab_size": ROWS[0], "hidden_size": 16, "intermediate_size": 16}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "n_routed_experts": 16, "num_experts_per_tok": 2}
+    random_model(config | {"moe_intermediate_size": 8, "n_shared_experts": 1}, 0).save(tmp_path / "model")
+    convert(open_checkpoint(tmp_path / "model"), tmp_path / "m.gguf", "gguf", "f32")
+    read: list[str] = []
+    for source, destination, to in (("m.gguf", "back", "hf"), ("back", "again.gguf", "gguf")):
+        checkpoint = open_checkpoint(tmp_path / source)
+        read.clear()
+        convert(checkpoint, tmp_path / destination, to, "f32", read.append)
+        assert sorted(read) == sorted(checkpoint.shapes)
+
+
+def test_a_model_without_tokenizer_and_without_padding_id(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "pad_token_id": -1}
+    LanguageModel.create(config | {"num_hidden_layers": 2, "num_attention_heads": 2}).save(tmp_path / "model")
+    convert(open_checkpoint(tmp_path / "model"), tmp_path / "m.gguf", "gguf", "f32")
+    assert luciola.load(tmp_path / "m.gguf").tokenizer is None
+
+
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
 def test_smaller_types(kind: str, family: str, tmp_path: Path) -> None:
@@ -216,6 +263,8 @@ def test_smollm2_continues_as_llama_cpp_does_from_its_own_file() -> None:
         ("deepseek_v3", {"attention_bias": True}, "deepseek2 models have no place for attention_bias"),
         ("qwen3", {"attention_bias": True}, "qwen3 models have no place for attention_bias"),
         ("qwen2", {"head_dim": 16}, "no place for head_dim other than hidden_size / num_attention_heads"),
+        ("deepseek", {"attention_bias": True}, "deepseek models have no place for attention_bias"),
+        ("deepseek_v3", {"num_hidden_layers": 27, "q_lora_rank": 8}, "q_lora_rank in a model of 26 or 27 layers"),
         ("deepseek", {"norm_topk_prob": True}, "deepseek models have no place for norm_topk_prob"),
         ("deepseek_v3", {"moe_layer_freq": 2}, "no place for moe_layer_freq other than 1"),
         (

@@ -70,12 +70,19 @@ def test_the_router_s_product_is_float32_whatever_the_weights_are() -> None:
     assert not torch.equal(gate.choose(scores_NE).sort(-1).values, gate.choose(in_half_NE).sort(-1).values)
 
 
-def test_v2_normalises_the_weights_if_its_config_says_so_which_transformers_passes_over() -> None:
-    gate, config = gate_of("deepseek_v2", topk_method="greedy", norm_topk_prob=True)
-    theirs = DeepseekV2TopkRouter(config)
-    theirs.load_state_dict({"weight": gate.weight})
+def test_v2_either_normalises_or_scales_the_weights_where_transformers_only_scales() -> None:
+    """DeepSeek's code for V2 divides by the sum if norm_topk_prob says so and more than one expert is chosen, else it
+    multiplies by routed_scaling_factor; no published model sets norm_topk_prob."""
     x_ND = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
-    scores_NE = gate.scores(x_ND)
-    ours_N = gate.weigh(scores_NE, gate.choose(scores_NE)).sum(-1)
-    torch.testing.assert_close(ours_N, torch.ones(50))
-    assert theirs(x_ND)[1].sum(-1).min() < 0.95
+    for chosen, normalised in ((3, True), (3, False), (1, True)):
+        changes = {"norm_topk_prob": normalised, "num_experts_per_tok": chosen, "routed_scaling_factor": 16.0}
+        gate, config = gate_of("deepseek_v2", topk_method="greedy", **changes)
+        theirs = DeepseekV2TopkRouter(config)
+        theirs.load_state_dict({"weight": gate.weight})
+        scores_NE = gate.scores(x_ND)
+        ours_N = gate.weigh(scores_NE, gate.choose(scores_NE)).sum(-1)
+        if normalised and chosen > 1:
+            torch.testing.assert_close(ours_N, torch.ones(50))
+            assert theirs(x_ND)[1].sum(-1).min() > 8.0
+        else:
+            torch.testing.assert_close(ours_N, theirs(x_ND)[1].sum(-1))

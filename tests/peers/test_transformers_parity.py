@@ -135,6 +135,10 @@ def deepseek(draw: st.DrawFn, family: str) -> dict[str, Any]:
         "attention_bias": draw(st.booleans()),
         **draw(ropes(("none", "linear", "yarn"))),
     }
+    if draw(st.integers(0, 5)) == 0:  # every layer dense
+        for name in [name for name in config if "expert" in name or "group" in name]:
+            del config[name]
+        config |= {"first_k_dense_replace": layers}
     if family == "deepseek_v3":
         config |= {
             "rope_interleave": draw(st.booleans()),
@@ -184,6 +188,7 @@ def test_luciola_loads_what_transformers_saves(tmp_path: Path, family: str, data
 @st.composite
 def moe_16b(draw: st.DrawFn) -> dict[str, Any]:
     layers, experts = draw(st.integers(1, 3)), draw(st.sampled_from([2, 4, 7]))
+    chosen = draw(st.integers(1, experts))
     kv_heads = draw(st.sampled_from([1, 2]))
     return {
         "model_type": "deepseek",
@@ -196,9 +201,9 @@ def moe_16b(draw: st.DrawFn) -> dict[str, Any]:
         "moe_intermediate_size": draw(st.sampled_from([6, 16])),
         "n_shared_experts": draw(st.sampled_from([1, 2])),
         "n_routed_experts": experts,
-        "num_experts_per_tok": draw(st.integers(1, experts)),
+        "num_experts_per_tok": chosen,
         "first_k_dense_replace": draw(st.integers(0, layers)),
-        "norm_topk_prob": draw(st.booleans()),
+        "norm_topk_prob": chosen > 1 and draw(st.booleans()),  # DeepSeek's code does not divide one weight by itself
         "tie_word_embeddings": draw(st.booleans()),
         "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekConfig"},
         "scoring_func": "softmax",

@@ -1,7 +1,5 @@
 """GGUF files: what the metadata means, rows back in Hugging Face's order, and no damage that hangs or stays unseen."""
 
-import contextlib
-import random
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +176,8 @@ def test_end_of_turn_ends_too(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"general.architecture": "mamba"}, "'mamba' model; readable from GGUF are deepseek, deepseek2"),
+        ({"llama.rope.scaling.attn_factor": 1.5}, "attn_factor beside scaling of type 'none'"),
+        ({"llama.rope.scaling.factor": 2.0, "llama.rope.scaling.yarn_beta_fast": 3.0}, "yarn_beta_fast beside scaling"),
         ({"split.count": 3}, "one part of a model in 3 files; join them with"),
         ({"tokenizer.chat_template": 7}, "tokenizer.chat_template is no text"),
         ({"llama.expert_count": 8}, "'llama' model with experts"),
@@ -212,22 +212,16 @@ def test_every_cut_is_noticed(tmp_path: Path) -> None:
             load(tmp_path / "cut.gguf")
 
 
-def test_damage_anywhere_ends_in_a_model_or_a_value_error(tmp_path: Path) -> None:
-    content = write(tmp_path / "m.gguf", random_model()).read_bytes()
-    header = len(content) - 4 * sum(tensor.numel() for tensor in random_model().state_dict().values())
-    rng = random.Random(0)
-    for _ in range(300):
-        damaged = bytearray(content)
-        for _ in range(rng.randrange(1, 4)):
-            damaged[rng.randrange(4, header)] = rng.choice([0, 1, 0x7F, 0xFF, rng.randrange(256)])
-        (tmp_path / "damaged.gguf").write_bytes(damaged)
-        with contextlib.suppress(ValueError):
-            load(tmp_path / "damaged.gguf")
-
-
 def test_numbers_are_the_shortest_with_their_float32(tmp_path: Path) -> None:
     config = config_of(GGUFFile(write(tmp_path / "m.gguf", random_model())))
     assert (config.rms_norm_eps, config.rope_theta) == (1e-5, 50_000.0)
+
+
+@pytest.mark.parametrize("key", ["llama.rope.scaling.factor", "llama.rope.scale_linear"])
+def test_a_factor_without_a_type_is_linear_as_in_llama_cpp(key: str, tmp_path: Path) -> None:
+    config = config_of(GGUFFile(write(tmp_path / "m.gguf", random_model(), **{key: 4.0})))
+    assert config.rope_scaling is not None
+    assert (config.rope_scaling.rope_type, config.rope_scaling.factor) == ("linear", 4.0)
 
 
 def test_packages() -> None:

@@ -156,7 +156,7 @@ def parity(
 
 
 def _print_departures(config: ModelConfig) -> None:
-    from luciola.weights.gguf_config import departures
+    from luciola.weights.gguf_limits import departures
 
     for sentence in departures(config):
         print(f"note: {sentence}")

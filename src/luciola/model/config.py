@@ -96,6 +96,14 @@ class RopeScaling(BaseModel):
         return self
 
 
+_ANY_ROPE = ("rope_type", "factor", "original_max_position_embeddings", "attention_factor")
+_ROPE_FIELDS = {
+    "linear": _ANY_ROPE,
+    "llama3": (*_ANY_ROPE, "low_freq_factor", "high_freq_factor"),
+    "yarn": (*_ANY_ROPE, "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+}
+
+
 class ModelConfig(BaseModel):
     """Everything that fixes a Transformer's computation. Frozen; unknown fields are refused.
 
@@ -206,6 +214,8 @@ class ModelConfig(BaseModel):
                 raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers")
             if "sliding_attention" in self.layer_types and self.sliding_window is None:
                 raise ValueError("sliding_window is needed where layer_types names sliding_attention")
+        if self.mlp_bias and not self.family.mlp_bias:
+            raise ValueError(f"mlp_bias is set, which {self.model_type} models do not have")
         if self.sliding_window is not None and not self.family.windows:
             raise ValueError(f"sliding_window={self.sliding_window} is set, which {self.model_type} models do not have")
         if self.n_routed_experts is not None:
@@ -319,6 +329,10 @@ class ModelConfig(BaseModel):
             del data[name]
         if data.get("kv_lora_rank") is not None and data.get("head_dim") == data.get("qk_rope_head_dim"):
             data.pop("head_dim", None)
+        layers, dense = data.get("num_hidden_layers"), data.get("first_k_dense_replace")
+        all_dense = isinstance(layers, int) and isinstance(dense, int) and dense >= layers
+        if all_dense and "num_experts_per_tok" not in data and not data.get("num_nextn_predict_layers"):
+            data.pop("n_routed_experts", None)  # the oracle's V2 states its default even where no layer has experts
         return cls.model_validate(data)
 
     def to_hf(self) -> dict[str, Any]:
@@ -326,23 +340,15 @@ class ModelConfig(BaseModel):
         data = self.model_dump(exclude_none=True)
         scaling = data.pop("rope_scaling", None)
         if scaling is not None:
-            unused = {
-                "llama3": (),
-                "linear": ("low_freq_factor", "high_freq_factor"),
-                "yarn": ("low_freq_factor", "high_freq_factor"),
-            }
             kind = scaling["rope_type"]
-            for name in unused[kind]:
-                scaling.pop(name, None)
-            if kind != "yarn":
-                for name in ("beta_fast", "beta_slow", "truncate"):
-                    scaling.pop(name, None)
-            data["rope_scaling"] = {"type": kind, **scaling}
+            data["rope_scaling"] = {"type": kind} | {k: v for k, v in scaling.items() if k in _ROPE_FIELDS[kind]}
         if not self.is_mla:
             data.pop("rope_interleave")
             data["head_dim"] = self.rope_dim
         elif self.q_lora_rank is None:
             data["q_lora_rank"] = None  # the class default of the oracle is 1536, so silence would not mean "none"
+        if self.n_routed_experts is None and self.is_mla:
+            data["first_k_dense_replace"] = self.num_hidden_layers  # silence would mean the oracle's 256 experts
         if self.n_routed_experts is None and not self.is_mla:
             for name in ("n_group", "topk_group", "moe_layer_freq", "first_k_dense_replace", "routed_scaling_factor"):
                 data.pop(name)

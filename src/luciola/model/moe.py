@@ -80,10 +80,13 @@ class Gate(nn.Module):
 
     def weigh(self, scores_NE: Tensor, indices_NK: Tensor) -> Tensor:
         """Weights of the chosen experts, (N, K) float32: from the affinities, without the bias."""
-        weights_NK = scores_NE.gather(-1, indices_NK)
-        if self.config.norm_topk_prob:
+        weights_NK, config = scores_NE.gather(-1, indices_NK), self.config
+        softmax = config.scoring_func == "softmax"
+        if config.norm_topk_prob and not (softmax and config.num_experts_per_tok == 1):
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
-        return weights_NK * self.config.routed_scaling_factor
+            if softmax:
+                return weights_NK  # V2's code either normalises or scales
+        return weights_NK * config.routed_scaling_factor
 
 
 class MoE(nn.Module):

@@ -27,6 +27,7 @@ MODEL_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
     "vocab.json",
+    "vocab.txt",
 )
 
 
@@ -39,7 +40,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
 @contextmanager
 def publish_file(path: str | Path) -> Iterator[Path]:
     """Yields the name of a file to write, which takes the place of `path` when the block ends well, else vanishes."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.new")
     try:

@@ -21,7 +21,8 @@ MAX_BYTES = 128 << 20  # of tokenizer.json; those of 256,000 tokens have 34 MB
 REASONING_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 
 # What a folder with a tokenizer in some form holds at least one of; only the first can be read here.
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+FORMS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+FILES = (*FORMS, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
 
 
 class Tokenizer:
@@ -159,7 +160,7 @@ class Tokenizer:
     @classmethod
     def present(cls, folder: Path) -> bool:
         """Whether `folder` holds a tokenizer in any form; `load` tells when the form cannot be read."""
-        return any((folder / name).is_file() for name in _FILES)
+        return any((folder / name).is_file() for name in FORMS)
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":

@@ -1,1 +1,1 @@
-"""Weights in files: Hugging Face folders read and written, GGUF files read."""
+"""Weights in files: Hugging Face folders and GGUF files, read, written, converted, inspected and compared."""

@@ -12,26 +12,16 @@ import torch
 from torch import Tensor
 
 from luciola.run import publish_file, publish_folder
+from luciola.text.tokenizer import FILES
 from luciola.weights import gguf, hf
 from luciola.weights.checkpoint import Checkpoint, outline
 from luciola.weights.parts import Place, take
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def stored_kind(source: Checkpoint) -> str:
-    """The type in which a conversion loses nothing, or for FP8 next to nothing: most of the source's bytes decide."""
+    """The type in which most of the source's bytes are stored; f32 for GGUF's quantised ones, bf16 for FP8."""
     sizes: Counter[str] = Counter()
     for stored in source.stored.values():
         sizes[stored.kind] += stored.nbytes
@@ -71,7 +61,7 @@ def convert(
         eos = () if tokenizer is None else tokenizer.eos_token_ids
         hf.write(folder, source.config, source.shapes, read, DTYPES[kind], eos_token_ids=eos)
         if source.format == "hf":
-            for file in TOKENIZER_FILES:
+            for file in (*FILES, "generation_config.json"):
                 if (source.path / file).is_file():
                     shutil.copyfile(source.path / file, folder / file)
         elif tokenizer is not None:

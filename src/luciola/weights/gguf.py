@@ -22,13 +22,14 @@ from luciola.model.config import ModelConfig
 from luciola.text.tokenizer import Tokenizer
 from luciola.weights import names
 from luciola.weights.checkpoint import Checkpoint, Stored
-from luciola.weights.gguf_config import NO_SHARED_EXPERT, ROPE_FACTORS, TOKEN_IDS, config_of, metadata_of, rope_factors
+from luciola.weights.gguf_config import NO_SHARED_EXPERT, TOKEN_IDS, config_of, metadata_of
 from luciola.weights.gguf_file import GGUFFile
+from luciola.weights.gguf_rope import FACTORS, factors_of
 from luciola.weights.gguf_tokenizer import tokenizer_of
 from luciola.weights.gguf_vocabulary import vocabulary_of
 from luciola.weights.parts import Place, Shape
 
-KINDS = {
+TYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
@@ -49,7 +50,7 @@ def open_file(path: Path) -> Checkpoint:
     stored = {
         name: Stored(info.shape, info.kind.name, info.size)
         for name, info in file.tensors.items()
-        if name != ROPE_FACTORS
+        if name != FACTORS
         and not names.is_copy(name, config, file.tensors)
         and not (file.metadata.get(NO_SHARED_EXPERT) is True and "_shexp." in name)
     }
@@ -75,25 +76,25 @@ def write(
 ) -> None:
     """Write a model whose parameters have these `shapes`, holding one tensor in memory.
 
-    `tensor` gives the part of a parameter that stands at a place; `kind` is one of KINDS; `name` is shown by llama.cpp.
+    `tensor` gives the part of a parameter that stands at a place; `kind` is one of TYPES; `name` is shown by llama.cpp.
 
     Raises:
         ValueError: GGUF has no place for something in the configuration or the tokenizer.
     """
-    metadata = metadata_of(config) | {"general.name": name, "general.file_type": int(KINDS[kind][1])}
+    metadata = metadata_of(config) | {"general.name": name, "general.file_type": int(TYPES[kind][1])}
     metadata["general.quantization_version"] = 2
     if tokenizer is None:
         ids = {theirs: getattr(config, ours) for theirs, ours in TOKEN_IDS.items()}
-        metadata |= {theirs: value for theirs, value in ids.items() if isinstance(value, int)}
+        metadata |= {theirs: value for theirs, value in ids.items() if isinstance(value, int) and value >= 0}
         metadata["tokenizer.ggml.model"] = "none"
     else:
         metadata |= vocabulary_of(tokenizer, config.vocab_size)
 
     places = names.gguf(config, shapes)
-    factors = rope_factors(config)
+    factors = factors_of(config)
     plan: dict[str, tuple[Shape, GGMLQuantizationType]] = {}
     if factors is not None:
-        plan[ROPE_FACTORS] = (factors.shape, GGMLQuantizationType.F32)
+        plan[FACTORS] = (factors.shape, GGMLQuantizationType.F32)
     plan |= {name: (place.shape, _kind_of(name, place.shape, kind)) for name, place in places.items()}
     zeros = _zero_shared_experts(config)
     plan |= {name: (shape, _kind_of(name, shape, kind)) for name, shape in zeros.items()}
@@ -102,7 +103,7 @@ def write(
     try:
         writer.begin(metadata, plan)
         for name, (shape, stored) in plan.items():
-            if name == ROPE_FACTORS:
+            if name == FACTORS:
                 values = factors
             elif name in zeros:
                 values = np.zeros(shape, np.float32)
@@ -110,7 +111,7 @@ def write(
                 values = tensor(places[name]).float().contiguous().numpy()
             assert values is not None
             limit = LIMITS.get(stored, np.inf)
-            if np.abs(values).max() > limit:
+            if max(values.max(), -values.min()) > limit:
                 raise ValueError(
                     f"{name} has values beyond {limit:g}, the most that {stored.name.lower()} can hold; use bf16 or "
                     "f32."
@@ -124,7 +125,7 @@ def _kind_of(name: str, shape: Shape, kind: str) -> GGMLQuantizationType:
     """How a tensor is stored. Rows that are not whole blocks cannot be quantised and stay in half precision."""
     if len(shape) == 1 or any(part in name for part in _FLOAT32_ONLY):
         return GGMLQuantizationType.F32
-    wanted = KINDS[kind][0]
+    wanted = TYPES[kind][0]
     return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
 
 

@@ -6,18 +6,24 @@ file has no key for and cannot do without is refused when writing rather than le
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import torch
-
-from luciola.model.config import ModelConfig, RopeScaling, yarn_temperature
-from luciola.model.rope import frequencies
+from luciola.model.config import ModelConfig
 from luciola.text.json_files import shortened
 from luciola.weights.checkpoint import config_from
 from luciola.weights.families import FAMILIES
+from luciola.weights.families.windows import FULL, SLIDING
 from luciola.weights.gguf_file import GGUFFile
+from luciola.weights.gguf_limits import limits_groups, refuse_what_has_no_place
+from luciola.weights.gguf_rope import (
+    FACTORS,
+    PARAMETERS,
+    metadata_of_scaling,
+    read_scaling,
+    shortest,
+    with_llama3_scaling,
+)
 
 FIELDS = {
     "embedding_length": "hidden_size",
@@ -56,8 +62,7 @@ SOFTMAX, SIGMOID = 1, 2  # llama.cpp's numbers for the gating function
 
 # llama.cpp always adds a shared expert. A model without one is written with one of zeros, and marked.
 NO_SHARED_EXPERT = "luciola.no_shared_expert"
-ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1's stretched frequencies are divided by, (head_dim / 2,)
-ROPE_SCALING = "luciola.rope_scaling"  # and the parameters which that table came from, as JSON
+LAYER_TYPES = "luciola.layer_types"  # which of Qwen's layers have the window; llama.cpp has no place for it
 
 
 def metadata_of(config: ModelConfig) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def metadata_of(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ValueError: llama.cpp's form of this family has no place for something; one sentence names the field.
     """
-    _refuse_what_has_no_place(config)
+    refuse_what_has_no_place(config)
     fields = FIELDS | (MLA_FIELDS if config.is_mla else GQA_FIELDS)
     values = config.model_dump(exclude_none=True)
     data = {theirs: values[ours] for theirs, ours in fields.items() if ours in values}
@@ -93,88 +98,17 @@ def metadata_of(config: ModelConfig) -> dict[str, Any]:
     elif config.is_mla:  # the loader of deepseek2 asks for these even where every layer is dense
         data |= {"leading_dense_block_count": data["block_count"], "expert_shared_count": 0}
         data["expert_feed_forward_length"] = config.intermediate_size
-    data |= _rope_scaling(config)
+    data |= metadata_of_scaling(config)
     architecture = config.family.gguf_architecture
     whole = {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in data.items()}
     if config.n_routed_experts is not None and not config.n_shared_experts:
         whole[NO_SHARED_EXPERT] = True
-    if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
-        whole[ROPE_SCALING] = config.rope_scaling.model_dump_json(exclude_defaults=True)
-    return whole
-
-
-def limits_groups(config: ModelConfig) -> bool:
-    """Whether the choice of experts depends on their groups: not if all groups are kept, or each is one expert."""
-    grouped = config.topk_method != "greedy" and config.topk_group < config.n_group
-    return grouped and config.n_group != config.n_routed_experts
-
-
-def departures(config: ModelConfig) -> list[str]:
-    """Where llama.cpp computes something else than this model, as sentences for the user."""
-    found = []
-    if limits_groups(config) and config.topk_method == "group_limited_greedy":
-        found.append(
-            "llama.cpp scores a group of experts by its two best, DeepSeek-V2 by its best one: some tokens will meet "
-            "other experts there."
-        )
     if config.sliding_window is not None:
-        found.append(
-            f"llama.cpp attends to all tokens where this model sees the last {config.sliding_window}: beyond that "
-            "length its answers differ."
-        )
-    return found
-
-
-def _refuse_what_has_no_place(config: ModelConfig) -> None:
-    rope = config.rope_scaling
-    kind = "" if rope is None else rope.rope_type
-    architecture = config.family.gguf_architecture
-    mscales = set() if rope is None or not config.is_mla else {rope.mscale or 1.0, rope.mscale_all_dim or 0.0}
-    usual_width = config.rope_dim * config.num_attention_heads == config.hidden_size
-    no_place = {
-        "head_dim other than hidden_size / num_attention_heads": architecture in ("qwen2", "deepseek")
-        and not usual_width,
-        "attention_bias": config.attention_bias and (config.is_mla or architecture == "qwen3"),
-        "mlp_bias": config.mlp_bias and architecture != "llama",
-        "moe_layer_freq other than 1": config.n_routed_experts is not None and config.moe_layer_freq != 1,
-        "norm_topk_prob": architecture == "deepseek" and bool(config.norm_topk_prob),
-        "scoring_func 'sigmoid'": architecture == "deepseek" and config.scoring_func == "sigmoid",
-        "rope_scaling 'llama3'": kind == "llama3" and architecture != "llama",
-        "rope_scaling 'linear'": kind == "linear" and architecture == "deepseek2",  # there it changes the scale as well
-        "truncate=False in rope_scaling": kind == "yarn" and rope is not None and not rope.truncate,
-        "attention_factor in rope_scaling": config.is_mla and rope is not None and rope.attention_factor is not None,
-        "mscale other than mscale_all_dim in rope_scaling": kind == "yarn" and len(mscales) > 1,
-    }
-    refused = [what for what, found in no_place.items() if found]
-    if refused:
-        raise ValueError(
-            f"llama.cpp's {architecture} models have no place for {', '.join(refused)}, which this model has"
-        )
-
-
-def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
-    rope = config.rope_scaling
-    if rope is None or rope.rope_type == "llama3":
-        return {}
-    data: dict[str, Any] = {"rope.scaling.type": rope.rope_type, "rope.scaling.factor": rope.factor}
-    if rope.rope_type == "yarn":
-        length = rope.original_max_position_embeddings or config.max_position_embeddings
-        data["rope.scaling.original_context_length"] = length
-        data |= {"rope.scaling.yarn_beta_fast": rope.beta_fast, "rope.scaling.yarn_beta_slow": rope.beta_slow}
-        if config.is_mla:
-            data["rope.scaling.yarn_log_multiplier"] = 0.1 * (rope.mscale_all_dim or 0.0)
-        else:  # llama.cpp multiplies cosine and sine by the usual temperature of its own accord
-            factor = frequencies(config)[1] / yarn_temperature(rope.factor, 1.0)
-            data |= {} if factor == 1.0 else {"rope.scaling.attn_factor": factor}
-    return data
-
-
-def rope_factors(config: ModelConfig) -> np.ndarray[Any, np.dtype[np.float32]] | None:
-    """The tensor by which llama.cpp divides the frequencies of Llama 3.1; None where there is no such scaling."""
-    if config.rope_scaling is None or config.rope_scaling.rope_type != "llama3":
-        return None
-    plain = frequencies(config.model_copy(update={"rope_scaling": None}))[0]
-    return (plain / frequencies(config)[0]).numpy()
+        windows = (config.window(layer) is not None for layer in range(config.num_hidden_layers))
+        whole[LAYER_TYPES] = [SLIDING if window else FULL for window in windows]
+    if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
+        whole[PARAMETERS] = config.rope_scaling.model_dump_json(exclude_defaults=True)
+    return whole
 
 
 def config_of(file: GGUFFile) -> ModelConfig:
@@ -203,7 +137,7 @@ def config_of(file: GGUFFile) -> ModelConfig:
             raise ValueError(f"{file.path} does not state {architecture}.{key}, as every model does; fetch it again.")
 
     def get(key: str, default: Any = None) -> Any:
-        return _shortest(metadata.get(f"{architecture}.{key}", default))
+        return shortest(metadata.get(f"{architecture}.{key}", default))
 
     mla, experts = get("attention.kv_lora_rank") is not None, bool(get("expert_count"))
     if experts and architecture in ("llama", "qwen2", "qwen3"):
@@ -224,20 +158,36 @@ def config_of(file: GGUFFile) -> ModelConfig:
         key_length = get("attention.key_length_mla", get("attention.key_length"))
         data["qk_nope_head_dim"] = _difference(key_length, get("rope.dimension_count"))
     if experts:
-        data["topk_method"] = "group_limited_greedy" if get("expert_group_count", 0) else "greedy"
-        data["norm_topk_prob"] = bool(get("expert_weights_norm"))
-        data["n_shared_experts"] = 0 if metadata.get(NO_SHARED_EXPERT) is True else data.get("n_shared_experts")
-        data["routed_scaling_factor"] = data.get("routed_scaling_factor") or None  # 0 stands for none
-        data["n_group"], data["topk_group"] = data.get("n_group") or None, data.get("topk_group") or None
-    data["rope_scaling"] = _read_rope_scaling(file, mla)
+        data |= _read_experts(data, metadata, get("expert_group_count", 0))
+    data |= _read_windows(file, data)
+    data["rope_scaling"] = read_scaling(file, mla)
     config = config_from({"sliding_window": None} | data, file.path)
-    if not mla:
-        config = config.model_copy(update={"head_dim": config.rope_dim})
     if get("rope.dimension_count", config.rope_dim) != config.rope_dim:
         raise ValueError(f"{file.path} rotates only part of each head, which this version cannot do.")
     if get("attention.value_length", config.rope_dim) != config.rope_dim and not mla:
         raise ValueError(f"{file.path} has values of another width than keys, which this version cannot do.")
-    return _with_llama3_scaling(config, file) if ROPE_FACTORS in tensors else config
+    config = config if mla else config.model_copy(update={"head_dim": config.rope_dim})
+    return with_llama3_scaling(config, file) if FACTORS in tensors else config
+
+
+def _read_experts(data: Mapping[str, Any], metadata: Mapping[str, Any], groups: object) -> dict[str, Any]:
+    """What llama.cpp says otherwise than a config.json: zeros for what is absent, and how experts are chosen."""
+    return {
+        "topk_method": "group_limited_greedy" if groups else "greedy",
+        "norm_topk_prob": bool(data.get("norm_topk_prob")),
+        "n_shared_experts": 0 if metadata.get(NO_SHARED_EXPERT) is True else data.get("n_shared_experts"),
+        "routed_scaling_factor": data.get("routed_scaling_factor") or None,
+        "n_group": data.get("n_group") or None,
+        "topk_group": data.get("topk_group") or None,
+    }
+
+
+def _read_windows(file: GGUFFile, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen's layers have the window that this project has written, and none in files by others, as in llama.cpp."""
+    types = file.metadata.get(LAYER_TYPES)
+    if not data["model_type"].startswith("qwen"):
+        return {}
+    return {"sliding_window": None} if types is None else {"use_sliding_window": True, "layer_types": types}
 
 
 def _model_type(file: GGUFFile, architecture: str) -> str:
@@ -245,58 +195,11 @@ def _model_type(file: GGUFFile, architecture: str) -> str:
     if architecture == "llama":
         return "mistral" if "llama.attention.sliding_window" in file.metadata else "llama"
     if architecture == "deepseek2":
-        sigmoid = file.metadata.get("deepseek2.expert_gating_func") == SIGMOID
-        return "deepseek_v3" if sigmoid or any("exp_probs_b" in name for name in file.tensors) else "deepseek_v2"
+        function = file.metadata.get("deepseek2.expert_gating_func", 0)
+        biased = any("exp_probs_b" in name for name in file.tensors)
+        return "deepseek_v3" if function == SIGMOID or (not function and biased) else "deepseek_v2"
     return architecture
 
 
 def _difference(whole: object, part: object) -> int | None:
     return whole - part if isinstance(whole, int) and isinstance(part, int) else None
-
-
-def _read_rope_scaling(file: GGUFFile, mla: bool) -> dict[str, Any] | None:
-    prefix = f"{file.metadata['general.architecture']}.rope.scaling."
-    data = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    kind = data.get("type", "none")
-    if kind == "none" or ROPE_FACTORS in file.tensors:
-        return None
-    scaling = {"type": kind, "factor": _shortest(data.get("factor"))}
-    if kind == "linear":
-        return scaling
-    if kind != "yarn":
-        raise ValueError(
-            f"{file.path} stretches its rotary frequencies by {shortened(kind)}, which cannot be read from GGUF."
-        )
-    scaling["original_max_position_embeddings"] = data.get("original_context_length")
-    for name in ("beta_fast", "beta_slow"):
-        scaling |= {name: _shortest(data[f"yarn_{name}"])} if f"yarn_{name}" in data else {}
-    log_multiplier, factor = data.get("yarn_log_multiplier"), data.get("attn_factor")
-    if mla and isinstance(log_multiplier, float) and log_multiplier:
-        mscale = round(log_multiplier / 0.1, 6)
-        scaling |= {"mscale": mscale, "mscale_all_dim": mscale}
-    if not mla and isinstance(factor, float) and isinstance(scaling["factor"], float):
-        scaling["attention_factor"] = round(factor * yarn_temperature(scaling["factor"], 1.0), 6)
-    return scaling
-
-
-def _shortest(value: Any) -> Any:
-    """For a float the shortest decimal with the same float32: 1e-05 was stored as 9.999999747378752e-06."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def _with_llama3_scaling(config: ModelConfig, file: GGUFFile) -> ModelConfig:
-    """Llama 3.1's scaling is stored as the factors themselves; they must be those of the parameters stated beside
-    them, or of the published ones."""
-    factors = torch.from_numpy(file.tensor(ROPE_FACTORS))
-    plain = frequencies(config)[0]
-    stated = file.metadata.get(ROPE_SCALING)
-    published = {"rope_type": "llama3", "factor": float(factors.max()), "original_max_position_embeddings": 8192}
-    try:
-        parameters = published if stated is None else json.loads(stated)
-        stretched = config.model_copy(update={"rope_scaling": RopeScaling.model_validate(parameters)})
-        fits = factors.shape == plain.shape and torch.allclose(plain / factors, frequencies(stretched)[0], rtol=1e-4)
-    except (ValueError, TypeError, AssertionError, RecursionError):
-        fits = False
-    if not fits:
-        raise ValueError(f"{file.path} stretches its rotary frequencies by a table other than Llama 3.1's.")
-    return stretched

@@ -64,13 +64,14 @@ class GGUFFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
         except ValueError as error:
             raise ValueError(f"{path} is empty.") from error
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
+        self._last: TensorInfo | None = None
         try:
             self._read()
         except (DamagedError, struct.error, UnicodeDecodeError, OverflowError) as error:
@@ -169,15 +170,16 @@ class GGUFFile:
         return name, shape, GGMLQuantizationType(kind), offset
 
     def tensor(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """One tensor as float32, of the shape in its TensorInfo.
+        """One tensor as float32, of the shape in its TensorInfo; to be used before the next one is asked for.
 
         Raises:
             ValueError: it is quantised in a way the gguf package cannot undo.
         """
-        info = self.tensors[name]
+        self._release()
+        info = self._last = self.tensors[name]
         raw = np.frombuffer(self._bytes, np.uint8, info.size, info.start)
         if info.kind in _PLAIN:
-            values = raw.view(_PLAIN[info.kind]).reshape(info.shape).astype(np.float32)
+            values = raw.view(_PLAIN[info.kind]).reshape(info.shape).astype(np.float32, copy=False)
         else:
             try:
                 with np.errstate(invalid="ignore", over="ignore"):
@@ -186,12 +188,10 @@ class GGUFFile:
                 raise ValueError(
                     f"{self.path}: tensor {name} is stored as {info.kind.name}, which cannot be read."
                 ) from error
-        del raw
-        self._release(info)
         return values
 
-    def _release(self, info: TensorInfo) -> None:
-        """Give back the memory of a tensor's mapped pages, which otherwise stay for as long as the file is open."""
-        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-            start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._bytes.madvise(mmap.MADV_DONTNEED, start, info.start + info.size - start)
+    def _release(self) -> None:
+        """Give back the mapped pages of the tensor before, which otherwise stay for as long as the file is open."""
+        if self._last is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            start = self._last.start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._bytes.madvise(mmap.MADV_DONTNEED, start, self._last.start + self._last.size - start)

@@ -26,7 +26,7 @@ SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FP8_BLOCK = 128  # DeepSeek-V3 report, section 3.3: one scale for each 128 x 128 weights
 FP8, SCALES = "F8_E4M3", "_scale_inv"
-KINDS = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2, FP8: 1}  # bytes of a number
+BYTES_OF = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2, FP8: 1}  # bytes of a number
 SCALE_KINDS = ("F32", "BF16", "F8_E8M0")  # the last: powers of two
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROUTER_BIAS = "e_score_correction_bias"
@@ -243,14 +243,14 @@ class _Tensors:
                     f"{self._folder}: {weight} is stored in FP8, but {name} or quantization_config is missing."
                 )
         for name, (shape, kind) in headers.items():
-            known = SCALE_KINDS if name in scales else KINDS
+            known = SCALE_KINDS if name in scales else BYTES_OF
             if kind not in known or (name in scales and len(shape) != 2):
                 raise ValueError(
                     f"{self._readers[name].path}: tensor {name} is stored as {kind} of shape {list(shape)}; "
                     f"it is read from {', '.join(known)}, and FP8's scales have two axes."
                 )
         return {
-            name: Stored(shape, kind, math.prod(shape) * KINDS[kind])
+            name: Stored(shape, kind, math.prod(shape) * BYTES_OF[kind])
             for name, (shape, kind) in headers.items()
             if name not in scales
         }
@@ -285,7 +285,7 @@ def dequantize_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) ->
             f"FP8 scales of shape {list(scales.shape)} where {list(expected)} are needed for {[rows, columns]}"
         )
     spread = scales.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return weight.float() * spread
+    return weight.float().mul_(spread)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from luciola.text.json_files import printable, shortened
 
-KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+KIND_OF = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 CHECKSUMS = "luciola.crc32"  # in a file's metadata; other programs pass over it
 
 LONGEST_NAME = 200
@@ -34,7 +34,7 @@ Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 def write(path: Path, layout: Layout, tensor: Callable[[str], Tensor]) -> None:
     """Write tensors of the shapes and dtypes in `layout` to a new file; `tensor` gives each when its turn comes."""
-    names = sorted(layout, key=lambda name: (-layout[name][1].itemsize, name))  # so that every number is aligned
+    names = sorted(layout, key=lambda name: -layout[name][1].itemsize)  # so that every number is aligned
     sums = dict.fromkeys(names, 0)
     header = _header(layout, names, sums)
     with path.open("wb") as file:
@@ -57,7 +57,7 @@ def _header(layout: Layout, names: list[str], sums: Mapping[str, int]) -> bytes:
     for name in names:
         shape, dtype = layout[name]
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": KINDS[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        entries[name] = {"dtype": KIND_OF[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -10,13 +10,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-_REPLY_SECONDS = 600.0
+_START_SECONDS, _REPLY_SECONDS = 600.0, 600.0
 
 # llama.cpp ends its process where an assertion of its fails, so it has a process of its own, which lives for as long as
 # its standard input is open. Keys and values stay float32, for that is what this project compares.
@@ -55,10 +56,15 @@ class LlamaCpp:
             env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         )
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(b"listening at "):
-                self._address = line.removeprefix(b"listening at ").decode().strip()
-                return
+        alarm = threading.Timer(_START_SECONDS, self._process.kill)
+        alarm.start()
+        try:
+            for line in self._process.stdout:
+                if line.startswith(b"listening at "):
+                    self._address = line.removeprefix(b"listening at ").decode().strip()
+                    return
+        finally:
+            alarm.cancel()
         reason = self._last_words()
         self.close()
         raise ValueError(f"llama.cpp cannot load {path}: {reason}")

@@ -2,8 +2,8 @@
 
 import random
 import struct
+import tempfile
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from gguf import GGUFReader, GGUFValueType
@@ -13,9 +13,10 @@ from verdicts import CONFIG, NOTICED, SAME, UNKNOWABLE, Files, replace_byte
 @cache
 def regions(content: bytes) -> tuple[list[tuple[int, int, GGUFValueType]], int, int]:
     """Where each value in the metadata lies, with its size and type; where tensor infos, and where data begin."""
-    with Path("regions.gguf").open("wb") as file:
+    with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
         file.write(content)
-    reader = GGUFReader("regions.gguf")
+        file.flush()
+        reader = GGUFReader(file.name)
     values = []
     for name, entry in reader.fields.items():
         if not name.startswith("GGUF."):

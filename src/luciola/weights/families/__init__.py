@@ -31,6 +31,7 @@ class Family:
         read: changes the content of a config.json in place, where a family means something else by it.
         qkv_bias, output_bias: whether the attention projections have biases; None: as `attention_bias` says.
         qk_norm: whether queries and keys are normalised head by head before they are rotated.
+        mlp_bias: whether the feed-forward may have biases.
         windows: whether attention may be limited to the last `sliding_window` tokens.
     """
 
@@ -45,6 +46,7 @@ class Family:
     qkv_bias: bool | None = None
     output_bias: bool | None = None
     qk_norm: bool = False
+    mlp_bias: bool = False
     windows: bool = False
 
 

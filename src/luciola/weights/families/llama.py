@@ -8,4 +8,5 @@ FAMILY = Family(
     hugging_face=tables.DECODER,
     gguf_architecture="llama",
     gguf=tables.EMBEDDINGS | tables.NORMS | tables.GQA_OF_NEIGHBOURS | tables.DENSE,
+    mlp_bias=True,
 )

@@ -16,6 +16,8 @@ def read_windows(data: dict[str, Any]) -> None:
     types = data.get("layer_types")
     if not isinstance(first, int) or not isinstance(types, list | None):
         raise ValueError("max_window_layers must be a number of layers, and layer_types a list with an entry for each")
+    if used:
+        data.setdefault("sliding_window", 4096)  # the oracle's default
     if not used or data.get("sliding_window") is None:
         data.pop("sliding_window", None)
         if types is not None and SLIDING not in types:

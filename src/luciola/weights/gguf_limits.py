@@ -1,0 +1,60 @@
+"""What llama.cpp cannot compute, which is refused before anything is written, and what it computes differently."""
+
+from __future__ import annotations
+
+from luciola.model.config import ModelConfig
+
+# Depths by which llama.cpp's deepseek2 takes a model for one without query compression, whatever the file says.
+LITE_DEPTHS = (26, 27)
+
+
+def limits_groups(config: ModelConfig) -> bool:
+    """Whether the choice of experts depends on their groups: not if all groups are kept, or each is one expert."""
+    grouped = config.topk_method != "greedy" and config.topk_group < config.n_group
+    return grouped and config.n_group != config.n_routed_experts
+
+
+def departures(config: ModelConfig) -> list[str]:
+    """Where llama.cpp computes something else than this model, as sentences for the user."""
+    found = []
+    if limits_groups(config) and config.topk_method == "group_limited_greedy":
+        found.append(
+            "llama.cpp scores a group of experts by its two best, DeepSeek-V2 by its best one: some tokens will meet "
+            "other experts there."
+        )
+    if config.sliding_window is not None:
+        found.append(
+            f"llama.cpp attends to all tokens where this model sees the last {config.sliding_window}: beyond that "
+            "length its answers differ."
+        )
+    return found
+
+
+def refuse_what_has_no_place(config: ModelConfig) -> None:
+    """Raises ValueError where llama.cpp would not load the model or silently compute another one."""
+    rope = config.rope_scaling
+    kind = "" if rope is None else rope.rope_type
+    architecture = config.family.gguf_architecture
+    mscales = set() if rope is None or not config.is_mla else {rope.mscale or 1.0, rope.mscale_all_dim or 0.0}
+    depth = config.num_hidden_layers
+    usual_width = config.rope_dim * config.num_attention_heads == config.hidden_size
+    no_place = {
+        "head_dim other than hidden_size / num_attention_heads": architecture in ("qwen2", "deepseek")
+        and not usual_width,
+        "attention_bias": config.attention_bias and architecture in ("deepseek", "deepseek2", "qwen3"),
+        "q_lora_rank in a model of 26 or 27 layers": config.q_lora_rank is not None
+        and (depth in LITE_DEPTHS or depth + config.num_nextn_predict_layers in LITE_DEPTHS),
+        "moe_layer_freq other than 1": config.n_routed_experts is not None and config.moe_layer_freq != 1,
+        "norm_topk_prob": architecture == "deepseek" and bool(config.norm_topk_prob),
+        "scoring_func 'sigmoid'": config.model_type != "deepseek_v3" and config.scoring_func == "sigmoid",
+        "rope_scaling 'llama3'": kind == "llama3" and architecture != "llama",
+        "rope_scaling 'linear'": kind == "linear" and architecture == "deepseek2",  # there it changes the scale as well
+        "truncate=False in rope_scaling": kind == "yarn" and rope is not None and not rope.truncate,
+        "attention_factor in rope_scaling": config.is_mla and rope is not None and rope.attention_factor is not None,
+        "mscale other than mscale_all_dim in rope_scaling": kind == "yarn" and len(mscales) > 1,
+    }
+    refused = [what for what, found in no_place.items() if found]
+    if refused:
+        raise ValueError(
+            f"llama.cpp's {architecture} models have no place for {', '.join(refused)}, which this model has"
+        )
