@@ -46,7 +46,8 @@ def convert(
         Form | None, typer.Option(help="Format; left out: gguf for a name that ends in .gguf, else hf.")
     ] = None,
     dtype: Annotated[
-        Kind | None, typer.Option(help="Type of the weights; left out: as stored, quantised ones as f32, FP8 as bf16.")
+        Kind | None,
+        typer.Option(help="Type of the weights; left out: that of most of them, quantised ones as f32, FP8 as bf16."),
     ] = None,
     mtp: Annotated[bool, typer.Option(help="Take multi-token prediction layers along, if there are any.")] = True,
 ) -> None:
