@@ -4,6 +4,7 @@ Configurations are drawn at random from the corners of each family. Weights are 
 biases non-zero: at the usual 0.006 the logits are too flat to show a wrong rotation or scale.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import luciola
 from luciola.model.config import ModelConfig
@@ -258,6 +260,40 @@ def test_transformers_mtp_model_predicts_the_same(tmp_path: Path) -> None:
         theirs = mtp._project_to_logits(after)
         ours = lm.model.mtp_hidden(lm.model.hidden(tokens).states, tokens, depth=0).states
         difference = lm.model.lm_head(lm.model.mtp[0].norm(ours)) - theirs
+    assert difference.abs().max() < TOLERANCE
+
+
+def test_fp8_blocks_are_what_transformers_computes_with(tmp_path: Path) -> None:
+    """DeepSeek-V3's format at sizes that are no multiples of a block; transformers gets the products, which DeepSeek's
+    own script writes too: weight * weight_scale_inv, block by block."""
+    config = {
+        "model_type": "deepseek_v3", "vocab_size": 60, "hidden_size": 200, "intermediate_size": 260,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "q_lora_rank": 72, "kv_lora_rank": 136,
+        "qk_nope_head_dim": 40, "qk_rope_head_dim": 24, "v_head_dim": 36, "moe_intermediate_size": 150,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1,
+    }  # fmt: skip
+    lm = LanguageModel.create(config)
+    randomize(lm.model, 0)
+    lm.save(tmp_path / "products")
+    lm.save(tmp_path / "fp8")
+    products = load_file(tmp_path / "products" / "model.safetensors")
+    stored = dict(products)
+    for name in [name for name in products if "_proj" in name]:
+        rows, columns = products[name].shape
+        padded = torch.nn.functional.pad(products[name], (0, -columns % 128, 0, -rows % 128))
+        blocks = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
+        scales = blocks.abs().amax((1, 3)) / 448
+        eighths = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+        stored[name] = eighths.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
+        stored[f"{name}_scale_inv"] = scales
+        products[name] = (eighths.float() * scales[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :columns].clone()
+    save_file(products, tmp_path / "products" / "model.safetensors", {"format": "pt"})
+    save_file(stored, tmp_path / "fp8" / "model.safetensors", {"format": "pt"})
+    path = tmp_path / "fp8" / "config.json"
+    scheme = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": scheme}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "products", **EAGER).eval()
+    difference = logits_of(luciola.load(tmp_path / "fp8").model, 60) - logits_of(theirs, 60)
     assert difference.abs().max() < TOLERANCE
 
 
