@@ -110,7 +110,7 @@ def test_convert_there_and_back(model: Callable[[str], Path]) -> None:
     there, back = folder.parent / "there.gguf", folder.parent / "back"
     result = run("convert", folder, there)
     assert result.exit_code == 0, result.output
-    assert f"{there}: gguf, f32" in result.stdout
+    assert f"{there}: gguf, as stored (f32)" in result.stdout
     assert run("convert", there, back).exit_code == 0
     ours, theirs = load_file(folder / "model.safetensors"), load_file(back / "model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -123,10 +123,44 @@ def test_convert_keeps_the_type_that_is_stored_unless_told(model: Callable[[str]
     half = folder.parent / "half"
     assert run("convert", folder, half, "--dtype", "bf16").exit_code == 0
     assert luciola.load(half).model.embed_tokens.weight.dtype == torch.float32
-    assert "hf, bf16" in run("convert", half, folder.parent / "again").stdout
-    assert "gguf, bf16" in run("convert", half, folder.parent / "half.gguf").stdout
+    assert "hf, as stored (bf16)" in run("convert", half, folder.parent / "again").stdout
+    assert "gguf, as stored (bf16)" in run("convert", half, folder.parent / "half.gguf").stdout
     assert {tensor.dtype for tensor in load_file(half / "model.safetensors").values()} == {torch.bfloat16}
     assert (half / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+def test_by_default_every_tensor_keeps_its_own_type(model: Callable[[str], Path]) -> None:
+    folder = model("deepseek_v3")
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        half = tensor.ndim > 1 and "lm_head" not in name
+        tensors[name] = tensor.bfloat16() if half else torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for form in ("m.gguf", "again"):
+        assert "as stored" in run("convert", folder, folder.parent / form).stdout
+    assert run("convert", folder.parent / "m.gguf", folder.parent / "back").exit_code == 0
+    for form in ("again", "back"):
+        found = load_file(folder.parent / form / "model.safetensors")
+        for name, tensor in tensors.items():
+            assert torch.equal(found[name].float(), tensor.float()), name
+            assert found[name].dtype == (torch.float32 if "mlp.gate." in name else tensor.dtype) or form == "again"
+
+
+def test_nothing_but_a_model_is_overwritten(model: Callable[[str], Path]) -> None:
+    folder = model("llama")
+    script, other = folder.parent / "env.sh", folder.parent / "other"
+    script.write_text("export A=1\n")
+    fails(run("convert", folder, script, "--to", "gguf"), "is no GGUF file, which would be overwritten")
+    assert script.read_text() == "export A=1\n"
+    other.mkdir()
+    (other / "thesis.tex").write_text("x")
+    fails(run("convert", folder, other), "holds thesis.tex, which replacing the folder would delete")
+    fails(run("convert", folder, folder, "--dtype", "bf16"), "is the model itself")
+    assert run("convert", folder, folder.parent / "m.gguf").exit_code == 0
+    fails(run("convert", folder.parent / "m.gguf", folder.parent / "m.gguf", "--dtype", "q8_0"), "is the model itself")
+    assert run("convert", folder, folder.parent / "m.gguf", "--dtype", "f16").exit_code == 0
+    fails(run("convert", folder, script), "is a file where a folder is to be written")
 
 
 def test_mtp_can_be_left_out(model: Callable[[str], Path]) -> None:
@@ -150,7 +184,7 @@ def test_wrong_usage_and_impossible_conversions(model: Callable[[str], Path]) ->
             save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         fails(
             run("convert", folder, folder.parent / name, "--dtype", "f16"),
-            "the most that f16 can hold; use bf16 or f32",
+            "has values beyond 65504, the most that",
         )
         assert not (folder.parent / name).exists()
 

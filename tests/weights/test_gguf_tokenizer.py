@@ -370,3 +370,22 @@ def test_qwen_s_composition_of_accents_comes_back_though_llama_cpp_has_no_word_f
     tokenizer.backend.normalizer = normalizers.NFC()
     again = read(vocabulary_of(tokenizer, 600))
     assert again.encode("e\u0301") == tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")
+
+
+def test_further_templates_travel_and_tool_use_is_taken_where_there_are_tools(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.characters("abc", chat_template="plain")
+    tokenizer.further_templates["tool_use"] = "with {{ tools | length }} tools\r\n{{ bos_token }}"
+    tokenizer.save(tmp_path / "saved")
+    (tmp_path / "files" / "additional_chat_templates").mkdir(parents=True)
+    Tokenizer.characters("abc", chat_template="plain").save(tmp_path / "files")
+    (tmp_path / "files" / "chat_template.jinja").write_text("plain")
+    further = tmp_path / "files" / "additional_chat_templates" / "tool_use.jinja"
+    further.write_bytes(tokenizer.further_templates["tool_use"].encode())
+    for again in (
+        read(vocabulary_of(tokenizer, 20)),
+        Tokenizer.load(tmp_path / "saved"),
+        Tokenizer.load(tmp_path / "files"),
+    ):
+        assert again.further_templates == tokenizer.further_templates
+        assert again.render([]) == "plain"
+        assert again.render([], tools=[{}, {}]).startswith("with 2 tools")

@@ -68,7 +68,7 @@ def refused(path: Path, match: str) -> None:
         ({"model_type": "qwen2", "layer_types": 5}, "layer_types a list"),
         ({"tie_word_embeddings": True}, r"lm_head\.weight is another tensor; set it to false"),
         (
-            {"n_routed_experts": 2**30, "num_experts_per_tok": 1, "moe_intermediate_size": 8},
+            {"n_routed_experts": 2**30, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "model_type": "deepseek"},
             "1073741824 experts are announced",
         ),
     ],

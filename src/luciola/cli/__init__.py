@@ -3,6 +3,8 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage or a wrong recipe, 130 stopped with Ctrl-C.
 """
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -60,4 +62,7 @@ for command in (
 
 def main() -> None:
     """The program `luciola`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without these characters is no reason to fail
     app(prog_name="luciola")

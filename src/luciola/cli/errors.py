@@ -52,9 +52,11 @@ def explain(error: BaseException) -> tuple[str, int]:
 def _sentence(error: BaseException) -> str:
     message = " ".join(str(error).split())
     # safetensors reports a full disk with an exception class of its own.
-    if (isinstance(error, OSError) and error.errno in FULL) or os.strerror(errno.ENOSPC) in message:
+    # and numpy with a sentence of its own.
+    full = os.strerror(errno.ENOSPC) in message or "Not enough free space" in message
+    if full or (isinstance(error, OSError) and error.errno in FULL):
         where = f" for {error.filename}" if isinstance(error, OSError) and error.filename else ""
-        return f"there is no space left on the disk{where}; make room, and continue a run with --resume"
+        return f"there is no space left on the disk{where}; make room and start again (a run continues with --resume)"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in message):

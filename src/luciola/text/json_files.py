@@ -36,7 +36,7 @@ def read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path} has more than {MAX_BYTES >> 20} MB, which no such file needs; fetch it again.")
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")  # which leaves line ends as they are
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -26,7 +26,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-SECONDS = 5.0
+SECONDS = 3.0
 MEMORY_MB = 512
 MAX_CHARACTERS = 16_000_000  # of the rendered text: four times the longest context anybody serves
 

@@ -23,6 +23,8 @@ REASONING_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 # What a folder with a tokenizer in some form holds at least one of; only the first can be read here.
 FORMS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 FILES = (*FORMS, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
+MORE_TEMPLATES = "additional_chat_templates"  # a folder with a file for each further one, as transformers 5 writes it
+TOOL_USE = "tool_use"  # the further template which transformers takes where there are tools
 
 
 class Tokenizer:
@@ -33,6 +35,7 @@ class Tokenizer:
         bos_token_id, pad_token_id: None when there is no such token.
         eos_token_ids: every id that ends a completion, the main one first; empty when there is none.
         chat_template: jinja2 source, or None.
+        further_templates: others by name; "tool_use" takes the place of the first where there are tools.
     """
 
     def __init__(
@@ -44,13 +47,14 @@ class Tokenizer:
         pad_token: str | None = None,
         further_eos_ids: Sequence[int] = (),
         chat_template: str | None = None,
+        further_templates: Mapping[str, str] | None = None,
     ) -> None:
         # A tokenizer.json may carry truncation and padding from the moment it was saved; both would falsify ids.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._bos_token, self._eos_token, self._pad_token = bos_token, eos_token, pad_token
-        self.chat_template = chat_template
+        self.chat_template, self.further_templates = chat_template, dict(further_templates or {})
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_token_id = self._named("bos_token", bos_token)
         self.pad_token_id = self._named("pad_token", pad_token)
@@ -90,7 +94,9 @@ class Tokenizer:
         """
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # a bare one, where something is unknown and the vocabulary lacks the unknown token
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # Exception for an unknown character without token; a panic, which is none, else
             raise ValueError(f"The tokenizer cannot encode {shortened(text)}: {printable(str(error))}.") from error
         return ids
 
@@ -112,13 +118,14 @@ class Tokenizer:
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of chat `messages` by this tokenizer's chat template; errors as `chat.render`."""
-        if self.chat_template is None:
+        template = self.further_templates.get(TOOL_USE, self.chat_template) if tools else self.chat_template
+        if template is None:
             raise ValueError(
                 "This tokenizer has no chat template; give the prompt as text, or put a chat_template.jinja file "
                 "into the model's folder."
             )
         return chat.render(
-            self.chat_template,
+            template,
             messages,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
@@ -151,9 +158,15 @@ class Tokenizer:
         if self.token_id(UNKNOWN) is not None:
             tokens["unk_token"] = UNKNOWN
         tokens = {role: token for role, token in tokens.items() if token is not None}
-        config = {**tokens, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config: dict[str, Any] = {**tokens, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
+        if self.further_templates:
+            named = {
+                **({} if self.chat_template is None else {"default": self.chat_template}),
+                **self.further_templates,
+            }
+            config["chat_template"] = [{"name": name, "template": template} for name, template in named.items()]
         for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", tokens)):
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -194,13 +207,15 @@ class Tokenizer:
                 for token, asked in wanted
             ]
             add_around(backend, *known)
+        templates = _chat_templates(folder, config)
         return cls(
             backend,
             bos_token=bos,
             eos_token=eos,
             pad_token=_token_text(names, "pad_token", folder),
             further_eos_ids=_eos_ids(folder, has_name=names.get("eos_token") is not None),
-            chat_template=_chat_template(folder, config),
+            chat_template=templates.pop("default", None),
+            further_templates=templates,
         )
 
     @classmethod
@@ -322,16 +337,22 @@ def _eos_ids(folder: Path, has_name: bool) -> tuple[int, ...]:
     return tuple(entries)
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja (transformers 5) before the entry in tokenizer_config.json, which may be a list by name."""
-    path = folder / "chat_template.jinja"
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name. transformers 5 writes chat_template.jinja, the default, and a folder of further ones; before,
+    an entry in tokenizer_config.json was the text of one or a list of several."""
+    path, more = folder / "chat_template.jinja", folder / MORE_TEMPLATES
     if path.is_file():
-        return read_text(path)
+        further = {file.stem: read_text(file) for file in sorted(more.glob("*.jinja"))} if more.is_dir() else {}
+        return {"default": read_text(path), **further}
     entry = config.get("chat_template")
-    if isinstance(entry, list) and all(isinstance(named, dict) for named in entry):
-        entry = next((named.get("template") for named in entry if named.get("name") == "default"), None)
-    if isinstance(entry, str) or entry is None:
-        return entry
-    raise ValueError(
-        f"{folder / 'tokenizer_config.json'}: chat_template must be text, or a list of objects with name and template."
-    )
+    entries = [{"name": "default", "template": entry}] if isinstance(entry, str) else [] if entry is None else entry
+    found = {}
+    for named in entries if isinstance(entries, list) else [None]:
+        name, template = (named.get("name"), named.get("template")) if isinstance(named, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(template, str):
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'}: chat_template must be text, or a list of objects with name and "
+                "template."
+            )
+        found[name] = template
+    return found

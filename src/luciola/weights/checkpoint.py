@@ -56,6 +56,7 @@ class Checkpoint:
         load_tokenizer: reads the tokenizer; gives None where there is none.
         shapes: of every parameter and buffer in memory.
         places: where each stored tensor belongs.
+        parts: the stored tensors that make up each parameter; a tied head has none.
 
     Raises:
         ValueError: naming tensors that are missing, that have no place, or whose shape is not the parameter's.
@@ -70,6 +71,7 @@ class Checkpoint:
     load_tokenizer: Callable[[], Tokenizer | None]
     shapes: dict[str, Shape] = field(init=False)
     places: dict[str, Place] = field(init=False)
+    parts: dict[str, list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
         layers = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
@@ -80,9 +82,9 @@ class Checkpoint:
         self.shapes = outline(self.config, self.path)
         self.places = self.placement(self.config, self.shapes, self.stored)
         self._check()
-        self._parts: dict[str, list[str]] = {}
+        self.parts = {}
         for name, place in self.places.items():
-            self._parts.setdefault(place.name, []).append(name)
+            self.parts.setdefault(place.name, []).append(name)
 
     def _check(self) -> None:
         problems = [f"{name} is missing" for name in self.places if name not in self.stored]
@@ -97,14 +99,19 @@ class Checkpoint:
 
     def fill(self, name: str, parameter: Tensor) -> None:
         """Read the parameter `name` into `parameter`, which has its shape, converting to its dtype and device."""
-        for part in self._parts[name]:
-            put(parameter, self.places[part], self._finite(part))
+        for part in self.parts[name]:
+            put(parameter, self.places[part], self._within(torch.finfo(parameter.dtype), part))
 
-    def _finite(self, name: str) -> Tensor:
+    def _within(self, numbers: torch.finfo, name: str) -> Tensor:
         tensor = self.read(name)
         low, high = torch.aminmax(tensor)  # which NaN passes through; isfinite would need the tensor's memory again
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"{self.path} is damaged: tensor {name} holds values that are not finite; fetch it again.")
+        if max(float(high), -float(low)) > numbers.max:
+            raise ValueError(
+                f"{self.path}: tensor {name} has values beyond {numbers.max:g}, the most that {numbers.dtype} can "
+                "hold; use bfloat16 or float32."
+            )
         return tensor
 
     def parameter(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -119,7 +126,7 @@ class Checkpoint:
             model = Transformer(self.config)
         with torch.no_grad():
             for name, parameter in model.state_dict().items():
-                if name in self._parts:
+                if name in self.parts:
                     self.fill(name, parameter)
         return model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from luciola.run import publish_file, publish_folder
-from luciola.text.tokenizer import FILES
+from luciola.run.publish import is_of_model
+from luciola.text.tokenizer import FILES, MORE_TEMPLATES
 from luciola.weights import gguf, hf
 from luciola.weights.checkpoint import Checkpoint, outline
 from luciola.weights.parts import Place, take
@@ -20,12 +20,12 @@ from luciola.weights.parts import Place, take
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
-def stored_kind(source: Checkpoint) -> str:
-    """The type in which most of the source's bytes are stored; f32 for GGUF's quantised ones, bf16 for FP8."""
-    sizes: Counter[str] = Counter()
-    for stored in source.stored.values():
-        sizes[stored.kind] += stored.nbytes
-    return {"F16": "f16", "BF16": "bf16", hf.FP8: "bf16"}.get(sizes.most_common(1)[0][0], "f32")
+def stored_kind(source: Checkpoint, parameter: str) -> str:
+    """The smallest type that holds a parameter as it is stored; bf16 for FP8 (DeepSeek's own script), f32 for GGUF's
+    quantised ones."""
+    kinds = {source.stored[name].kind for name in source.parts[parameter]}
+    known = {"F16": "f16", "BF16": "bf16", hf.FP8: "bf16"}
+    return known.get(kinds.pop(), "f32") if len(kinds) == 1 else "f32"
 
 
 def without_mtp(source: Checkpoint) -> Checkpoint:
@@ -37,50 +37,80 @@ def without_mtp(source: Checkpoint) -> Checkpoint:
 
 
 def convert(
-    source: Checkpoint, destination: Path, to: str, kind: str, progress: Callable[[str], None] = lambda name: None
+    source: Checkpoint,
+    destination: Path,
+    to: str,
+    kind: str | None = None,
+    progress: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write the model at `destination`: to "hf" a folder, to "gguf" a file; whole, or not at all.
 
-    `kind` is f32, f16 or bf16, for GGUF also q8_0. `progress` is told the name of each parameter that is read.
+    `kind` is f32, f16 or bf16, for GGUF also q8_0; None: each parameter's `stored_kind`. `progress` is told the name of
+    each parameter that is read.
 
     Raises:
-        ValueError: the other format has no place for something, or a value is beyond what `kind` can hold.
+        ValueError: the other format has no place for something, a value is beyond what `kind` can hold, or something
+            else than a model would be overwritten.
     """
-    read = _Parameters(source, DTYPES[kind] if to == "hf" else torch.float32, progress)
+    _refuse_to_overwrite(source, destination, to)
+    kinds = {name: kind or stored_kind(source, name) for name in source.parts}
+    kinds |= {name: "f32" for name in kinds if name.endswith(hf.ROUTER_BIAS)}
     tokenizer = source.load_tokenizer()
     if to == "gguf":
-        if destination.is_dir():
-            raise ValueError(
-                f"{destination} is a folder where a GGUF file is to be written; give a name ending in .gguf."
-            )
+        read = _Parameters(source, lambda name: torch.float32, progress)
         with publish_file(destination) as unfinished:
             name = destination.stem
-            gguf.write(unfinished, source.config, source.shapes, read, kind, tokenizer, name)
+            gguf.write(unfinished, source.config, source.shapes, read, kinds.__getitem__, tokenizer, name)
         return
+    read = _Parameters(source, lambda name: DTYPES[kinds[name]], progress)
     with publish_folder(destination) as folder:
         eos = () if tokenizer is None else tokenizer.eos_token_ids
-        hf.write(folder, source.config, source.shapes, read, DTYPES[kind], eos_token_ids=eos)
+        hf.write(folder, source.config, source.shapes, read, lambda name: DTYPES[kinds[name]], eos_token_ids=eos)
         if source.format == "hf":
             for file in (*FILES, "generation_config.json"):
                 if (source.path / file).is_file():
                     shutil.copyfile(source.path / file, folder / file)
+            if (source.path / MORE_TEMPLATES).is_dir():
+                shutil.copytree(source.path / MORE_TEMPLATES, folder / MORE_TEMPLATES)
         elif tokenizer is not None:
             tokenizer.save(folder)
+
+
+def _refuse_to_overwrite(source: Checkpoint, destination: Path, to: str) -> None:
+    """Before any work: the model that is being read, and whatever is no model."""
+    if destination.exists() and destination.samefile(source.path):
+        raise ValueError(f"{destination} is the model itself; choose another name to write to.")
+    if to == "hf":
+        if destination.is_file():
+            raise ValueError(f"{destination} is a file where a folder is to be written; choose another name.")
+        foreign = (
+            [entry.name for entry in destination.iterdir() if not is_of_model(entry)] if destination.is_dir() else []
+        )
+        if foreign:
+            raise ValueError(
+                f"{destination} holds {foreign[0]}, which replacing the folder would delete; choose a new folder."
+            )
+        return
+    if destination.is_dir():
+        raise ValueError(f"{destination} is a folder where a GGUF file is to be written; give a name ending in .gguf.")
+    if destination.is_file():
+        with destination.open("rb") as file:
+            if file.read(4) not in (b"GGUF", b""):
+                raise ValueError(f"{destination} is no GGUF file, which would be overwritten; choose another name.")
 
 
 class _Parameters:
     """Parameters of the source by place; the last one is kept, since its other parts are asked for next."""
 
-    def __init__(self, source: Checkpoint, dtype: torch.dtype, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self, source: Checkpoint, dtype: Callable[[str], torch.dtype], progress: Callable[[str], None]
+    ) -> None:
         self._source, self._dtype, self._progress = source, dtype, progress
         self._name, self._last = "", torch.empty(0)
 
     def __call__(self, place: Place) -> Tensor:
         if place.name != self._name:
             self._last = torch.empty(0)  # before the next is allocated
-            dtype = torch.float32 if place.name.endswith(hf.ROUTER_BIAS) else self._dtype
-            self._name, self._last = place.name, self._source.parameter(place.name, dtype)
+            self._name, self._last = place.name, self._source.parameter(place.name, self._dtype(place.name))
             self._progress(place.name)
-            if dtype == torch.float16 and not torch.isfinite(self._last).all():
-                raise ValueError(f"{place.name} has values beyond 65504, the most that f16 can hold; use bf16 or f32.")
         return take(self._last, place)

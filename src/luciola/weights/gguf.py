@@ -70,18 +70,22 @@ def write(
     config: ModelConfig,
     shapes: Mapping[str, Shape],
     tensor: Callable[[Place], Tensor],
-    kind: str,
+    kind: Callable[[str], str],
     tokenizer: Tokenizer | None,
     name: str,
 ) -> None:
     """Write a model whose parameters have these `shapes`, holding one tensor in memory.
 
-    `tensor` gives the part of a parameter that stands at a place; `kind` is one of TYPES; `name` is shown by llama.cpp.
+    `tensor` gives the part of a parameter that stands at a place, `kind` the one of TYPES for a parameter; `name` is
+    shown by llama.cpp.
 
     Raises:
         ValueError: GGUF has no place for something in the configuration or the tokenizer.
     """
-    metadata = metadata_of(config) | {"general.name": name, "general.file_type": int(TYPES[kind][1])}
+    metadata = metadata_of(config) | {
+        "general.name": name,
+        "general.file_type": int(TYPES[kind("embed_tokens.weight")][1]),
+    }
     metadata["general.quantization_version"] = 2
     if tokenizer is None:
         ids = {theirs: getattr(config, ours) for theirs, ours in TOKEN_IDS.items()}
@@ -95,9 +99,9 @@ def write(
     plan: dict[str, tuple[Shape, GGMLQuantizationType]] = {}
     if factors is not None:
         plan[FACTORS] = (factors.shape, GGMLQuantizationType.F32)
-    plan |= {name: (place.shape, _kind_of(name, place.shape, kind)) for name, place in places.items()}
+    plan |= {name: (place.shape, _kind_of(name, place.shape, kind(place.name))) for name, place in places.items()}
     zeros = _zero_shared_experts(config)
-    plan |= {name: (shape, _kind_of(name, shape, kind)) for name, shape in zeros.items()}
+    plan |= {name: (shape, _kind_of(name, shape, "f32")) for name, shape in zeros.items()}
 
     writer = _Writer(path, metadata.pop("general.architecture"))
     try:

@@ -5,6 +5,7 @@ SentencePiece's BPE as in Llama 2 and Mistral, where a merge is whatever makes a
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,8 @@ ASCII_SPELLING = {chr(byte): _BYTES.pre_tokenize_str(chr(byte))[0][0] for byte i
 NORMALIZER = "luciola.normalizer"
 
 # Every cut of a token is looked at, so the work grows with the square of its length. SentencePiece stops at 16.
-_LONGEST_PIECE = 512
+_LONGEST_PIECE = 128
+_MOST_TOKENS = 1_000_000
 
 
 def tokenizer_of(metadata: Mapping[str, Any], where: object) -> Tokenizer:
@@ -69,9 +71,11 @@ def tokenizer_of(metadata: Mapping[str, Any], where: object) -> Tokenizer:
         bos if metadata.get("tokenizer.ggml.add_bos_token", by_default) else None,
         eos if metadata.get("tokenizer.ggml.add_eos_token", False) else None,
     )
-    template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        raise ValueError(f"{where} is damaged: tokenizer.chat_template is no text; fetch it again.")
+    templates = {key: text for key, text in metadata.items() if re.match(r"tokenizer\.chat_template(\.|$)", key)}
+    for key, text in templates.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{where} is damaged: {key} is no text; fetch it again.")
+    template = templates.pop("tokenizer.chat_template", None)
     return Tokenizer(
         backend,
         bos_token=bos,
@@ -79,6 +83,7 @@ def tokenizer_of(metadata: Mapping[str, Any], where: object) -> Tokenizer:
         pad_token=named.get("padding"),
         further_eos_ids=[vocabulary.ids[named[role]] for role in ("eot", "eom") if role in named],
         chat_template=template,
+        further_templates={key.removeprefix("tokenizer.chat_template."): text for key, text in templates.items()},
     )
 
 
@@ -102,6 +107,8 @@ class _Vocabulary:
 def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
     tokens: list[str] = _list(metadata, "tokens", str)
     types: list[int] = _list(metadata, "token_type", int)
+    if len(tokens) > _MOST_TOKENS:
+        raise DamagedError(f"it has {len(tokens):,} tokens, more than any tokenizer")
     if len(types) != len(tokens):
         raise DamagedError(f"{len(tokens)} tokens have {len(types)} types")
     rows = {

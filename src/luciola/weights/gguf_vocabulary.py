@@ -53,6 +53,9 @@ def vocabulary_of(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         metadata[NORMALIZER] = "NFC"
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
+    if tokenizer.further_templates:
+        metadata["tokenizer.chat_templates"] = list(tokenizer.further_templates)
+        metadata |= {f"tokenizer.chat_template.{name}": text for name, text in tokenizer.further_templates.items()}
     _prove(tokenizer, metadata, texts)
     return metadata
 

@@ -28,7 +28,8 @@ FP8_BLOCK = 128  # DeepSeek-V3 report, section 3.3: one scale for each 128 x 128
 FP8, SCALES = "F8_E4M3", "_scale_inv"
 BYTES_OF = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2, FP8: 1}  # bytes of a number
 SCALE_KINDS = ("F32", "BF16", "F8_E8M0")  # the last: powers of two
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDED = "embed_tokens.weight"  # in memory
+EMBEDDING, HEAD = f"model.{EMBEDDED}", "lm_head.weight"
 ROUTER_BIAS = "e_score_correction_bias"
 
 
@@ -87,7 +88,7 @@ def save(
         model.config,
         {name: tuple(tensor.shape) for name, tensor in state.items()},
         lambda place: take(state[place.name], place),
-        model.embed_tokens.weight.dtype,
+        lambda name: state[name].dtype,
         eos_token_ids=eos_token_ids,
         shard_bytes=shard_bytes,
     )
@@ -98,23 +99,23 @@ def write(
     config: ModelConfig,
     shapes: Mapping[str, Shape],
     tensor: Callable[[Place], Tensor],
-    dtype: torch.dtype,
+    dtype: Callable[[str], torch.dtype],
     *,
     eos_token_ids: Sequence[int] = (),
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model whose parameters have these `shapes` into an existing folder, holding one tensor in memory.
 
-    `tensor` gives the part of a parameter that stands at a place, in `dtype` (router biases in float32).
+    `tensor` gives the part of a parameter that stands at a place, in the type that `dtype` gives for the parameter.
     """
     places = names.hugging_face(config, shapes)
     shards = _shards(
-        {name: math.prod(place.shape) * _dtype(place, dtype).itemsize for name, place in places.items()}, shard_bytes
+        {name: math.prod(place.shape) * dtype(place.name).itemsize for name, place in places.items()}, shard_bytes
     )
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        layout = {name: (places[name].shape, _dtype(places[name], dtype)) for name in shard}
+        layout = {name: (places[name].shape, dtype(places[name].name)) for name in shard}
         safetensors_file.write(folder / file, layout, lambda name: tensor(places[name]))
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
@@ -124,12 +125,8 @@ def write(
     eos = list(eos_token_ids) or config.eos_token_id
     eos = eos[0] if isinstance(eos, list) and len(eos) == 1 else eos
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": config.pad_token_id}
-    _write_json(folder / "config.json", {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")})
+    _write_json(folder / "config.json", {**config.to_hf(), "torch_dtype": str(dtype(EMBEDDED)).removeprefix("torch.")})
     _write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
-
-
-def _dtype(place: Place, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if place.name.endswith(ROUTER_BIAS) else dtype
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[dict[str, int]]:
@@ -152,7 +149,11 @@ def _config(data: Mapping[str, Any], path: Path) -> ModelConfig:
             f"{path}: model_type {found} asks for code of its own (auto_map), which is not run; "
             f"this version reads {', '.join(FAMILIES)}"
         )
-    return config_from(data, path)
+    config = config_from(data, path)
+    for name in config.family.stated if config.n_routed_experts is not None else ():
+        if data.get(name) is None:
+            raise ValueError(f"{path} does not state {name}, for which programs assume different values; add it.")
+    return config
 
 
 def _without_lost_mtp(config: ModelConfig, files: Iterable[str]) -> ModelConfig:

@@ -117,10 +117,14 @@ def _tokenizer(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, An
         return {"tokenizer": facts, "chat_template": None, "chat_example": None}
     try:
         example = tokenizer.render(EXAMPLE)
+        facts["tools_in_template"] = _takes_tools(tokenizer, example)
     except ValueError as error:
         example = f"cannot be rendered: {error}"
-    try:
-        facts["tools_in_template"] = tokenizer.render(EXAMPLE, tools=[TOOL]) != example
-    except ValueError:
-        facts["tools_in_template"] = False
     return {"tokenizer": facts, "chat_template": tokenizer.chat_template, "chat_example": example}
+
+
+def _takes_tools(tokenizer: Tokenizer, without: str) -> bool:
+    try:
+        return tokenizer.render(EXAMPLE, tools=[TOOL]) != without
+    except ValueError:
+        return False

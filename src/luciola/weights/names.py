@@ -22,14 +22,16 @@ def gguf(config: ModelConfig, shapes: Mapping[str, Shape], present: Container[st
     """The same for a GGUF file; a parameter is stored the older way where its older name is among those `present`."""
     family = FAMILIES[config.model_type]
     places = _places(config, shapes, family.gguf)
-    for name, place in _places(config, shapes, family.gguf_older).items():
+    for name, place in _places(config, shapes, family.gguf_older, partial=True).items():
         if name in present:
             places = {theirs: other for theirs, other in places.items() if other.name != place.name}
             places[name] = place
     return places
 
 
-def _places(config: ModelConfig, shapes: Mapping[str, Shape], table: Mapping[str, str]) -> dict[str, Place]:
+def _places(
+    config: ModelConfig, shapes: Mapping[str, Shape], table: Mapping[str, str], partial: bool = False
+) -> dict[str, Place]:
     places: dict[str, Place] = {}
     for name, shape in shapes.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:

@@ -26,7 +26,7 @@ from luciola.text.json_files import printable, shortened
 KIND_OF = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 CHECKSUMS = "luciola.crc32"  # in a file's metadata; other programs pass over it
 
-LONGEST_NAME = 200
+LONGEST_NAME, MOST_TENSORS = 200, 250_000  # DeepSeek-V3, all shards together, has 91,991
 RELEASE_BYTES = 32 << 20
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -84,6 +84,8 @@ class Reader:
         self._file = _opened(path)
         self._touched = 0
         self.names: frozenset[str] = frozenset(self._file.keys())
+        if len(self.names) > MOST_TENSORS:
+            raise ValueError(f"{path} announces {len(self.names):,} tensors, more than any model has; fetch it again.")
         odd = next((name for name in self.names if not name.isprintable() or len(name) > LONGEST_NAME), None)
         if odd is not None:
             raise ValueError(f"{path} is damaged: no tensor of a model is called {shortened(odd)}; fetch it again.")

@@ -31,6 +31,8 @@ class Family:
         read: changes the content of a config.json in place, where a family means something else by it.
         qkv_bias, output_bias: whether the attention projections have biases; None: as `attention_bias` says.
         qk_norm: whether queries and keys are normalised head by head before they are rotated.
+        latent, experts: whether it may have latent attention, and routed experts.
+        stated: fields that its config.json must not leave out, since others take something else than ours then.
         mlp_bias: whether the feed-forward may have biases.
         windows: whether attention may be limited to the last `sliding_window` tokens.
     """
@@ -46,6 +48,9 @@ class Family:
     qkv_bias: bool | None = None
     output_bias: bool | None = None
     qk_norm: bool = False
+    latent: bool = False
+    experts: bool = False
+    stated: tuple[str, ...] = ()
     mlp_bias: bool = False
     windows: bool = False
 

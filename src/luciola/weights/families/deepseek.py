@@ -8,4 +8,5 @@ FAMILY = Family(
     hugging_face=tables.DECODER,
     gguf_architecture="deepseek",
     gguf=tables.EMBEDDINGS | tables.NORMS | tables.GQA_OF_NEIGHBOURS | tables.DENSE | tables.MOE,
+    experts=True,
 )

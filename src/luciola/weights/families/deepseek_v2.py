@@ -9,4 +9,6 @@ FAMILY = Family(
     gguf_architecture="deepseek2",
     gguf=tables.EMBEDDINGS | tables.NORMS | tables.MLA | tables.DENSE | tables.MOE | tables.MTP,
     gguf_older=tables.MLA_BEFORE_ABSORPTION,
+    latent=True,
+    experts=True,
 )

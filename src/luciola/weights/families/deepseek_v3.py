@@ -19,4 +19,7 @@ FAMILY = Family(
     gguf=tables.EMBEDDINGS | tables.NORMS | tables.MLA | tables.DENSE | tables.MOE | tables.MTP,
     gguf_older=tables.MLA_BEFORE_ABSORPTION,
     read=_read,
+    latent=True,
+    experts=True,
+    stated=("n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob"),
 )
