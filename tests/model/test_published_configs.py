@@ -127,3 +127,31 @@ def test_windows_are_those_of_the_files() -> None:
         ).window(27)
         == 4096
     ), "what transformers takes where the file does not say"
+
+
+def test_rope_scaling_that_somebody_has_added_replaces_the_dictionary_of_transformers_5() -> None:
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}
+    added = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}
+    config = ModelConfig.from_hf(PUBLISHED["Qwen3 0.6B"][0] | plain | added)
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.factor == 4.0
+
+
+def test_attn_factor_of_r1_s_qwen3_cancels_yarn_s_own() -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    published = PUBLISHED["Qwen3 0.6B"][0] | {"rope_scaling": scaling | {"attn_factor": 0.8782488562869419}}
+    config = ModelConfig.from_hf(published)
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.attention_factor == 1.0
+
+
+def test_what_says_how_to_generate_is_passed_over_and_what_is_unknown_is_not() -> None:
+    data = PUBLISHED["Qwen3 0.6B"][0] | {
+        "top_k": 20,
+        "max_length": 20,
+        "unsloth_version": "1",
+        "_attn_implementation": "",
+    }
+    assert ModelConfig.from_hf(data) == ModelConfig.from_hf(PUBLISHED["Qwen3 0.6B"][0])
+    with pytest.raises(ValueError, match="partial_rotary_factor"):
+        ModelConfig.from_hf(data | {"partial_rotary_factor": 0.5})

@@ -204,6 +204,17 @@ def test_windows_come_back_though_llama_cpp_knows_none(family: str, tmp_path: Pa
     assert not against_llama_cpp(open_checkpoint(tmp_path / "m.gguf"), "abcdefghijklmnop").agrees
 
 
+def test_small_differences_between_small_numbers_are_differences(tmp_path: Path) -> None:
+    """A model fresh from initialisation, whose logits are all nearly zero, in a type that rounds."""
+    config = {"model_type": "mistral", "vocab_size": ROWS[0], "hidden_size": 32, "intermediate_size": 40}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 2}
+    LanguageModel.create(ModelConfig.from_hf(config), TOKENIZER).save(tmp_path / "model")
+    convert(open_checkpoint(tmp_path / "model"), tmp_path / "m.gguf", "gguf", "bf16")
+    result = against_llama_cpp(open_checkpoint(tmp_path / "m.gguf"))
+    assert result.max_difference < 0.1
+    assert not result.agrees
+
+
 def test_each_parameter_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts lie one by one in a folder and fused in GGUF and in memory: whoever asks for them in turn reads once."""
     config = {"model_type": "deepseek", "vocab_size": ROWS[0], "hidden_size": 16, "intermediate_size": 16}

@@ -389,3 +389,24 @@ def test_further_templates_travel_and_tool_use_is_taken_where_there_are_tools(tm
         assert again.further_templates == tokenizer.further_templates
         assert again.render([]) == "plain"
         assert again.render([], tools=[{}, {}]).startswith("with 2 tools")
+
+
+@pytest.mark.parametrize("stateable", ["sentencepiece, prefix, added", "sentencepiece, bare, plain"], indirect=True)
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_metaspace_comes_back_though_llama_cpp_puts_more_spaces(scheme: str, stateable: Tokenizer) -> None:
+    """As transformers 5 saves Llama's and Mistral's tokenizers."""
+    state = json.loads(stateable.backend.to_str())
+    splitter = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    steps = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    steps += [] if scheme == "never" else [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    state |= {"normalizer": None, "pre_tokenizer": splitter, "decoder": {"type": "Sequence", "decoders": steps}}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    tokenizer = Tokenizer(backend, bos_token="<s>", eos_token="</s>")
+    metadata = vocabulary_of(tokenizer, tokenizer.vocab_size)
+    assert metadata["tokenizer.ggml.add_space_prefix"] == (scheme != "never")
+    for text in (*TEXTS, " a</s> b</s>c", "a b"):
+        assert read(metadata).encode(text) == tokenizer.encode(text)

@@ -15,7 +15,7 @@ from luciola.cli.tables import aligned, figures, size
 from luciola.text.json_files import printable
 
 if TYPE_CHECKING:
-    from luciola.model.config import ModelConfig
+    from luciola.weights.checkpoint import Checkpoint
 
 
 class Form(StrEnum):
@@ -79,7 +79,7 @@ def convert(
     told = kind or f"as stored ({', '.join(name for name, _ in kinds.most_common())})"
     print(f"{destination}: {form}, {told}, {size(_bytes(destination))}")
     if form == Form.gguf:
-        _print_departures(checkpoint.config)
+        _print_departures(checkpoint)
 
 
 def inspect(
@@ -157,15 +157,15 @@ def parity(
         verdict = "the same, up to rounding" if result.agrees else "not the same"
         print(f"\n{verdict} (rounding explains a relative difference of {result.band:g})")
         if against == Witness.llama_cpp:
-            _print_departures(checkpoint.config)
+            _print_departures(checkpoint)
     if not result.agrees:
         raise typer.Exit(1)
 
 
-def _print_departures(config: ModelConfig) -> None:
+def _print_departures(checkpoint: Checkpoint) -> None:
     from luciola.weights.gguf_limits import departures
 
-    for sentence in departures(config):
+    for sentence in departures(checkpoint.config, checkpoint.load_tokenizer()):
         print(f"note: {sentence}")
 
 

@@ -158,7 +158,11 @@ class Tokenizer:
         if self.token_id(UNKNOWN) is not None:
             tokens["unk_token"] = UNKNOWN
         tokens = {role: token for role, token in tokens.items() if token is not None}
-        config: dict[str, Any] = {**tokens, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config: dict[str, Any] = {
+            **tokens,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         if self.further_templates:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 from luciola.model.config import ModelConfig
+from luciola.text.tokenizer import Tokenizer
 
 # Depths by which llama.cpp's deepseek2 takes a model for one without query compression, whatever the file says.
 LITE_DEPTHS = (26, 27)
@@ -14,9 +17,16 @@ def limits_groups(config: ModelConfig) -> bool:
     return grouped and config.n_group != config.n_routed_experts
 
 
-def departures(config: ModelConfig) -> list[str]:
-    """Where llama.cpp computes something else than this model, as sentences for the user."""
+def departures(config: ModelConfig, tokenizer: Tokenizer | None = None) -> list[str]:
+    """Where llama.cpp computes something else than this model or tokenizer, as sentences for the user."""
     found = []
+    state = {} if tokenizer is None else json.loads(tokenizer.backend.to_str())
+    if state.get("normalizer") == {"type": "NFC"}:
+        found.append("llama.cpp does not compose accents: text in which they stand apart gets other tokens there.")
+    if (state.get("pre_tokenizer") or {}).get("type") == "Metaspace":
+        found.append(
+            "llama.cpp puts a space after every special token and before a leading one, this tokenizer does not."
+        )
     if limits_groups(config) and config.topk_method == "group_limited_greedy":
         found.append(
             "llama.cpp scores a group of experts by its two best, DeepSeek-V2 by its best one: some tokens will meet "

@@ -32,6 +32,10 @@ ASCII_SPELLING = {chr(byte): _BYTES.pre_tokenize_str(chr(byte))[0][0] for byte i
 # keeps it for those who read the file here.
 NORMALIZER = "luciola.normalizer"
 
+# Where transformers 5 puts the space in front: "first" of a text only, and never before one that is there. llama.cpp
+# puts one after every special token as well.
+METASPACE, SCHEMES = "luciola.metaspace", ("first", "always", "never")
+
 # Every cut of a token is looked at, so the work grows with the square of its length. SentencePiece stops at 16.
 _LONGEST_PIECE = 128
 _MOST_TOKENS = 1_000_000
@@ -180,7 +184,11 @@ def _sentence_piece(vocabulary: _Vocabulary, metadata: Mapping[str, Any]) -> tok
         byte_fallback=True,
     )
     backend = tokenizers.Tokenizer(model)
-    backend.normalizer = spaces_written_out(bool(prefix))
+    scheme = metadata.get(METASPACE)
+    if scheme in SCHEMES:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, split=False)
+    else:
+        backend.normalizer = spaces_written_out(bool(prefix))
     strip = [decoders.Strip(content=" ", left=1)] if prefix else []
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]

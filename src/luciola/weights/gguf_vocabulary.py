@@ -18,6 +18,7 @@ from luciola.text.tokenizer import Tokenizer
 from luciola.weights.gguf_pre_tokenizers import PRE_TOKENIZERS, WHOLE_WORDS
 from luciola.weights.gguf_tokenizer import (
     ASCII_SPELLING,
+    METASPACE,
     NO_MERGES,
     NORMALIZER,
     padding_row,
@@ -151,13 +152,17 @@ def _sentence_piece(tokenizer: Tokenizer, state: dict[str, Any], rows: int, text
     unknown = model["vocab"].get(model["unk_token"])
     if unknown is not None and types[unknown] == TokenType.CONTROL:
         types[unknown] = int(TokenType.UNKNOWN)
-    return {
+    metadata = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         **vocabulary,
         "tokenizer.ggml.scores": [-float(made.get(token, len(made))) for token in tokens],
-        "tokenizer.ggml.add_space_prefix": _prefixes(tokenizer, state, texts),
     }
+    splitter = state["pre_tokenizer"] or {}
+    if splitter.get("type") == "Metaspace" and not splitter["split"] and state["normalizer"] is None:
+        scheme = splitter["prepend_scheme"]
+        return metadata | {METASPACE: scheme, "tokenizer.ggml.add_space_prefix": scheme != "never"}
+    return metadata | {"tokenizer.ggml.add_space_prefix": _prefixes(tokenizer, state, texts)}
 
 
 def _prefixes(tokenizer: Tokenizer, state: dict[str, Any], texts: Sequence[str]) -> bool:
@@ -227,7 +232,7 @@ def _prove(tokenizer: Tokenizer, metadata: dict[str, Any], texts: Sequence[str])
         if not same:
             raise ValueError(
                 f"As GGUF states it the tokenizer would treat {_shortened(text)} differently, so it is not written; "
-                "normalizers other than NFC, Metaspace, and added tokens that strip blanks or stand only as words have "
+                "normalizers other than NFC, and added tokens that strip blanks or stand only as words have "
                 "no place in GGUF."
             )
 
