@@ -148,6 +148,7 @@ def test_llama_cpp_runs_what_we_write(tmp_path: Path, family: str, data: st.Data
     convert(open_checkpoint(tmp_path / "model"), tmp_path / "m.gguf", "gguf", "f32")
     result = against_llama_cpp(open_checkpoint(tmp_path / "m.gguf"))
     assert result.agrees, result
+    assert result.max_difference < 1e-3
     assert_same_continuation(lm, tmp_path / "m.gguf")
 
     convert(open_checkpoint(tmp_path / "m.gguf"), tmp_path / "back", "hf", "f32")
