@@ -52,6 +52,7 @@ IGNORED_HF_FIELDS = frozenset(
         "transformers.js_config",
         "num_mtp_layers",
         "model_max_length",
+        "max_sequence_length",
         "return_dict",
         "output_attentions",
         "output_hidden_states",

@@ -153,6 +153,8 @@ def config_from(data: Mapping[str, Any], where: object) -> ModelConfig:
         first = error.errors(include_url=False)[0]
         field_name = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            reason = "is not a field that is known here; if it does not change what is computed, take it out"
         message = f"{field_name}: {reason}" if field_name else reason
         raise ValueError(f"{where} does not describe a model this version can build: {message}") from error
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
