@@ -156,6 +156,8 @@ def test_nothing_but_a_model_is_overwritten(model: Callable[[str], Path]) -> Non
     other.mkdir()
     (other / "thesis.tex").write_text("x")
     fails(run("convert", folder, other), "holds thesis.tex, which replacing the folder would delete")
+    (other / "thesis.tex").rename(other / "adapter.safetensors")
+    fails(run("convert", folder, other), "holds adapter.safetensors, which replacing the folder would delete")
     fails(run("convert", folder, folder, "--dtype", "bf16"), "is the model itself")
     assert run("convert", folder, folder.parent / "m.gguf").exit_code == 0
     fails(run("convert", folder.parent / "m.gguf", folder.parent / "m.gguf", "--dtype", "q8_0"), "is the model itself")

@@ -45,7 +45,7 @@ def ropes(draw: st.DrawFn, family: str) -> dict[str, Any]:
         scaling |= {"original_max_position_embeddings": draw(st.sampled_from([16, 64]))}
         scaling |= {"low_freq_factor": draw(st.sampled_from([1.0, 1.5])), "high_freq_factor": 4.0}
     if kind == "yarn":
-        scaling |= {"original_max_position_embeddings": draw(st.sampled_from([16, 64])), "beta_fast": 24.0}
+        scaling |= {"original_max_position_embeddings": draw(st.sampled_from([16, 64]))}
         if family in LATENT:
             mscale = draw(st.sampled_from([0.707, 1.0]))
             scaling |= {"mscale": mscale, "mscale_all_dim": mscale}
@@ -283,6 +283,11 @@ def test_smollm2_continues_as_llama_cpp_does_from_its_own_file() -> None:
             "deepseek_v3",
             {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 1.0}},
             "no place for mscale other than mscale_all_dim",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_slow": 2.0}},
+            "no place for beta_fast or beta_slow",
         ),
         ("deepseek_v3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "no place for rope_scaling 'linear'"),
         (

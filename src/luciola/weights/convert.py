@@ -83,9 +83,9 @@ def _refuse_to_overwrite(source: Checkpoint, destination: Path, to: str) -> None
     if to == "hf":
         if destination.is_file():
             raise ValueError(f"{destination} is a file where a folder is to be written; choose another name.")
-        foreign = (
-            [entry.name for entry in destination.iterdir() if not is_of_model(entry)] if destination.is_dir() else []
-        )
+        there = list(destination.iterdir()) if destination.is_dir() else []
+        is_model = (destination / "config.json").is_file()
+        foreign = [entry.name for entry in there if not (is_model and is_of_model(entry))]
         if foreign:
             raise ValueError(
                 f"{destination} holds {foreign[0]}, which replacing the folder would delete; choose a new folder."

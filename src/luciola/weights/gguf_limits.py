@@ -61,6 +61,12 @@ def refuse_what_has_no_place(config: ModelConfig) -> None:
         "rope_scaling 'linear'": kind == "linear" and architecture == "deepseek2",  # there it changes the scale as well
         "truncate=False in rope_scaling": kind == "yarn" and rope is not None and not rope.truncate,
         "attention_factor in rope_scaling": config.is_mla and rope is not None and rope.attention_factor is not None,
+        "beta_fast or beta_slow other than 32 and 1 in rope_scaling": kind == "yarn"
+        and rope is not None
+        and (rope.beta_fast, rope.beta_slow) != (32.0, 1.0),
+        "norm_topk_prob together with routed_scaling_factor": config.scoring_func == "softmax"
+        and bool(config.norm_topk_prob)
+        and config.routed_scaling_factor != 1.0,
         "mscale other than mscale_all_dim in rope_scaling": kind == "yarn" and len(mscales) > 1,
     }
     refused = [what for what, found in no_place.items() if found]
