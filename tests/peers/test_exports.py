@@ -205,6 +205,14 @@ def test_windows_come_back_though_llama_cpp_knows_none(family: str, tmp_path: Pa
     assert not against_llama_cpp(open_checkpoint(tmp_path / "m.gguf"), "abcdefghijklmnop").agrees
 
 
+def test_a_parameter_without_a_place_is_refused_and_not_left_out(tmp_path: Path) -> None:
+    """DeepSeek-V3's shape with grouped attention trains here; llama.cpp's deepseek2 has no names for it."""
+    config = {"model_type": "deepseek_v3", "vocab_size": ROWS[0], "hidden_size": 16, "intermediate_size": 16}
+    random_model(config | {"num_hidden_layers": 2, "num_attention_heads": 2}, 0).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.k_proj\.weight has no place in this format's files"):
+        convert(open_checkpoint(tmp_path / "model"), tmp_path / "m.gguf", "gguf", "f32")
+
+
 def test_small_differences_between_small_numbers_are_differences(tmp_path: Path) -> None:
     """A model fresh from initialisation, whose logits are all nearly zero, in a type that rounds."""
     config = {"model_type": "mistral", "vocab_size": ROWS[0], "hidden_size": 32, "intermediate_size": 40}

@@ -1,6 +1,7 @@
 """GGUF files: what the metadata means, rows back in Hugging Face's order, and no damage that hangs or stays unseen."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -17,6 +18,7 @@ from luciola.weights import names
 from luciola.weights.gguf import find_packaged, open_file
 from luciola.weights.gguf_config import config_of
 from luciola.weights.gguf_file import GGUFFile
+from luciola.weights.gguf_rope import read_scaling
 from luciola.weights.gguf_tokenizer import tokenizer_of
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -222,6 +224,28 @@ def test_a_factor_without_a_type_is_linear_as_in_llama_cpp(key: str, tmp_path: P
     config = config_of(GGUFFile(write(tmp_path / "m.gguf", random_model(), **{key: 4.0})))
     assert config.rope_scaling is not None
     assert (config.rope_scaling.rope_type, config.rope_scaling.factor) == ("linear", 4.0)
+
+
+def test_what_a_file_leaves_out_is_not_taken_from_hugging_face_s_defaults(tmp_path: Path) -> None:
+    """A window makes a llama a mistral, whose config.json may leave out eight key heads."""
+    model = random_model(ModelConfig.model_validate({**CONFIG.model_dump(), "num_key_value_heads": 4}))
+    left_out = {"llama.attention.sliding_window": 64, "llama.attention.head_count_kv": None}
+    config = load(write(tmp_path / "m.gguf", model, **left_out))[0].config
+    assert (config.model_type, config.num_key_value_heads) == ("mistral", 4)
+
+
+def test_yarn_of_latent_attention_without_its_multiplier_is_refused() -> None:
+    keys = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
+    metadata = {f"deepseek2.rope.scaling.{key}": value for key, value in keys.items()}
+    file = SimpleNamespace(path="m.gguf", metadata=metadata | {"general.architecture": "deepseek2"}, tensors={})
+    for multiplier in ({}, {"deepseek2.rope.scaling.yarn_log_multiplier": 0.0}):
+        file.metadata |= multiplier
+        with pytest.raises(ValueError, match=r"does not state deepseek2\.rope\.scaling\.yarn_log_multiplier"):
+            read_scaling(file, mla=True)  # type: ignore[arg-type]
+    file.metadata["deepseek2.rope.scaling.yarn_log_multiplier"] = 0.0707
+    scaling = read_scaling(file, mla=True)  # type: ignore[arg-type]
+    assert scaling is not None
+    assert scaling["mscale"] == scaling["mscale_all_dim"] == 0.707
 
 
 def test_packages() -> None:

@@ -51,8 +51,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 def _sentence(error: BaseException) -> str:
     message = " ".join(str(error).split())
-    # safetensors reports a full disk with an exception class of its own.
-    # and numpy with a sentence of its own.
+    # safetensors reports a full disk with an exception class of its own, numpy with a sentence of its own.
     full = os.strerror(errno.ENOSPC) in message or "Not enough free space" in message
     if full or (isinstance(error, OSError) and error.errno in FULL):
         where = f" for {error.filename}" if isinstance(error, OSError) and error.filename else ""

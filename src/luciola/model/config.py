@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from luciola.text.json_files import shortened
+from luciola.text.untrusted import shortened
 from luciola.weights.families import FAMILIES, Family
 
 Size = Annotated[int, Field(gt=0, lt=2**31)]  # beyond that a product of two no longer fits in a tensor's numbers
@@ -300,11 +300,9 @@ class ModelConfig(BaseModel):
 
     def window(self, layer: int) -> int | None:
         """How many tokens attention of layer number `layer` sees, its own included; None: all before it."""
-        if (
-            self.layer_types is not None
-            and self.layer_types[min(layer, self.num_hidden_layers - 1)] == "full_attention"
-        ):
-            return None  # an MTP block is like the last layer
+        types = self.layer_types
+        if types is not None and types[min(layer, len(types) - 1)] == "full_attention":  # an MTP block is like the last
+            return None
         return self.sliding_window
 
     @property
@@ -369,9 +367,7 @@ class ModelConfig(BaseModel):
             kind = rope.pop("type", None) or "default"
             rope["rope_type"] = rope.get("rope_type") or kind
             data["rope_theta"] = rope.pop("rope_theta", None) or data.get("rope_theta") or 10_000.0
-            if (
-                "attn_factor" in rope
-            ):  # R1-0528-Qwen3's name for a factor beside YaRN's own, as vLLM and llama.cpp read it
+            if "attn_factor" in rope:  # R1-0528-Qwen3's factor beside YaRN's own, as vLLM and llama.cpp take it
                 usual = yarn_temperature(float(rope.get("factor") or 1.0), 1.0)
                 rope["attention_factor"] = round(float(rope.pop("attn_factor")) * usual, 6)
             if rope["rope_type"] != "default":

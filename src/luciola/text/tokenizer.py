@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, processors
 
 from luciola.text import chat
-from luciola.text.json_files import printable, read_json, read_text, shortened
+from luciola.text.untrusted import printable, read_json, read_text, shortened
 
 UNKNOWN = "<unk>"
 MAX_TOKEN_ID = 2**31

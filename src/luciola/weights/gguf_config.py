@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from luciola.model.config import ModelConfig
-from luciola.text.json_files import shortened
+from luciola.text.untrusted import shortened
 from luciola.weights.checkpoint import config_from
 from luciola.weights.families import FAMILIES
 from luciola.weights.families.windows import FULL, SLIDING
@@ -161,7 +161,7 @@ def config_of(file: GGUFFile) -> ModelConfig:
         data |= _read_experts(data, metadata, get("expert_group_count", 0))
     data |= _read_windows(file, data)
     data["rope_scaling"] = read_scaling(file, mla)
-    config = config_from({"sliding_window": None} | data, file.path)
+    config = config_from(dict.fromkeys(FAMILIES[data["model_type"]].defaults) | data, file.path)
     if get("rope.dimension_count", config.rope_dim) != config.rope_dim:
         raise ValueError(f"{file.path} rotates only part of each head, which this version cannot do.")
     if get("attention.value_length", config.rope_dim) != config.rope_dim and not mla:

@@ -19,9 +19,10 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from luciola.text.untrusted import is_name, shortened
+
 _STRING, _ARRAY = 8, 9
 _ALIGNMENTS = {1 << power for power in range(17)}
-_LONGEST_NAME = 200
 _SCALARS = {
     0: "<u1",
     1: "<i1",
@@ -134,8 +135,8 @@ class GGUFFile:
     def _name(self) -> str:
         """A string that may stand in the sentence of an error."""
         name = self._string()
-        if not name.isprintable() or len(name) > _LONGEST_NAME:
-            raise DamagedError(f"{name[:40]!r} is no name of a key or tensor")
+        if not is_name(name):
+            raise DamagedError(f"{shortened(name)} is no name of a key or tensor")
         return name
 
     def _value(self, kind: int) -> Any:

@@ -13,7 +13,7 @@ import torch
 
 from luciola.model.config import ModelConfig, RopeScaling, yarn_temperature
 from luciola.model.rope import frequencies
-from luciola.text.json_files import shortened
+from luciola.text.untrusted import shortened
 from luciola.weights.gguf_file import GGUFFile
 
 FACTORS = "rope_freqs.weight"  # what Llama 3.1's stretched frequencies are divided by, (head_dim / 2,)
@@ -81,7 +81,12 @@ def read_scaling(file: GGUFFile, mla: bool) -> dict[str, Any] | None:
     for name in ("beta_fast", "beta_slow"):
         scaling |= {name: shortest(data[f"yarn_{name}"])} if f"yarn_{name}" in data else {}
     log_multiplier, factor = data.get("yarn_log_multiplier"), data.get("attn_factor")
-    if mla and isinstance(log_multiplier, float) and log_multiplier:
+    if mla:
+        if not isinstance(log_multiplier, float) or not log_multiplier:
+            raise ValueError(
+                f"{file.path} stretches by YaRN and does not state {prefix}yarn_log_multiplier, without which programs "
+                "scale attention differently; use the model's folder in Hugging Face layout instead."
+            )
         mscale = round(log_multiplier / 0.1, 6)
         scaling |= {"mscale": mscale, "mscale_all_dim": mscale}
     if not mla and isinstance(factor, float) and isinstance(scaling["factor"], float):

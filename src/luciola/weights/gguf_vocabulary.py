@@ -6,7 +6,6 @@ made to tell tokenizers apart; a difference is an error, and nothing wrong gets 
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import tokenizers
 from gguf.constants import TokenType
 
 from luciola.text.tokenizer import Tokenizer
+from luciola.text.untrusted import shortened
 from luciola.weights.gguf_pre_tokenizers import PRE_TOKENIZERS, WHOLE_WORDS
 from luciola.weights.gguf_tokenizer import (
     ASCII_SPELLING,
@@ -109,7 +109,7 @@ def _pre_tokenizer(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
             return name
     raise ValueError(
         "The tokenizer splits text into words as no pre-tokenizer known here does, at the latest in "
-        f"{_shortened(texts[farthest])}; to be written to GGUF it must split like one of {', '.join(PRE_TOKENIZERS)}."
+        f"{shortened(texts[farthest])}; to be written to GGUF it must split like one of {', '.join(PRE_TOKENIZERS)}."
     )
 
 
@@ -117,7 +117,7 @@ def _characters(tokenizer: Tokenizer, state: dict[str, Any], rows: int, texts: S
     def spelt(character: str) -> tuple[str, TokenType]:
         if len(character) > 1:
             raise ValueError(
-                f"The token {_shortened(character)} is neither a single character nor an added token, and without "
+                f"The token {shortened(character)} is neither a single character nor an added token, and without "
                 "merges nothing makes it; GGUF cannot state such a tokenizer."
             )
         # Beyond ASCII a character is several bytes, which nothing would merge: it is found before that, as it is.
@@ -141,7 +141,7 @@ def _sentence_piece(tokenizer: Tokenizer, state: dict[str, Any], rows: int, text
         token = left + right
         if token in made and token != next(reversed(made)):
             raise ValueError(
-                f"The merges of {_shortened(token)} have others between them, but in GGUF all merges of a token have "
+                f"The merges of {shortened(token)} have others between them, but in GGUF all merges of a token have "
                 "its one score; this tokenizer cannot be written."
             )
         made.setdefault(token, len(made))
@@ -185,7 +185,7 @@ def _tokens(state: dict[str, Any], rows: int, ordinary: Callable[[str], tuple[st
     if len(set(tokens)) < rows:
         twice = Counter(tokens).most_common(1)[0][0]
         raise ValueError(
-            f"Two tokens would both be spelt {_shortened(twice)} in GGUF; this tokenizer cannot be written."
+            f"Two tokens would both be spelt {shortened(twice)} in GGUF; this tokenizer cannot be written."
         )
     if any("\0" in token for token in tokens):
         raise ValueError("A token has a zero byte in its text, where llama.cpp takes it to end; it cannot be written.")
@@ -231,11 +231,7 @@ def _prove(tokenizer: Tokenizer, metadata: dict[str, Any], texts: Sequence[str])
         )
         if not same:
             raise ValueError(
-                f"As GGUF states it the tokenizer would treat {_shortened(text)} differently, so it is not written; "
+                f"As GGUF states it the tokenizer would treat {shortened(text)} differently, so it is not written; "
                 "normalizers other than NFC, and added tokens that strip blanks or stand only as words have "
                 "no place in GGUF."
             )
-
-
-def _shortened(text: str) -> str:
-    return repr(re.sub(r"(?s)(.{40}).{3,}", r"\1...", text))

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from luciola.model.config import ModelConfig
 from luciola.model.transformer import Transformer
-from luciola.text.json_files import read_json, shortened
 from luciola.text.tokenizer import Tokenizer
+from luciola.text.untrusted import read_json, shortened
 from luciola.weights import names, safetensors_file
 from luciola.weights.checkpoint import Checkpoint, Stored, config_from
 from luciola.weights.families import FAMILIES

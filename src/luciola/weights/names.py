@@ -36,7 +36,10 @@ def _places(
     for name, shape in shapes.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        for part, target in _entries(as_layer(name, config.num_hidden_layers), table):
+        entries = list(_entries(as_layer(name, config.num_hidden_layers), table))
+        if not entries and not partial:
+            raise ValueError(f"{name} has no place in this format's files of {config.model_type} models.")
+        for part, target in entries:
             places.update((target.format(**numbers), place) for numbers, place in places_of(part, name, shape, config))
     return places
 

@@ -62,12 +62,17 @@ def _of_kv_b(part: str, name: str, config: ModelConfig) -> Place:
     """Of W_UKV (H (n + v), C): the keys' rows as (H, C, n), which absorb into queries, or the values' as (H, v, C)."""
     heads, rank = config.num_attention_heads, config.kv_lora_rank or 0
     n, v = config.qk_nope_head_dim or 0, config.v_head_dim or 0
-    start_H11 = partial(lambda: (torch.arange(heads) * (n + v)).view(heads, 1, 1))
+
+    def rows_HCn() -> Index:
+        start_H11 = (torch.arange(heads) * (n + v)).view(heads, 1, 1)
+        return start_H11 + torch.arange(n), torch.arange(rank).view(1, rank, 1)
+
+    def rows_Hv() -> Index:
+        return ((torch.arange(heads) * (n + v))[:, None] + n + torch.arange(v),)
+
     if part == "keys":
-        return Place(
-            name, (heads, rank, n), lambda: (start_H11() + torch.arange(n), torch.arange(rank).view(1, rank, 1))
-        )
-    return Place(name, (heads, v, rank), lambda: (start_H11().squeeze(2) + n + torch.arange(v),))
+        return Place(name, (heads, rank, n), rows_HCn)
+    return Place(name, (heads, v, rank), rows_Hv)
 
 
 def rotary_rows(name: str, config: ModelConfig) -> tuple[int, int, int]:

@@ -21,12 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from luciola.text.json_files import printable, shortened
+from luciola.text.untrusted import is_name, printable, shortened
 
 KIND_OF = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 CHECKSUMS = "luciola.crc32"  # in a file's metadata; other programs pass over it
 
-LONGEST_NAME, MOST_TENSORS = 200, 250_000  # DeepSeek-V3, all shards together, has 91,991
+MOST_TENSORS = 250_000  # DeepSeek-V3, all shards together, has 91,991
 RELEASE_BYTES = 32 << 20
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -86,7 +86,7 @@ class Reader:
         self.names: frozenset[str] = frozenset(self._file.keys())
         if len(self.names) > MOST_TENSORS:
             raise ValueError(f"{path} announces {len(self.names):,} tensors, more than any model has; fetch it again.")
-        odd = next((name for name in self.names if not name.isprintable() or len(name) > LONGEST_NAME), None)
+        odd = next((name for name in self.names if not is_name(name)), None)
         if odd is not None:
             raise ValueError(f"{path} is damaged: no tensor of a model is called {shortened(odd)}; fetch it again.")
         self._checksums = self._stated_checksums()

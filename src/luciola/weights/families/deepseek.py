@@ -7,6 +7,6 @@ FAMILY = Family(
     architecture="DeepseekForCausalLM",
     hugging_face=tables.DECODER,
     gguf_architecture="deepseek",
-    gguf=tables.EMBEDDINGS | tables.NORMS | tables.GQA_OF_NEIGHBOURS | tables.DENSE | tables.MOE,
+    gguf=tables.DEEPSEEK,
     experts=True,
 )

@@ -7,6 +7,6 @@ FAMILY = Family(
     architecture="LlamaForCausalLM",
     hugging_face=tables.DECODER,
     gguf_architecture="llama",
-    gguf=tables.EMBEDDINGS | tables.NORMS | tables.GQA_OF_NEIGHBOURS | tables.DENSE,
+    gguf=tables.LLAMA,
     mlp_bias=True,
 )

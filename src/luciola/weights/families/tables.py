@@ -68,3 +68,9 @@ MTP = {
     "layers.{n}.eh_proj.{rest}": "blk.{n}.nextn.eh_proj.{rest}",
     "layers.{n}.shared_head.norm.{rest}": "blk.{n}.nextn.shared_head_norm.{rest}",
 }
+
+# --- the architectures of llama.cpp, out of these parts ---------------------------------------------------------------
+LLAMA = EMBEDDINGS | NORMS | GQA_OF_NEIGHBOURS | DENSE
+QWEN = EMBEDDINGS | NORMS | GQA_OF_HALVES | DENSE
+DEEPSEEK = LLAMA | MOE
+DEEPSEEK2 = EMBEDDINGS | NORMS | MLA | DENSE | MOE | MTP

@@ -1,10 +1,12 @@
-"""JSON files that came with a model, read strictly: what other readers would take in two ways is refused."""
+"""Text that came with a model: files read strictly, so that nothing can be taken in two ways, and how a piece of such
+text stands in the sentence of an error."""
 
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
+LONGEST_NAME = 200
 MAX_BYTES = 32 << 20  # the largest published one, DeepSeek-V3's index of 91,991 tensors, has 9 MB
 
 
@@ -56,6 +58,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number in JSON")
+
+
+def is_name(text: str) -> bool:
+    """Whether text can be the name of a key or tensor, and stand in the sentence of an error as it is."""
+    return text.isprintable() and len(text) <= LONGEST_NAME
 
 
 def shortened(value: object) -> str:
