@@ -217,3 +217,20 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     with Run.create(recipe(tmp_path, run=settings), "pretrain") as run:
         run.log(1, {"loss": 0.5})
     assert list((run.path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_child_of_a_killed_process_is_given_time_to_let_go(tmp_path: Path) -> None:
+    """It closes the lock first thing, but on a busy machine that may be later than the next start."""
+    Run.create(recipe(tmp_path), "pretrain").close()
+    lock = tmp_path / "try" / ".lock"
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    lock.write_text(f"{gone.pid}\n")
+    holder = (
+        "import fcntl, sys, time; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX); print(); time.sleep(0.3)"
+    )
+    with subprocess.Popen([sys.executable, "-uc", holder, str(lock)], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        with Run.create(recipe(tmp_path), "pretrain", resume=True):
+            assert child.wait() == 0

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -227,16 +228,35 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
+ORPHAN_SECONDS = 1.0  # for the child of a process just killed to come to its first thing, on a busy machine
+
+
+def _lives(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
 def _locked(path: Path) -> int:
     descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.read(descriptor, 32).decode().strip()
-        os.close(descriptor)
-        raise ValueError(
-            f"process {owner or '(unknown)'} is writing the run {path}; wait for it, or choose another run.name=NAME"
-        ) from None
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            owner = os.pread(descriptor, 32, 0).decode().strip()
+            if _lives(owner) or time.monotonic() > deadline:
+                os.close(descriptor)
+                raise ValueError(
+                    f"process {owner or '(unknown)'} is writing the run {path}; wait for it, or choose another "
+                    "run.name=NAME"
+                ) from None
+            time.sleep(0.01)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     _held.add(descriptor)
