@@ -82,10 +82,26 @@ def test_a_run_killed_in_its_pre_training_and_again_after_it(
     same_base = [(run / "base" / "model" / "model.safetensors").read_bytes() for run in (whole, killed_path(killed))]
     assert same_base[0] == same_base[1]
     summary = json.loads((killed_path(killed) / "summary.json").read_text())
-    base = json.loads((killed_path(killed) / "base" / "summary.json").read_text())
-    assert summary["seconds"] == pytest.approx(base["seconds"] + summary["after"]["training_seconds"], abs=0.11)
+    steps = [json.loads(line) for line in (killed_path(killed) / "metrics.jsonl").read_text().splitlines()]
+    spent = sum(step[f"seconds/{part}"] for step in steps for part in ("rollout", "verify", "update"))
+    assert summary["after"]["training_seconds"] == round(spent, 1)
     kept = killed_path(killed) / "checkpoints" / "step-000006" / "state.json"
-    assert summary["after"]["training_seconds"] >= json.loads(kept.read_text())["facts"]["seconds"] - 0.05
+    assert json.loads(kept.read_text())["facts"]["seconds"] >= spent, "the steps of killed processes count"
+
+
+def test_time_spent_before_an_interruption_and_on_the_base_counts(recipe: Make) -> None:
+    run = grpo(based(recipe, "timed"))
+    kept, base, whole = (
+        run / "checkpoints" / "step-000006" / "state.json",
+        run / "base" / "summary.json",
+        run / "summary.json",
+    )
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"facts": {"seconds": 1000.0}}))
+    base.write_text(json.dumps(json.loads(base.read_text()) | {"seconds": 5000.0}))
+    whole.unlink()
+    summary = json.loads((grpo(based(recipe, "timed"), resume=True) / "summary.json").read_text())
+    assert 6000 <= summary["seconds"] < 7000
+    assert summary["before"]["training_seconds"] == 5000
 
 
 def killed_path(recipe: GrpoRecipe) -> Path:
