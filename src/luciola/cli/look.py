@@ -134,6 +134,7 @@ def _facts() -> dict[str, Any]:
     import shutil
 
     from luciola import __version__, hardware
+    from luciola.model.native import build as native
 
     speeds = hardware.measured()
     dtype, reason = hardware.choose_dtype("auto")
@@ -151,6 +152,7 @@ def _facts() -> dict[str, Any]:
         "memory bandwidth": f"{speeds['bandwidth_gb_per_s']:.1f} GB/s",
         "gpu": speeds.get("cuda", {}).get("name", "none"),
         "dtype auto": f"{dtype} ({reason})",
+        "native kernels": native.reason() or "compiled",
         "cache": str(hardware.cache_folder()),
     }
     missing = {extra: [name for name in packages if not _installed(name)] for extra, packages in OPTIONAL.items()}
