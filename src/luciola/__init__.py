@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from luciola.engine.engine import Completion, Engine
-    from luciola.engine.sampler import SamplingParams
+    from luciola.engine.params import SamplingParams
     from luciola.model.language_model import LanguageModel, load
 
 _HOME = {
     "load": "luciola.model.language_model",
     "LanguageModel": "luciola.model.language_model",
     "Engine": "luciola.engine.engine",
-    "SamplingParams": "luciola.engine.sampler",
+    "SamplingParams": "luciola.engine.params",
     "Completion": "luciola.engine.engine",
 }
 

@@ -18,7 +18,6 @@ from luciola.engine.sampler import (
     UniformStream,
     derived_seed,
     sample,
-    truncate,
 )
 from luciola.model.language_model import LanguageModel
 
