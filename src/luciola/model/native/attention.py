@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,6 +115,7 @@ def gqa_attend(
     return o_NX
 
 
+@torch.no_grad()
 def mla_formula(
     q_NHx: Tensor,
     ckv_NC: Tensor,
@@ -147,6 +148,7 @@ def mla_formula(
     return torch.einsum("Nhc,hvc->Nhv", o_NHC, W_UV_HvC).flatten(1)
 
 
+@torch.no_grad()
 def gqa_formula(
     qkv_NX: Tensor,
     q_norm: RMSNorm | None,
@@ -241,7 +243,7 @@ def _library() -> ctypes.CDLL | None:
     if native is None:
         return None
     pointer, size, flag, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-    paged = [pointer, flag, size, pointer, pointer, pointer, size, size, size, pointer, pointer, size]
+    paged: list[Any] = [pointer, flag, size, pointer, pointer, pointer, size, size, size, pointer, pointer, size]
     native.luciola_mla_attend.argtypes = [
         *(pointer, pointer, size, pointer, size, pointer, real, pointer, flag),
         *paged,
