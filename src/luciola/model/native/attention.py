@@ -13,8 +13,8 @@ r, v: widths of a head's part without position, of its rotary part, of its value
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,20 @@ from luciola.model.rope import Rotation, turn
 CACHED = (torch.float32, torch.bfloat16)  # what the kernels read
 
 
-class Step(NamedTuple):
+class _Paged(ctypes.Structure):
+    """A step as the kernels take it; its fields are those of `Step` in attention.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("rows", "positions", "table", "cos", "sin")),
+        *((name, ctypes.c_int64) for name in ("tokens", "R", "M", "block", "angles")),
+    )
+
+
+@dataclass(frozen=True)
+class Step:
     """What all layers share in one decoding step: token n is at `positions_N[n]` of sequence `rows_N[n]`, whose blocks
-    are that row of the table (all int32); the angles of every position, (positions, d/2) float32."""
+    are that row of the table (all int32, N and R at least 1); the angles of every position, (positions, d/2) float32.
+    Made once a step: the kernels read these tensors where they lie. Raises ValueError for other types or shapes."""
 
     rows_N: Tensor
     positions_N: Tensor
@@ -36,6 +47,27 @@ class Step(NamedTuple):
     block_size: int
     cos: Tensor
     sin: Tensor
+    native: int = field(init=False, repr=False)
+    _paged: _Paged = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, axes, dtype in [
+            ("rows_N", 1, torch.int32), ("positions_N", 1, torch.int32), ("table_RM", 2, torch.int32),
+            ("cos", 2, torch.float32), ("sin", 2, torch.float32),
+        ]:  # fmt: skip
+            x = getattr(self, name)
+            if x.dtype is not dtype or x.ndim != axes or not x.is_contiguous() or not x.numel():
+                raise ValueError(
+                    f"step.{name}: {x.dtype} of shape {tuple(x.shape)}; it must be {dtype} with {axes} axes, not "
+                    f"empty and without gaps (.to({dtype}).contiguous())"
+                )
+        if len(self.rows_N) != len(self.positions_N) or self.cos.shape != self.sin.shape:
+            raise ValueError("step: rows_N and positions_N, cos and sin must have the same shape; one of each a token")
+        tensors = (self.rows_N, self.positions_N, self.table_RM, self.cos, self.sin)
+        sizes = (len(self.rows_N), *self.table_RM.shape, self.block_size, len(self.cos))
+        paged = _Paged(*(x.data_ptr() for x in tensors), *sizes)
+        object.__setattr__(self, "_paged", paged)
+        object.__setattr__(self, "native", ctypes.addressof(paged))
 
 
 def mla_attend(
@@ -59,20 +91,26 @@ def mla_attend(
     ValueError where a table leads outside the pool. Source: `MLA.decode`.
     """
     native = _library()
-    if native is None or not _served(pool_PC, kv_b_weight, q_NHx, ckv_NC, step.positions_N):
+    if (
+        native is None
+        or not _served(pool_PC, q_NHx, kv_b_weight)
+        or not _plain(ckv_NC)
+        or q_NHx.stride(1) != nope + rope
+    ):
         return mla_formula(
             q_NHx, ckv_NC, latent_norm, kv_b_weight, pool_PC, step,
             scale=scale, interleaved=interleaved, nope=nope, rope=rope, v=v,
         )  # fmt: skip
-    tokens, heads = q_NHx.shape[:2]
-    norm = latent_norm.weight.float()
+    norm = _float(latent_norm)
+    (slots, width), (tokens, heads, _) = pool_PC.shape, q_NHx.shape
     o_NX = torch.empty(tokens, heads * v)
     failure = native.luciola_mla_attend(
         o_NX.data_ptr(), q_NHx.data_ptr(), q_NHx.stride(0), ckv_NC.data_ptr(), ckv_NC.stride(0), norm.data_ptr(),
-        latent_norm.eps, kv_b_weight.data_ptr(), kv_b_weight.dtype is torch.bfloat16, *_pool_and_step(pool_PC, step),
-        tokens, heads, pool_PC.shape[1] - rope, nope, rope, v, scale, interleaved,
+        latent_norm.eps, kv_b_weight.data_ptr(), kv_b_weight.dtype is torch.bfloat16, pool_PC.data_ptr(),
+        pool_PC.dtype is torch.bfloat16, slots, step.native, heads, width - rope, nope, rope, v, scale, interleaved,
     )  # fmt: skip
-    _check(failure, step)
+    if failure:
+        raise _error(failure, step)
     return o_NX
 
 
@@ -96,22 +134,22 @@ def gqa_attend(
     float32. Raises ValueError where a table leads outside the pool. Source: `GQA.decode`.
     """
     native = _library()
-    if native is None or not _served(pool_PC, pool_PC, qkv_NX, qkv_NX, step.positions_N):
+    if native is None or not _served(pool_PC, qkv_NX, pool_PC):
         return gqa_formula(
             qkv_NX, q_norm, k_norm, pool_PC, step,
             heads=heads, kv_heads=kv_heads, width=width, scale=scale, window=window,
         )  # fmt: skip
+    of_q, of_k = (None if norm is None else _float(norm) for norm in (q_norm, k_norm))
     tokens = len(qkv_NX)
-    of_q = None if q_norm is None else q_norm.weight.float()
-    of_k = None if k_norm is None else k_norm.weight.float()
     o_NX = torch.empty(tokens, heads * width)
     failure = native.luciola_gqa_attend(
         o_NX.data_ptr(), qkv_NX.data_ptr(), qkv_NX.stride(0), None if of_q is None else of_q.data_ptr(),
         None if of_k is None else of_k.data_ptr(), 0.0 if q_norm is None else q_norm.eps,
-        0.0 if k_norm is None else k_norm.eps, *_pool_and_step(pool_PC, step),
-        tokens, heads, kv_heads, width, scale, window or 0,
+        0.0 if k_norm is None else k_norm.eps, pool_PC.data_ptr(), pool_PC.dtype is torch.bfloat16, len(pool_PC),
+        step.native, heads, kv_heads, width, scale, window or 0,
     )  # fmt: skip
-    _check(failure, step)
+    if failure:
+        raise _error(failure, step)
     return o_NX
 
 
@@ -203,37 +241,34 @@ def _slots(step: Step, window: int | None = None) -> tuple[Tensor, Tensor]:
     return torch.where(seen_NS, slots_NS, _own(step).unsqueeze(1)), seen_NS
 
 
-def _served(pool_PC: Tensor, weight: Tensor, x: Tensor, y: Tensor, positions_N: Tensor) -> bool:
-    """Whether the kernel takes these: on the CPU, the projections float32 with whole rows, the pool without gaps."""
+def _served(pool_PC: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel takes these: on the CPU, weights and pool without gaps and of a type that it reads."""
     return (
-        x.dtype is y.dtype is torch.float32
+        _plain(x)
         and pool_PC.dtype in CACHED
         and weight.dtype in CACHED
-        and x.device.type == "cpu"
-        and x.stride(-1) == y.stride(-1) == 1
-        and (x.ndim == 2 or x.stride(1) == x.shape[2])
         and pool_PC.is_contiguous()
         and weight.is_contiguous()
-        and positions_N.dtype is torch.int32
     )
 
 
-def _pool_and_step(pool_PC: Tensor, step: Step) -> tuple[int, ...]:
-    rows_N, positions_N, table_RM, block_size, cos, sin = step
-    return (
-        pool_PC.data_ptr(), pool_PC.dtype is torch.bfloat16, len(pool_PC), rows_N.data_ptr(), positions_N.data_ptr(),
-        table_RM.data_ptr(), *table_RM.shape, block_size, cos.data_ptr(), sin.data_ptr(), len(cos),
-    )  # fmt: skip
+def _plain(x: Tensor) -> bool:
+    """Whether x is float32 on the CPU with whole rows, which may stand apart (a part of a fused projection)."""
+    return x.dtype is torch.float32 and x.is_cpu and x.stride(-1) == 1
 
 
-def _check(failure: int, step: Step) -> None:
+def _float(norm: RMSNorm) -> Tensor:
+    weight = norm.weight
+    return weight if weight.dtype is torch.float32 else weight.float()
+
+
+def _error(failure: int, step: Step) -> Exception:
     if failure == 1:
-        raise MemoryError("no memory for the attention kernel's scratch space; use a shorter context or fewer tokens")
-    if failure:
-        raise ValueError(
-            f"step: a token's row, position or block lies outside the table {tuple(step.table_RM.shape)}, the "
-            f"{len(step.cos)} rotation angles or the pool; give each sequence the blocks that its positions need"
-        )
+        return MemoryError("no memory for the attention kernel's scratch space; use a shorter context or fewer tokens")
+    return ValueError(
+        f"step: a token's row, position or block lies outside the table {tuple(step.table_RM.shape)}, the "
+        f"{len(step.cos)} rotation angles or the pool; give each sequence the blocks that its positions need"
+    )
 
 
 @cache
@@ -243,17 +278,12 @@ def _library() -> ctypes.CDLL | None:
     if native is None:
         return None
     pointer, size, flag, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-    paged: list[Any] = [pointer, flag, size, pointer, pointer, pointer, size, size, size, pointer, pointer, size]
     native.luciola_mla_attend.argtypes = [
         *(pointer, pointer, size, pointer, size, pointer, real, pointer, flag),
-        *paged,
-        *(size, size, size, size, size, size, real, flag),
+        *(pointer, flag, size, pointer, size, size, size, size, size, real, flag),
     ]
     native.luciola_gqa_attend.argtypes = [
         *(pointer, pointer, size, pointer, pointer, real, real),
-        *paged,
-        *(size, size, size, size, real, size),
+        *(pointer, flag, size, pointer, size, size, size, real, size),
     ]
-    for function in (native.luciola_mla_attend, native.luciola_gqa_attend):
-        function.restype = ctypes.c_int
     return native

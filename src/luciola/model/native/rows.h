@@ -45,6 +45,8 @@ enum { TILE = 2 };
 #endif
 enum { GROUP = 16 }; /* vectors on the left whose partial sums are kept on the stack */
 
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 INLINE int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
 
 INLINE vec load(const float *x) { return *(const loose_vec *)x; }
@@ -151,71 +153,75 @@ INLINE vec vexp(vec x) {
 
 INLINE float exp1(float x) { return vexp(all(x))[0]; }
 
-/* H <= TILE vectors against TILE rows; partial sums, one vector each, into part[h][GROUP rows]. */
-INLINE void dots_tile(const int H, const int half, vec *part, const float *x, int64_t x_stride, const void *const *rows,
-                      int64_t at, int64_t width) {
+/* x / sqrt(mean x^2 + eps) * weight */
+static void rms_norm(float *out, const float *x, const float *weight, int64_t width, float eps) {
+    vec squares = {0};
+    for (int64_t i = 0; i < width; i += LANES) {
+        vec v = row_load(x, i, smaller(LANES, width - i), 0);
+        squares = madd(v, v, squares);
+    }
+    float r = 1.0f / sqrtf(sum_lanes(squares) / width + eps);
+    for (int64_t i = 0; i < width; i++) out[i] = x[i] * r * weight[i];
+}
+
+/* H <= TILE vectors against TILE rows; partial sums, one vector each, into part[h][LANES rows]. */
+INLINE void dots_tile(const int H, const int half, vec *part, const float *const *x, const void *const *rows, int64_t at,
+                      int64_t width) {
     vec sum[TILE][TILE] = {{{0}}};
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) {
         vec r[TILE];
         for (int p = 0; p < TILE; p++) r[p] = row_load(rows[p], at + i, LANES, half);
         for (int h = 0; h < H; h++) {
-            vec v = load(x + h * x_stride + i);
+            vec v = load(x[h] + i);
             for (int p = 0; p < TILE; p++) sum[h][p] = madd(v, r[p], sum[h][p]);
         }
     }
     if (i < width)
         for (int p = 0; p < TILE; p++) {
             vec r = row_load(rows[p], at + i, width - i, half);
-            for (int h = 0; h < H; h++) sum[h][p] = madd(load(x + h * x_stride + i), r, sum[h][p]);
+            for (int h = 0; h < H; h++) sum[h][p] = madd(load(x[h] + i), r, sum[h][p]);
         }
     for (int h = 0; h < H; h++)
         for (int p = 0; p < TILE; p++) part[h * LANES + p] = sum[h][p];
 }
 
-INLINE void dots_of(const int half, float *out, int64_t out_stride, const float *x, int64_t x_stride, int64_t heads,
+INLINE void dots_of(const int half, float *out, int64_t out_stride, const float *const *x, int64_t heads,
                     const void *const *rows, int64_t count, int64_t at, int64_t width) {
     vec part[GROUP * LANES];
-    for (int64_t h0 = 0; h0 < heads; h0 += GROUP) {
-        int64_t group = heads - h0 < GROUP ? heads - h0 : GROUP;
-        for (int64_t p0 = 0; p0 < count; p0 += LANES) {
-            for (int64_t p = 0; p < LANES; p += TILE) {
-                const void *tile[TILE]; /* past the end stands the last row again: its products are not used */
-                if (p0 + p >= count) {
-                    for (int64_t h = 0; h < group; h++)
-                        for (int j = 0; j < TILE; j++) part[h * LANES + p + j] = (vec){0};
-                    continue;
-                }
-                for (int j = 0; j < TILE; j++) tile[j] = rows[p0 + p + j < count ? p0 + p + j : count - 1];
-                for (int64_t h = 0; h < group; h += TILE) {
-                    const float *left = x + (h0 + h) * x_stride;
-                    vec *to = part + h * LANES + p;
-                    int64_t rest = group - h;
+    for (int64_t p0 = 0; p0 < count; p0 += LANES) {
+        for (int64_t p = 0; p < LANES; p += TILE) {
+            const void *tile[TILE]; /* past the end stands the last row again: its products are not used */
+            for (int j = 0; j < TILE; j++) tile[j] = rows[p0 + p + j < count ? p0 + p + j : count - 1];
+            for (int64_t h = 0; h < heads && p0 + p < count; h += TILE) {
+                vec *to = part + h * LANES + p;
+                int64_t rest = heads - h;
 #if defined(__AVX512F__)
-                    if (rest == 2)
-                        dots_tile(2, half, to, left, x_stride, tile, at, width);
-                    else if (rest == 3)
-                        dots_tile(3, half, to, left, x_stride, tile, at, width);
-                    else
+                if (rest == 2)
+                    dots_tile(2, half, to, x + h, tile, at, width);
+                else if (rest == 3)
+                    dots_tile(3, half, to, x + h, tile, at, width);
+                else
 #endif
-                    if (rest == 1)
-                        dots_tile(1, half, to, left, x_stride, tile, at, width);
-                    else
-                        dots_tile(TILE, half, to, left, x_stride, tile, at, width);
-                }
+                if (rest == 1)
+                    dots_tile(1, half, to, x + h, tile, at, width);
+                else
+                    dots_tile(TILE, half, to, x + h, tile, at, width);
             }
-            for (int64_t h = 0; h < group; h++) store(out + (h0 + h) * out_stride + p0, sums(part + h * LANES));
+            for (int64_t h = 0; h < heads && p0 + p >= count; h++)
+                for (int j = 0; j < TILE; j++) part[h * LANES + p + j] = (vec){0};
         }
+        for (int64_t h = 0; h < heads; h++) store(out + h * out_stride + p0, sums(part + h * LANES));
     }
 }
 
-/* out[h][p] = x_h . rows[p][at : at + width]; writes whole vectors, so out has room for padded(count). */
-static void dots(float *out, int64_t out_stride, const float *x, int64_t x_stride, int64_t heads,
-                 const void *const *rows, int64_t count, int64_t at, int64_t width, int half) {
+/* out[h][p] = x[h] . rows[p][at : at + width] for `heads` <= GROUP; writes whole vectors: out has padded(count). */
+static void dots(float *out, int64_t out_stride, const float *const *x, int64_t heads, const void *const *rows,
+                 int64_t count, int64_t at, int64_t width, int half) {
     if (half)
-        dots_of(1, out, out_stride, x, x_stride, heads, rows, count, at, width);
+        dots_of(1, out, out_stride, x, heads, rows, count, at, width);
     else
-        dots_of(0, out, out_stride, x, x_stride, heads, rows, count, at, width);
+        dots_of(0, out, out_stride, x, heads, rows, count, at, width);
 }
 
 /* H <= TILE vectors of weights over all rows, for `columns` vectors of them, the last of `last` numbers. */
