@@ -1,0 +1,285 @@
+/* Small products of float32 vectors with rows of memory (float32 or bfloat16), and a vectorised exponential.
+
+   `dots` and `mix` are the two halves of attention, and of every product with few rows: out_hp = x_h . row_p, and
+   out_h = sum over p of w_hp row_p. Each sum is taken in one order, whatever the tile it falls into: lane by lane along
+   the row and then across the lanes, or row after row. So a vector's result depends on nothing that is computed beside
+   it. All x and out are padded with zeros to whole vectors; rows are not.
+
+   Names: H vectors on the left (heads, or tokens), p rows on the right, `at` the element of a row where it begins. */
+#pragma once
+
+/* The order of sums is part of the meaning here, whatever the other files are compiled with. */
+#if defined(__clang__)
+#pragma clang fp reassociate(off)
+#else
+#pragma GCC optimize("no-associative-math")
+#endif
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t loose_half __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+#if defined(__clang__)
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+
+/* Accumulators of a tile: as many as the processor has vector registers for. */
+#ifdef __AVX512F__
+enum { TILE = 4 };
+#else
+enum { TILE = 2 };
+#endif
+enum { GROUP = 16 }; /* vectors on the left whose partial sums are kept on the stack */
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
+
+INLINE vec load(const float *x) { return *(const loose_vec *)x; }
+
+INLINE void store(float *x, vec v) { *(loose_vec *)x = v; }
+
+INLINE vec all(float x) { return (vec){} + x; }
+
+INLINE vec madd(vec a, vec b, vec c) {
+#ifdef __AVX512F__
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    return a * b + c;
+#endif
+}
+
+/* LANES numbers of a row from number i on, or `count` of them and zeros. */
+INLINE vec row_load(const void *row, int64_t i, int64_t count, int half) {
+    if (half) {
+        loose_half h = {0};
+        if (count < LANES)
+            memcpy(&h, (const uint16_t *)row + i, 2 * count);
+        else
+            h = *(const loose_half *)((const uint16_t *)row + i);
+        return (vec)(__builtin_convertvector(h, uvec) << 16);
+    }
+    if (count < LANES) {
+        vec v = {0};
+        memcpy(&v, (const float *)row + i, 4 * count);
+        return v;
+    }
+    return load((const float *)row + i);
+}
+
+/* float32 to bfloat16, to the nearest, ties to even; NaN stays NaN. */
+INLINE uint16_t to_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE void row_store(void *row, int64_t i, float x, int half) {
+    if (half)
+        ((uint16_t *)row)[i] = to_half(x);
+    else
+        ((float *)row)[i] = x;
+}
+
+/* Lane i of the result: the sum of the lanes of v[i]. */
+INLINE vec sums(const vec *v) {
+    vec a[8], b[4], c[2];
+    for (int i = 0; i < 8; i++)
+        a[i] = PICK(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               PICK(v[2 * i], v[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    for (int i = 0; i < 4; i++)
+        b[i] = PICK(a[2 * i], a[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+               PICK(a[2 * i], a[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    for (int i = 0; i < 2; i++)
+        c[i] = PICK(b[2 * i], b[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+               PICK(b[2 * i], b[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    return PICK(c[0], c[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           PICK(c[0], c[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+INLINE float sum_lanes(vec v) {
+    v += PICK(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += PICK(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += PICK(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return v[0] + v[1];
+}
+
+INLINE vec greater(vec a, vec b) { return (vec)(((a > b) & (ivec)a) | (~(a > b) & (ivec)b)); }
+
+INLINE float max_lanes(vec v) {
+    v = greater(v, PICK(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = greater(v, PICK(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    v = greater(v, PICK(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    return v[0] > v[1] ? v[0] : v[1];
+}
+
+/* e^x to 2e-7 relative: 0 below -87 and infinite above 88; NaN stays NaN. x = k ln 2 + r with |r| <= ln 2 / 2, then
+   Taylor's polynomial of degree 7 in r. ln 2 comes in two parts, the first of so few bits that k times it is exact. */
+INLINE vec vexp(vec x) {
+    ivec low = x < -87.0f, high = x > 88.0f;
+    vec in = (vec)(~(low | high) & (ivec)x); /* 0 where the result is known */
+    vec nearest = 0.5f + (vec)((in < 0) & (ivec)all(-1.0f)); /* conversion cuts towards zero */
+    ivec k = __builtin_convertvector(madd(in, all(1.44269504f), nearest), ivec);
+    vec turns = __builtin_convertvector(k, vec);
+    vec r = madd(turns, all(-0.693145752f), in);
+    r = madd(turns, all(-1.42860677e-6f), r);
+    vec p = all(1.0f / 5040);
+    p = madd(p, r, all(1.0f / 720));
+    p = madd(p, r, all(1.0f / 120));
+    p = madd(p, r, all(1.0f / 24));
+    p = madd(p, r, all(1.0f / 6));
+    p = madd(p, r, all(0.5f));
+    p = madd(p, r, all(1.0f));
+    p = madd(p, r, all(1.0f));
+    vec y = p * (vec)((k + 127) << 23);
+    y = (vec)(~low & (ivec)y);
+    return (vec)((~high & (ivec)y) | (high & (ivec)all(INFINITY)));
+}
+
+INLINE float exp1(float x) { return vexp(all(x))[0]; }
+
+/* x / sqrt(mean x^2 + eps) * weight */
+static void rms_norm(float *out, const float *x, const float *weight, int64_t width, float eps) {
+    vec squares = {0};
+    for (int64_t i = 0; i < width; i += LANES) {
+        vec v = row_load(x, i, smaller(LANES, width - i), 0);
+        squares = madd(v, v, squares);
+    }
+    float r = 1.0f / sqrtf(sum_lanes(squares) / width + eps);
+    for (int64_t i = 0; i < width; i++) out[i] = x[i] * r * weight[i];
+}
+
+/* H <= TILE vectors against TILE rows; partial sums, one vector each, into part[h][LANES rows]. */
+INLINE void dots_tile(const int H, const int half, vec *part, const float *const *x, const void *const *rows, int64_t at,
+                      int64_t width) {
+    vec sum[TILE][TILE] = {{{0}}};
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        vec r[TILE];
+        for (int p = 0; p < TILE; p++) r[p] = row_load(rows[p], at + i, LANES, half);
+        for (int h = 0; h < H; h++) {
+            vec v = load(x[h] + i);
+            for (int p = 0; p < TILE; p++) sum[h][p] = madd(v, r[p], sum[h][p]);
+        }
+    }
+    if (i < width)
+        for (int p = 0; p < TILE; p++) {
+            vec r = row_load(rows[p], at + i, width - i, half);
+            for (int h = 0; h < H; h++) sum[h][p] = madd(load(x[h] + i), r, sum[h][p]);
+        }
+    for (int h = 0; h < H; h++)
+        for (int p = 0; p < TILE; p++) part[h * LANES + p] = sum[h][p];
+}
+
+INLINE void dots_of(const int half, float *out, int64_t out_stride, const float *const *x, int64_t heads,
+                    const void *const *rows, int64_t count, int64_t at, int64_t width) {
+    vec part[GROUP * LANES];
+    for (int64_t p0 = 0; p0 < count; p0 += LANES) {
+        for (int64_t p = 0; p < LANES; p += TILE) {
+            const void *tile[TILE]; /* past the end stands the last row again: its products are not used */
+            for (int j = 0; j < TILE; j++) tile[j] = rows[p0 + p + j < count ? p0 + p + j : count - 1];
+            for (int64_t h = 0; h < heads && p0 + p < count; h += TILE) {
+                vec *to = part + h * LANES + p;
+                int64_t rest = heads - h;
+#if defined(__AVX512F__)
+                if (rest == 2)
+                    dots_tile(2, half, to, x + h, tile, at, width);
+                else if (rest == 3)
+                    dots_tile(3, half, to, x + h, tile, at, width);
+                else
+#endif
+                if (rest == 1)
+                    dots_tile(1, half, to, x + h, tile, at, width);
+                else
+                    dots_tile(TILE, half, to, x + h, tile, at, width);
+            }
+            for (int64_t h = 0; h < heads && p0 + p >= count; h++)
+                for (int j = 0; j < TILE; j++) part[h * LANES + p + j] = (vec){0};
+        }
+        for (int64_t h = 0; h < heads; h++) store(out + h * out_stride + p0, sums(part + h * LANES));
+    }
+}
+
+/* out[h][p] = x[h] . rows[p][at : at + width] for `heads` <= GROUP; writes whole vectors: out has padded(count). */
+static void dots(float *out, int64_t out_stride, const float *const *x, int64_t heads, const void *const *rows,
+                 int64_t count, int64_t at, int64_t width, int half) {
+    if (half)
+        dots_of(1, out, out_stride, x, heads, rows, count, at, width);
+    else
+        dots_of(0, out, out_stride, x, heads, rows, count, at, width);
+}
+
+/* H <= TILE vectors of weights over all rows, for `columns` vectors of them, the last of `last` numbers. */
+INLINE void mix_tile(const int H, const int columns, const int whole, const int half, float *out, int64_t out_stride,
+                     const float *keep, const float *w, int64_t w_stride, const void *const *rows, int64_t count,
+                     int64_t at, int64_t last) {
+    vec sum[TILE][TILE];
+    for (int h = 0; h < H; h++)
+        for (int c = 0; c < columns; c++)
+            sum[h][c] = keep ? load(out + h * out_stride + c * LANES) * keep[h] : (vec){0};
+    for (int64_t p = 0; p < count; p++) {
+        vec r[TILE];
+        for (int c = 0; c < columns; c++) r[c] = row_load(rows[p], at + c * LANES, whole ? LANES : last, half);
+        for (int h = 0; h < H; h++) {
+            vec weight = all(w[h * w_stride + p]);
+            for (int c = 0; c < columns; c++) sum[h][c] = madd(weight, r[c], sum[h][c]);
+        }
+    }
+    for (int h = 0; h < H; h++)
+        for (int c = 0; c < columns; c++) store(out + h * out_stride + c * LANES, sum[h][c]);
+}
+
+INLINE void mix_heads(const int H, const int half, float *out, int64_t out_stride, const float *keep, const float *w,
+                      int64_t w_stride, const void *const *rows, int64_t count, int64_t at, int64_t width) {
+    int64_t i = 0;
+    for (; i + TILE * LANES <= width; i += TILE * LANES)
+        mix_tile(H, TILE, 1, half, out + i, out_stride, keep, w, w_stride, rows, count, at + i, LANES);
+    for (; i + LANES <= width; i += LANES)
+        mix_tile(H, 1, 1, half, out + i, out_stride, keep, w, w_stride, rows, count, at + i, LANES);
+    if (i < width)
+        mix_tile(H, 1, 0, half, out + i, out_stride, keep, w, w_stride, rows, count, at + i, width - i);
+}
+
+INLINE void mix_of(const int half, float *out, int64_t out_stride, const float *keep, const float *w, int64_t w_stride,
+                   int64_t heads, const void *const *rows, int64_t count, int64_t at, int64_t width) {
+    for (int64_t h = 0; h < heads; h += TILE) {
+        float *to = out + h * out_stride;
+        const float *kept = keep ? keep + h : keep, *weights = w + h * w_stride;
+        int64_t rest = heads - h;
+#if defined(__AVX512F__)
+        if (rest == 2)
+            mix_heads(2, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
+        else if (rest == 3)
+            mix_heads(3, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
+        else
+#endif
+        if (rest == 1)
+            mix_heads(1, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
+        else
+            mix_heads(TILE, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
+    }
+}
+
+/* out_h = keep_h out_h + sum over p of w[h][p] rows[p][at : at + width]; without `keep` what out held is gone. */
+static void mix(float *out, int64_t out_stride, const float *keep, const float *w, int64_t w_stride, int64_t heads,
+                const void *const *rows, int64_t count, int64_t at, int64_t width, int half) {
+    if (half)
+        mix_of(1, out, out_stride, keep, w, w_stride, heads, rows, count, at, width);
+    else
+        mix_of(0, out, out_stride, keep, w, w_stride, heads, rows, count, at, width);
+}
