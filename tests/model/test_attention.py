@@ -104,8 +104,8 @@ def test_pieces_and_single_tokens_equal_whole_rows(
 ) -> None:
     """A prompt read in two pieces, then tokens one step at a time and two at once, of rows of different lengths."""
     attention, shape = module(config, seed)
-    attention.join()
     norm = RMSNorm(shape.hidden_size)
+    attention.prepare(norm)
     generator = torch.Generator().manual_seed(seed + 1)
     rows = [torch.randn(1, n + steps + 2, shape.hidden_size, generator=generator) for n in prompts]
     paged = Paged(shape, len(rows), max(prompts) + steps + 2, seed)
@@ -125,10 +125,10 @@ def test_pieces_and_single_tokens_equal_whole_rows(
         step = paged.step(list(range(len(rows))), [n + i for n in prompts])
         x = torch.cat([row[:, n + i] for row, n in zip(rows, prompts, strict=True)])
         expected = torch.stack([all_[n + i] for all_, n in zip(whole, prompts, strict=True)])
-        close(attention.decode(x, norm, step, paged.pool), expected)
+        close(attention.decode(x, step, paged.pool), expected)
     two = [(b, n + steps + i) for b, n in enumerate(prompts) for i in range(2)]
     x = torch.stack([rows[b][0, t] for b, t in two])
-    y = attention.decode(x, norm, paged.step([b for b, _ in two], [t for _, t in two]), paged.pool)
+    y = attention.decode(x, paged.step([b for b, _ in two], [t for _, t in two]), paged.pool)
     close(y, torch.stack([whole[b][t] for b, t in two]))
 
 
@@ -143,13 +143,13 @@ def close(found: Tensor, expected: Tensor) -> None:
 def test_prefill_and_decode_write_the_same_cache(config: dict[str, Any], length: int, seed: int) -> None:
     """What a token leaves in the cache (normed latent, rotated shared key) does not depend on how it was processed."""
     attention, shape = module(config, seed)
-    attention.join()
     norm = RMSNorm(shape.hidden_size)
+    attention.prepare(norm)
     x = torch.randn(1, length, shape.hidden_size, generator=torch.Generator().manual_seed(seed))
     at_once, one_by_one = (Paged(shape, 1, length, seed) for _ in range(2))
     attention(norm(x), Context(at_once.rope(length, x.device)), at_once.extend(0, 0))
     for t in range(length):
-        attention.decode(x[:, t], norm, one_by_one.step([0], [t]), one_by_one.pool)
+        attention.decode(x[:, t], one_by_one.step([0], [t]), one_by_one.pool)
     torch.testing.assert_close(at_once.pool, one_by_one.pool, atol=1e-5, rtol=1e-5)
 
 

@@ -23,7 +23,6 @@ from luciola.engine.sampler import History, NotFiniteError, NothingAllowedError,
 from luciola.engine.scheduler import Scheduler
 from luciola.engine.sequence import Completion, Delta, Sequence
 from luciola.model.native.attention import Step
-from luciola.model.native.linear import linear
 from luciola.model.transformer import Transformer
 from luciola.text.tokenizer import Tokenizer
 
@@ -116,7 +115,7 @@ class Runner:
             starts = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
         step = self.flat_step(rows, starts)
         tokens_N = torch.tensor([token for tokens in fed for token in tokens], device=self.device)
-        states_ND, routings = self.model.decode(tokens_N, step, self.cache.pools)
+        states_ND, routings = self.model.decode(tokens_N, step, self.cache.pools, self.exact)
         drawings = []
         place = 0
         for sequence, count in zip(sequences, counts, strict=True):
@@ -136,7 +135,7 @@ class Runner:
         rotation = self.model.rope(max(positions) + 1, self.device)
         rows_N, positions_N = (torch.tensor(x, dtype=torch.int32, device=self.device) for x in (rows, positions))
         cache = self.cache
-        return Step(rows_N, positions_N, cache.table_RM, cache.block_size, rotation.cos, rotation.sin, exact=self.exact)
+        return Step(rows_N, positions_N, cache.table_RM, cache.block_size, rotation.cos, rotation.sin)
 
     def _advance(self, sequence: Sequence, count: int) -> None:
         sequence.computed += count
@@ -169,7 +168,7 @@ class Runner:
         states_BD = (
             torch.cat([drawing.states_kD for drawing in drawings]) if len(drawings) > 1 else drawings[0].states_kD
         )
-        logits_BV = linear(states_BD, self.model.lm_head.weight, exact=self.exact)
+        logits_BV = self.model.head(states_BD, exact=self.exact)
         rows = sequences
         if len(logits_BV) > len(sequences):
             rows = [sequence for sequence, count in zip(sequences, counts, strict=True) for _ in range(count)]
@@ -294,11 +293,13 @@ class Runner:
                 sequence.leader.followers.remove(sequence)
                 sequence.leader = None
             heirs = [follower for follower in sequence.followers if not follower.ended]
+            for follower in sequence.followers:
+                follower.leader = None
             sequence.followers = []
-            for heir in heirs:
-                heir.leader = heirs[0] if heir is not heirs[0] else None
             if heirs:
                 heirs[0].followers = heirs[1:]
+                for follower in heirs[1:]:
+                    follower.leader = heirs[0]
                 self.scheduler.add(heirs[0])
             self.cached_tokens += sequence.cached_tokens or 0
             if sequence.grammar is not None:

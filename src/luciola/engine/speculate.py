@@ -24,7 +24,6 @@ from torch import Tensor
 
 from luciola.engine.cache import Piece, PromptCache
 from luciola.engine.sequence import Sequence
-from luciola.model.native.linear import linear
 from luciola.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -165,7 +164,7 @@ class Speculator:
         for number in range(self.most):
             if not going:
                 return
-            drafts = linear(self.model.mtp[0].norm(states_BD), self.model.lm_head.weight).argmax(-1).tolist()
+            drafts = self.model.mtp[0].head(states_BD).argmax(-1).tolist()
             kept = []
             for place, (i, token) in enumerate(zip(going, drafts, strict=True)):
                 s = sequences[i]

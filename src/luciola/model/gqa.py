@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from luciola.model.attention import Context, Extend, attend
 from luciola.model.config import ModelConfig
-from luciola.model.joined import Joined
+from luciola.model.joined import joined
 from luciola.model.native.attention import Step, gqa_attend
-from luciola.model.native.linear import linear
+from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
 from luciola.model.rope import Rotation, rotate
 
@@ -58,14 +58,15 @@ class GQA(nn.Module):
         o_BTHd = attend(q_BHTd, k_BGTd, v_BGTd, self.scale, context, self.window)
         return self.o_proj(o_BTHd.flatten(2))  # type: ignore[no-any-return]
 
-    def join(self) -> None:
-        """Lay the weights that meet the same input below each other, for `decode`."""
-        self.inputs = Joined([self.q_proj, self.k_proj, self.v_proj])
+    def prepare(self, norm: RMSNorm) -> None:
+        """Make ready for `decode`, where `norm` comes before the attention."""
+        self.inputs = joined([self.q_proj, self.k_proj, self.v_proj], norm)
+        self.output = Product(self.o_proj.weight, self.o_proj.bias)
 
-    def decode(self, x_ND: Tensor, norm: RMSNorm, step: Step, pool_PC: Tensor) -> Tensor:
+    def decode(self, x_ND: Tensor, step: Step, pool_PC: Tensor, exact: bool = False) -> Tensor:
         """x + the attention of norm(x) for N new tokens; their keys and values go into the cache first."""
         o_Nx = gqa_attend(
-            self.inputs(x_ND, norm, step.exact),
+            self.inputs(x_ND, exact=exact),
             getattr(self, "q_norm", None),
             getattr(self, "k_norm", None),
             pool_PC,
@@ -76,4 +77,4 @@ class GQA(nn.Module):
             scale=self.scale,
             window=self.window,
         )
-        return linear(o_Nx, self.o_proj.weight, self.o_proj.bias, residual=x_ND, exact=step.exact)
+        return self.output(o_Nx, x_ND, exact=exact)

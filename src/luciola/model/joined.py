@@ -11,61 +11,48 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from luciola.model.native.linear import linear
+from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
 from luciola.model.quant import Quantized
 
 
-class Joined:
-    """The outputs of several linear modules, side by side, of few tokens.
+class SideBySide:
+    """Products of the same input, their results next to each other."""
 
-    A training step changes the weights in place and is seen here; whoever gives a parameter other memory (`module.to`)
-    must join anew.
-    """
+    def __init__(self, products: Sequence[Product]) -> None:
+        self.products = products
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = list(modules)
-        self.weight: Tensor | Quantized | None = None
-        self.bias: Tensor | None = None
-        weights = [module.weight for module in self.modules]
-        if all(isinstance(weight, Quantized) for weight in weights):
-            self.weight = Quantized.joined(weights)  # None where they are quantised in different ways
-        elif not any(isinstance(weight, Quantized) for weight in weights):
-            self.weight = _below_each_other(weights)
-        biases = [module.bias for module in self.modules if module.bias is not None]
-        if len(biases) == len(self.modules):
-            self.bias = _below_each_other(biases)
-        elif biases:
-            self.weight = None
-        self._places = [weight.data_ptr() for weight in weights]
+    def __call__(self, x_NK: Tensor, residual: None = None, *, exact: bool = False) -> Tensor:
+        return torch.cat([product(x_NK, exact=exact) for product in self.products], dim=-1)
 
-    @property
-    def current(self) -> bool:
-        """Whether the modules' weights are still where they were."""
-        return self._places == [module.weight.data_ptr() for module in self.modules]
 
-    def __call__(self, x_ND: Tensor, norm: RMSNorm, exact: bool = False) -> Tensor:
-        """Of the normed x, (N, sum of the modules' outputs), float32; `exact`: see `linear`."""
-        if self.weight is not None:
-            return linear(x_ND, self.weight, self.bias, norm=norm, exact=exact)
-        parts = [linear(x_ND, m.weight, m.bias, norm=norm, exact=exact) for m in self.modules]  # type: ignore[arg-type]
-        return torch.cat(parts, dim=-1)
+def joined(modules: Sequence[nn.Module], norm: RMSNorm) -> Product | SideBySide:
+    """All outputs of linear modules, of the normed input, side by side: as one product where their weights can be laid
+    below each other."""
+    weights, biases = [module.weight for module in modules], [module.bias for module in modules]
+    weight: Tensor | Quantized | None = None
+    if all(bias is None for bias in biases) or all(bias is not None for bias in biases):
+        if all(isinstance(w, Quantized) for w in weights):
+            weight = Quantized.joined(weights)  # None where they are quantised in different ways
+        elif not any(isinstance(w, Quantized) for w in weights):
+            weight = below_each_other(weights)
+    if weight is None:
+        return SideBySide([Product(w, bias, norm=norm) for w, bias in zip(weights, biases, strict=True)])
+    bias = None if biases[0] is None else below_each_other(biases)
+    return Product(weight, bias, norm=norm)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _below_each_other(parameters: Sequence[Tensor]) -> Tensor:
+def below_each_other(parameters: Sequence[Tensor]) -> Tensor:
     """One tensor over the memory of all, after moving them to where that is possible."""
     first = parameters[0]
-    end = first.data_ptr()
-    adjacent = True
+    storage, end, adjacent = first.untyped_storage().data_ptr(), first.data_ptr(), True
     for p in parameters:
-        adjacent &= p.data_ptr() == end and p.is_contiguous()
-        adjacent &= p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        adjacent &= p.data_ptr() == end and p.is_contiguous() and p.untyped_storage().data_ptr() == storage
         end += p.nbytes
-    shape = (sum(len(p) for p in parameters), *first.shape[1:])
     if not adjacent:
         whole = torch.cat([p.detach() for p in parameters])
         for p, part in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
             p.data = part
-    return first.detach().as_strided(shape, first.stride())
+    return first.detach().as_strided((sum(len(p) for p in parameters), *first.shape[1:]), first.stride())

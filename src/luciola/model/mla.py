@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from luciola.model.attention import Context, Extend, attend
 from luciola.model.config import ModelConfig
-from luciola.model.joined import Joined
+from luciola.model.joined import joined
 from luciola.model.native.attention import Step, mla_attend
-from luciola.model.native.linear import linear
+from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
 from luciola.model.rope import Rotation, rotate, turn
 
@@ -111,16 +111,18 @@ class MLA(nn.Module):
         o_BTHv = attend(q_BHTx, k_BHTx, v_BHTv, self.scale, context)
         return self.o_proj(o_BTHv.flatten(2))  # type: ignore[no-any-return]
 
-    def join(self) -> None:
-        """Lay the weights that meet the same input below each other, for `decode`."""
-        first = self.q_a_proj if hasattr(self, "q_a_proj") else self.q_proj
-        self.inputs = Joined([first, self.kv_a_proj_with_mqa])
+    def prepare(self, norm: RMSNorm) -> None:
+        """Make ready for `decode`, where `norm` comes before the attention."""
+        compressed = hasattr(self, "q_a_proj")
+        self.inputs = joined([self.q_a_proj if compressed else self.q_proj, self.kv_a_proj_with_mqa], norm)
+        self.queries = Product(self.q_b_proj.weight, norm=self.q_a_layernorm) if compressed else None
+        self.output = Product(self.o_proj.weight, self.o_proj.bias)
 
-    def decode(self, x_ND: Tensor, norm: RMSNorm, step: Step, pool_PC: Tensor) -> Tensor:
+    def decode(self, x_ND: Tensor, step: Step, pool_PC: Tensor, exact: bool = False) -> Tensor:
         """x + the attention of norm(x) for N new tokens, absorbed; their [c ; k_R] go into the cache first."""
-        q_Nx, ckR_NC = self.inputs(x_ND, norm, step.exact).tensor_split([-self.rank - self.r], dim=-1)
-        if hasattr(self, "q_a_proj"):
-            q_Nx = linear(q_Nx, self.q_b_proj.weight, norm=self.q_a_layernorm, exact=step.exact)
+        q_Nx, ckR_NC = self.inputs(x_ND, exact=exact).tensor_split([-self.rank - self.r], dim=-1)
+        if self.queries is not None:
+            q_Nx = self.queries(q_Nx, exact=exact)
         o_Nx = mla_attend(
             q_Nx.unflatten(-1, (self.heads, self.n + self.r)),
             ckR_NC,
@@ -134,4 +136,4 @@ class MLA(nn.Module):
             rope=self.r,
             v=self.v,
         )
-        return linear(o_Nx, self.o_proj.weight, self.o_proj.bias, residual=x_ND, exact=step.exact)
+        return self.output(o_Nx, x_ND, exact=exact)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luciola.model.joined import Joined
-from luciola.model.native.linear import linear
+from luciola.model.joined import joined
+from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
 
 
@@ -23,11 +23,11 @@ class SwiGLU(nn.Module):
         """x: (..., hidden); returns the same shape."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
 
-    def join(self) -> None:
-        """Lay the weights that meet the same input below each other, for `decode`."""
-        self.inputs = Joined([self.gate_proj, self.up_proj])
+    def prepare(self, norm: RMSNorm) -> None:
+        """Make ready for `decode`, where `norm` comes before the feed-forward."""
+        self.inputs = joined([self.gate_proj, self.up_proj], norm)
+        self.output = Product(self.down_proj.weight, self.down_proj.bias, swiglu=True)
 
-    def decode(self, x_ND: Tensor, norm: RMSNorm, exact: bool = False) -> Tensor:
+    def decode(self, x_ND: Tensor, exact: bool = False) -> Tensor:
         """x + the feed-forward of norm(x) for N new tokens."""
-        h_NJ, down = self.inputs(x_ND, norm, exact), self.down_proj
-        return linear(h_NJ, down.weight, down.bias, swiglu=True, residual=x_ND, exact=exact)
+        return self.output(self.inputs(x_ND, exact=exact), x_ND, exact=exact)

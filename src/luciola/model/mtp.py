@@ -18,7 +18,7 @@ from luciola.model.attention import Context, Extend
 from luciola.model.config import ModelConfig
 from luciola.model.moe import Routing
 from luciola.model.native.attention import Step
-from luciola.model.native.linear import linear
+from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
 
 
@@ -47,8 +47,12 @@ class MTPModule(nn.Module):
         joined = torch.cat((self.enorm(embedded_BTD), self.hnorm(states_BTD)), dim=-1)
         return MTPStates(*self.block(self.eh_proj(joined), context, extend))
 
+    def prepare(self, head: nn.Module) -> None:
+        """Make ready for `decode`; the head is the main model's."""
+        self.join_inputs, self.head = Product(self.eh_proj.weight), Product(head.weight, norm=self.norm)
+
     def decode(self, states_ND: Tensor, embedded_ND: Tensor, step: Step, pool_PC: Tensor) -> Tensor:
         """The same for N new tokens of any sequences against a cache of its own; returns the states (N, D)."""
         joined = torch.cat((self.enorm(embedded_ND), self.hnorm(states_ND)), dim=-1)
-        states_ND, _ = self.block.decode(linear(joined, self.eh_proj.weight), step, pool_PC)  # type: ignore[operator]
+        states_ND, _ = self.block.decode(self.join_inputs(joined), step, pool_PC)  # type: ignore[operator]
         return states_ND

@@ -28,6 +28,7 @@ from luciola.model.mlp import SwiGLU
 from luciola.model.moe import MoE, Routing
 from luciola.model.mtp import MTPModule, MTPStates
 from luciola.model.native.attention import Step
+from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
 from luciola.model.rope import Rope, Rotation
 
@@ -60,12 +61,19 @@ class Block(nn.Module):
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context, extend)
         return self._feed_forward(x_BTD, routes_BTK)
 
-    def decode(self, x_ND: Tensor, step: Step, pool_PC: Tensor) -> tuple[Tensor, Routing | None]:
+    def prepare(self) -> None:
+        """Make ready for `decode`."""
+        self.self_attn.prepare(self.input_layernorm)
+        self.mlp.prepare(self.post_attention_layernorm)
+
+    def decode(
+        self, x_ND: Tensor, step: Step, pool_PC: Tensor, exact: bool = False
+    ) -> tuple[Tensor, Routing | None]:
         """N new tokens, each against the cache of its sequence."""
-        x_ND = self.self_attn.decode(x_ND, self.input_layernorm, step, pool_PC)
+        x_ND = self.self_attn.decode(x_ND, step, pool_PC, exact)
         if isinstance(self.mlp, MoE):
-            return self.mlp.decode(x_ND, self.post_attention_layernorm, step.exact)
-        return self.mlp.decode(x_ND, self.post_attention_layernorm, step.exact), None
+            return self.mlp.decode(x_ND, exact)
+        return self.mlp.decode(x_ND, exact), None
 
 
 class Hidden(NamedTuple):
@@ -179,26 +187,25 @@ class Transformer(nn.Module):
                 routings.append(routing)
         return Hidden(self.norm(x_BTD), routings)
 
-    def join(self) -> None:
-        """Make ready for `decode`: weights that meet the same input come to lie below each other in memory. Cheap where
-        that is so already."""
-        blocks = [*self.layers, *(module.block for module in self.mtp)]
-        for block in blocks:
-            for part in (block.self_attn, block.mlp):
-                if isinstance(part, MoE):
-                    part = getattr(part, "shared_experts", None)
-                if part is not None and not (hasattr(part, "inputs") and part.inputs.current):
-                    part.join()
+    def prepare(self) -> None:
+        """Make ready for `decode`; to be done again when weights have changed. Weights that meet the same input come to
+        lie below each other in memory."""
+        for block in [*self.layers, *(module.block for module in self.mtp)]:
+            block.prepare()  # type: ignore[operator]
+        for module in self.mtp:
+            module.prepare(self.lm_head)  # type: ignore[operator]
+        self.head = Product(self.lm_head.weight)
 
-    def decode(self, tokens_N: Tensor, step: Step, pools: Sequence[Tensor]) -> Hidden:
+    def decode(self, tokens_N: Tensor, step: Step, pools: Sequence[Tensor], exact: bool = False) -> Hidden:
         """N new tokens of any sequences, several of one allowed, against `pools`, the cache of each layer (P, C).
 
-        `step` says to which sequence each token belongs, and at which position. Returns states (N, D), float32.
+        `step` says to which sequence each token belongs, and at which position. Returns states (N, D), float32. With
+        `exact` no bit of a token's states depends on the other tokens of the step.
         """
         x_ND = F.embedding(tokens_N, self.embed_tokens.weight).float()
         routings: list[Routing] = []
-        for block, pool_PC in zip(self.layers, pools, strict=False):  # the MTP modules' pools come last
-            x_ND, routing = block.decode(x_ND, step, pool_PC)  # type: ignore[operator]
+        for block, pool_PC in zip(self.layers, pools, strict=False):  # the MTP module's pool comes last
+            x_ND, routing = block.decode(x_ND, step, pool_PC, exact)  # type: ignore[operator]
             if routing is not None:
                 routings.append(routing)
         return Hidden(self.norm(x_ND), routings)

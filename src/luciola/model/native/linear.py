@@ -129,6 +129,10 @@ class Product:
             self._struct, self._kept = _struct(self.weight, self.bias, norm, swiglu)
             self._address = ctypes.addressof(self._struct)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is made of copied tensors: the addresses in the struct are not theirs."""
+        return _product, (self.weight, self.bias, self.norm, self.swiglu)
+
     def __call__(self, x_NK: Tensor, residual: Tensor | None = None, *, exact: bool = False) -> Tensor:
         """x_NK: float32 or bfloat16, (N, K), or (N, 2K) for SwiGLU; residual: (N, M). Returns (N, M) float32.
 
@@ -154,6 +158,10 @@ class Product:
         if not done:
             raise MemoryError(f"no memory for {N} rows of {self.K} float32 numbers")
         return y_NM
+
+
+def _product(weight: Tensor | Quantized, bias: Tensor | None, norm: RMSNorm | None, swiglu: bool) -> Product:
+    return Product(weight, bias, norm=norm, swiglu=swiglu)
 
 
 def linear(

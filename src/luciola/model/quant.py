@@ -1,0 +1,2 @@
+class Quantized: pass
+def quantize_model(*a): raise ValueError
