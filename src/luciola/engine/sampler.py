@@ -340,12 +340,11 @@ def _draw_from_head(
     kept_CK = in_k_CK & (before_CK < reach_C1) & (top_CK >= min_p_C1 * top_CK[:, :1])
     count_C1 = kept_CK.sum(-1, keepdim=True)
     least_C1 = top_CK.gather(1, count_C1 - 1)
-    if K < V:
-        next_C1 = top_CK.gather(1, count_C1.clamp(max=K - 1))
-        # topk picks among equals as it likes; where only some of them are kept, they must be those of the lowest ids.
-        for c in ((next_C1 == least_C1) & (count_C1 < K)).squeeze(1).nonzero().flatten().tolist():
-            above, count, equal = (top_CK[c] > least_C1[c]).sum(), count_C1[c], (p_CV[c] == least_C1[c]).nonzero()
-            ids_CK[c, above:count] = equal[: count - above].squeeze(1)
+    next_C1 = top_CK.gather(1, count_C1.clamp(max=K - 1))
+    # topk picks among equals as it likes; where only some of them are kept, they must be those of the lowest ids.
+    for c in ((next_C1 == least_C1) & (count_C1 < K)).squeeze(1).nonzero().flatten().tolist():
+        above, count, equal = (top_CK[c] > least_C1[c]).sum(), count_C1[c], (p_CV[c] == least_C1[c]).nonzero()
+        ids_CK[c, above:count] = equal[: count - above].squeeze(1)
     ids_CK, _ = ids_CK.masked_fill(~kept_CK, V).sort(dim=-1)
     p_CK = p_CV.gather(1, ids_CK.clamp(max=V - 1)).masked_fill(ids_CK == V, 0.0)
     tokens_C = ids_CK.gather(1, _draw(p_CK, uniform_C)[:, None]).squeeze(1)
