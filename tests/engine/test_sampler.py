@@ -78,7 +78,7 @@ def fully_sorted(p_V: Tensor, params: SamplingParams, u: float) -> int:
 
 
 @given(
-    st.sampled_from([1, 2, 255, 256, 257, 1000, 5000]),
+    st.sampled_from([1, 2, 255, 256, 257, 1000, 5000, 16_384, 17_003]),
     st.sampled_from([0, 1, 2, 3, 100, 255, 256, 257, 1000, 4095, 4096, 4097, 9999]),
     st.sampled_from([1e-9, 0.01, 0.3, 0.9, 0.95, 0.999, 0.9999999, 1.0]),
     st.sampled_from([0.0, 1e-3, 0.05, 0.5, 1.0]),

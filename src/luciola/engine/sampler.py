@@ -35,6 +35,7 @@ BLOCK = 64  # uniform numbers drawn from a stream at a time
 COLD = 1e-6  # temperatures below are taken as 0: logits divided by them can overflow
 SMALL = 1e-30  # smaller top_p could round to 0, which keeps nothing; the likeliest token alone reaches either
 CANDIDATES = 256  # likeliest tokens that top-k, top-p and min-p look at first
+HEIGHT = 16  # of the table in which the largest of many numbers are looked for
 MORE = 16  # times as many when those were too few
 
 
@@ -330,7 +331,7 @@ def _draw_from_head(
     """
     V = p_CV.shape[1]
     K = min(most, V)
-    top_CK, ids_CK = p_CV.topk(K, dim=-1)
+    top_CK, ids_CK = _topk(p_CV, K)
     rank_K = torch.arange(K, device=p_CV.device)
     in_k_CK = (rank_K < top_k_C1) | (top_k_C1 == 0)
     cumulative_CK = torch.where(in_k_CK, top_CK, 0.0).cumsum(-1)
@@ -356,6 +357,22 @@ def _draw_from_head(
     return tokens_C
 
 
+def _topk(p_CV: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """`p_CV.topk(K)` in half the time where V is much larger than K: the K largest numbers stand in those K columns of
+    a table whose maxima are the largest, and maxima are cheap."""
+    C, V = p_CV.shape
+    width = V // HEIGHT
+    if width < 4 * K:
+        return p_CV.topk(K, dim=-1)
+    table_CHW = p_CV[:, : HEIGHT * width].view(C, HEIGHT, width)
+    columns_C1K = table_CHW.amax(1).topk(K, dim=-1, sorted=False).indices.unsqueeze(1)
+    ids_CN = (columns_C1K + torch.arange(0, HEIGHT * width, width, device=p_CV.device)[:, None]).flatten(1)
+    rest_CR = torch.arange(HEIGHT * width, V, device=p_CV.device).expand(C, -1)
+    ids_CN = torch.cat([ids_CN, rest_CR], dim=1)
+    top_CK, at_CK = p_CV.gather(1, ids_CN).topk(K, dim=-1)
+    return top_CK, ids_CN.gather(1, at_CK)
+
+
 def _logprobs(logits_BV: Tensor, p_BV: Tensor, tokens_BK: Tensor) -> Tensor:
     """Log-probability of each row's tokens, by the same arithmetic as `luciola.model.logprobs`."""
     return logits_BV.gather(1, tokens_BK) - logits_BV.amax(-1, keepdim=True) + p_BV.amax(-1, keepdim=True).log()
@@ -363,7 +380,10 @@ def _logprobs(logits_BV: Tensor, p_BV: Tensor, tokens_BK: Tensor) -> Tensor:
 
 def _likeliest(logits_V: Tensor, p_V: Tensor, k: int) -> list[tuple[int, float]]:
     """The k likeliest tokens and their log-probabilities, equal ones in order of ids."""
-    least = logits_V.topk(min(k, len(logits_V))).values[-1]
-    tokens = (logits_V >= least).nonzero().squeeze(1)
+    (top,), (tokens,) = _topk(logits_V[None], min(k + 1, len(logits_V)))
+    if len(top) > k and top[k] == top[k - 1]:  # which of the equal ones are among the k, topk does not promise
+        tokens = (logits_V >= top[k]).nonzero().squeeze(1)
+    else:
+        tokens = tokens[:k].sort().values
     tokens = tokens[logits_V[tokens].sort(descending=True, stable=True).indices[:k]]
     return list(zip(tokens.tolist(), _logprobs(logits_V[None], p_V[None], tokens[None])[0].tolist(), strict=True))
