@@ -255,8 +255,7 @@ def sample(
         best = scores_BV.max(-1)
         _check(best.values.isfinite(), logits_BV, scores_BV)
         return Sampled(best.indices)
-    tempered_BV = _tempered(scores_BV, settings)
-    p_BV = tempered_BV.softmax(-1)
+    p_BV = _softmax(scores_BV, settings.temperature_B1)
     _check(p_BV[:, 0].isfinite(), logits_BV, scores_BV)  # one bad number makes the whole row NaN
     tokens_B = torch.empty(len(logits_BV), dtype=torch.long, device=logits_BV.device)
     if len(rows := settings.greedy):
@@ -269,12 +268,11 @@ def sample(
     if not logprobs:
         return Sampled(tokens_B)
     if scores_BV is not logits_BV:
-        tempered_BV = _tempered(logits_BV, settings)
-        p_BV = tempered_BV.softmax(-1)
-    tempered_B = _logprobs(tempered_BV, p_BV, tokens_B[:, None]).squeeze(1)
+        p_BV = _softmax(logits_BV, settings.temperature_B1)
+    plain_B = tempered_B = _logprobs(logits_BV, p_BV, tokens_B[:, None], settings.temperature_B1).squeeze(1)
     if settings.temperature_B1 is not None:
         p_BV = logits_BV.softmax(-1)
-    plain_B = tempered_B if tempered_BV is logits_BV else _logprobs(logits_BV, p_BV, tokens_B[:, None]).squeeze(1)
+        plain_B = _logprobs(logits_BV, p_BV, tokens_B[:, None]).squeeze(1)
     top = {b: _likeliest(logits_BV[b], p_BV[b], k) for b, k in settings.top_logprobs}
     return Sampled(tokens_B, plain_B, tempered_B, top)
 
@@ -293,8 +291,11 @@ def _edited(
     return scores_BV
 
 
-def _tempered(scores_BV: Tensor, settings: Settings) -> Tensor:
-    return scores_BV if settings.temperature_B1 is None else scores_BV / settings.temperature_B1
+def _softmax(logits_BV: Tensor, temperature_B1: Tensor | None) -> Tensor:
+    if temperature_B1 is None:
+        return logits_BV.softmax(-1)
+    p_BV = logits_BV / temperature_B1
+    return torch.softmax(p_BV, -1, out=p_BV)  # another tensor of this size would cost as much as the arithmetic
 
 
 def _rows(x_BV: Tensor, rows: Tensor) -> Tensor:
@@ -373,9 +374,12 @@ def _topk(p_CV: Tensor, K: int) -> tuple[Tensor, Tensor]:
     return top_CK, ids_CN.gather(1, at_CK)
 
 
-def _logprobs(logits_BV: Tensor, p_BV: Tensor, tokens_BK: Tensor) -> Tensor:
+def _logprobs(logits_BV: Tensor, p_BV: Tensor, tokens_BK: Tensor, temperature_B1: Tensor | None = None) -> Tensor:
     """Log-probability of each row's tokens, by the same arithmetic as `luciola.model.logprobs`."""
-    return logits_BV.gather(1, tokens_BK) - logits_BV.amax(-1, keepdim=True) + p_BV.amax(-1, keepdim=True).log()
+    logits_BK, most_B1 = logits_BV.gather(1, tokens_BK), logits_BV.amax(-1, keepdim=True)
+    if temperature_B1 is not None:
+        logits_BK, most_B1 = logits_BK / temperature_B1, most_B1 / temperature_B1
+    return logits_BK - most_B1 + p_BV.amax(-1, keepdim=True).log()
 
 
 def _likeliest(logits_V: Tensor, p_V: Tensor, k: int) -> list[tuple[int, float]]:
