@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,9 @@ MAX_SOURCE = 1 << 20  # characters of a schema or grammar; published collections
 COMPILED = 64  # grammars kept ready by a GrammarCompiler
 # Whoever may send a schema decides how much work it is. Of llguidance's limits these bound the time and memory to
 # compile one, a few seconds and some hundred MB, and of a step; "verbose" errors repeat the whole state of the parser.
-LIMITS = LLParserLimits(max_grammar_size=200_000, initial_lexer_fuel=1_000_000, verbose_errors=False)
+LIMITS = LLParserLimits(
+    max_items_in_row=10_000, max_grammar_size=200_000, initial_lexer_fuel=1_000_000, verbose_errors=False
+)
 # Between the parts of a JSON text: a blank, or a new line with its indentation. Without a bound small models stay there.
 WHITESPACE = r"[ \t]|\n[ \t]{0,40}"
 
@@ -141,8 +144,12 @@ def _must_be_text(what: str, value: object) -> None:
 
 
 def _sentence(fault: str) -> str:
-    """The first line of what llguidance says; below stands a picture of the place or the state of its parser."""
-    return printable(" ".join(fault.split("\n<state>")[0].split()), 300).rstrip(".")
+    """What llguidance says, without the picture of the place and the state of its parser that stand below."""
+    if fault.startswith("panic"):
+        return "llguidance fails on it"
+    fault = re.split(r"\n\s*(?:\d+ \||<)", fault)[0]
+    fault = re.sub(r"^at 1\(8\): (failed to compile JSON schema: )?", "", fault)  # the only place in a schema or regex
+    return printable(" ".join(fault.split()), 300).rstrip(".")
 
 
 class _Vocabulary:
@@ -170,11 +177,19 @@ class _Vocabulary:
         self.free_V[self.ends] = False
         self.words = (len(self.tokens) + 31) // 32
 
-    def __call__(self, text: str | bytes) -> list[int]:
-        return self.spell(text.encode() if isinstance(text, str) else text)
+    def __call__(self, text: str) -> list[int]:
+        """How llguidance would cut a text that it forces, which no grammar here lets it do."""
+        return self.spell(text.encode())
 
     def spell(self, text: bytes) -> list[int]:
         return [self.V + byte for byte in text]
+
+    def allowed_V(self, bits: np.ndarray[tuple[int], np.dtype[np.int32]]) -> Tensor:
+        """llguidance's bit mask as (V,) bool, without the end tokens."""
+        mask = np.unpackbits(bits.view(np.uint8), count=self.V, bitorder="little")
+        allowed_V = torch.from_numpy(mask.view(np.bool_))
+        allowed_V[self.ends] = False
+        return allowed_V
 
     def text_of(self, token: int, trigger: bytes) -> bytes:
         """What a token adds to the free text. A special token is no text, unless it is what is waited for."""
@@ -191,7 +206,9 @@ class _Compiled:
         self.beginning = LLMatcher(tokens, grammar.source, log_level=0, limits=LIMITS)
         if self.beginning.is_error():
             raise ValueError(f"The grammar cannot be used: {_sentence(self.beginning.get_error())}.")
-        if not bool(_mask(self.beginning.deep_copy(), vocabulary).any()):
+        first = np.zeros(vocabulary.words, dtype=np.int32)
+        self.beginning.deep_copy().unsafe_compute_mask_ptr(first.ctypes.data, first.nbytes)
+        if not vocabulary.allowed_V(first).any():
             raise ValueError(
                 "The grammar cannot be used: nothing but the empty text fits it, or no token of the model can begin it."
             )
@@ -363,14 +380,9 @@ class GrammarState:
 
 def _mask(matcher: LLMatcher, vocabulary: _Vocabulary) -> Tensor:
     """The tokens whose text can come next, (V,) bool; without the end tokens."""
-    if matcher.is_stopped():
-        if matcher.is_error():
-            raise DeadEndError(f"the grammar is too complex here: {_sentence(matcher.get_error())}")
-        return torch.zeros_like(vocabulary.free_V)
-    bits = np.empty(vocabulary.words, dtype=np.int32)
-    matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+    bits = np.zeros(vocabulary.words, dtype=np.int32)
+    if not matcher.is_stopped():
+        matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
     if matcher.is_error():
         raise DeadEndError(f"the grammar is too complex here: {_sentence(matcher.get_error())}")
-    allowed_V = torch.from_numpy(np.unpackbits(bits.view(np.uint8), count=vocabulary.V, bitorder="little").view(np.bool_))
-    allowed_V[vocabulary.ends] = False
-    return allowed_V
+    return vocabulary.allowed_V(bits)
