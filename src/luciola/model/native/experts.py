@@ -1,7 +1,8 @@
 """A mixture-of-experts layer for the few tokens of a decoding step, with its norm and its residual, in one call.
 
 The kernel reads each chosen expert once, whichever tokens chose it. No bit of a token's result depends on the other
-tokens of the step or on the number of threads.
+tokens of the step or on the number of threads. It is the faster one up to some 500 tokens; prompts go through the
+modules.
 
 Shapes: N tokens, D hidden, E routed experts, K chosen a token.
 """
@@ -10,11 +11,13 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from luciola.model.moe import MoE
+from luciola.model.native.attention import float_weight
 from luciola.model.native.build import library
 from luciola.model.norm import RMSNorm
 
@@ -28,33 +31,35 @@ def moe(x_ND: Tensor, layer: MoE, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor
     Source: DeepSeekMoE paper, section 3; `MoE.forward`. Not recorded by autograd.
     """
     native = _library()
-    gate, experts = layer.gate, layer.experts
-    W_gate, W_gate_up, W_down = gate.weight, experts.gate_up_proj, experts.down_proj
-    shared = layer._modules.get("shared_experts")
-    if shared is None:
-        of_shared: tuple[Tensor, ...] = ()
-    else:
-        of_shared = tuple(_weight(shared, name) for name in ("gate_proj", "up_proj", "down_proj"))
-    if native is None or not _served(x_ND, (W_gate_up, W_down), of_shared, W_gate):
+    # Each lookup through Module.__getattr__ would cost as much as a small product.
+    parts: dict[str, Any] = layer._modules
+    gate, experts, shared = parts["gate"], parts["experts"]._parameters, parts.get("shared_experts")
+    W_gate, W_gate_up, W_down = gate._parameters["weight"], experts["gate_up_proj"], experts["down_proj"]
+    if native is None or not x_ND.is_cpu or x_ND.dtype is not torch.float32 or not _served(W_gate_up, W_down, W_gate):
         return moe_formula(x_ND, layer, norm)
-    config, scale = gate.config, norm.weight
-    if scale.dtype is not torch.float32:
-        scale = torch.nn.Parameter(scale.float(), requires_grad=False)
-    (tokens, hidden), (number, _, inner) = x_ND.shape, W_down.shape
-    chosen = config.num_experts_per_tok
-    assert chosen is not None
-    biased, sigmoid = config.topk_method == "noaux_tc", config.scoring_func == "sigmoid"
+    half, of_shared = W_down.dtype is torch.bfloat16, (None, None, None, False, 0)
+    if shared is not None:
+        W_g, W_u, W_d = (shared._modules[name]._parameters["weight"] for name in ("gate_proj", "up_proj", "down_proj"))
+        if not _served(W_g, W_u, W_d) or not W_g.dtype is W_u.dtype is W_d.dtype:
+            return moe_formula(x_ND, layer, norm)
+        of_shared = (
+            W_g.data_ptr(), W_u.data_ptr(), W_d.data_ptr(), W_g.dtype is torch.bfloat16, W_g.shape[0]
+        )  # fmt: skip
+    scale = float_weight(norm)
+    (tokens, hidden), (apart, dense), (number, _, inner), config = x_ND.shape, x_ND.stride(), W_down.shape, gate.config
+    if dense != 1 or W_gate_up.dtype is not W_down.dtype:
+        return moe_formula(x_ND, layer, norm)
+    method, chosen, sigmoid = config.topk_method, config.num_experts_per_tok, config.scoring_func == "sigmoid"
+    biased = method == "noaux_tc"
     y_ND = torch.empty(tokens, hidden)
     indices_NK = torch.empty(tokens, chosen, dtype=torch.int64)
     scores_NE = torch.empty(tokens, number)
     failure = native.luciola_moe(
-        y_ND.data_ptr(), indices_NK.data_ptr(), scores_NE.data_ptr(), x_ND.data_ptr(), x_ND.stride(0), tokens, hidden,
+        y_ND.data_ptr(), indices_NK.data_ptr(), scores_NE.data_ptr(), x_ND.data_ptr(), apart, tokens, hidden,
         scale.data_ptr(), norm.eps, W_gate.data_ptr(), W_gate.dtype is torch.bfloat16,
-        gate.e_score_correction_bias.data_ptr() if biased else None,
-        W_gate_up.data_ptr(), W_down.data_ptr(), W_down.dtype is torch.bfloat16, inner,
-        *([x.data_ptr() for x in of_shared] or (None, None, None)),
-        bool(of_shared) and of_shared[0].dtype is torch.bfloat16, of_shared[0].shape[0] if of_shared else 0,
-        number, chosen, 1 if config.topk_method == "greedy" else config.n_group, config.topk_group, sigmoid, biased,
+        gate._buffers["e_score_correction_bias"].data_ptr() if biased else None,
+        W_gate_up.data_ptr(), W_down.data_ptr(), half, inner, *of_shared,
+        number, chosen, 1 if method == "greedy" else config.n_group, config.topk_group, sigmoid, biased,
         config.norm_topk_prob and (sigmoid or chosen > 1), config.routed_scaling_factor,
     )  # fmt: skip
     if failure:
@@ -69,23 +74,15 @@ def moe_formula(x_ND: Tensor, layer: MoE, norm: RMSNorm) -> tuple[Tensor, Tensor
     return x_ND + y_BTD[0], routing.indices_BTK[0], routing.scores_BTE[0]
 
 
-def _weight(module: torch.nn.Module, name: str) -> Tensor:
-    weight = module._modules[name].weight  # type: ignore[union-attr]
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _served(x_ND: Tensor, experts: tuple[Tensor, ...], shared: tuple[Tensor, ...], W_gate: Tensor) -> bool:
-    """Whether the kernel takes these: float32 tokens on the CPU, weights without gaps and each kind of one type."""
+def _served(a: Tensor, b: Tensor, c: Tensor) -> bool:
+    """Whether the kernel reads these weights: of a type that it knows, without gaps."""
     return (
-        x_ND.dtype is torch.float32
-        and x_ND.is_cpu
-        and x_ND.stride(1) == 1
-        and all(
-            kind[0].dtype in READ and all(x.dtype is kind[0].dtype and x.is_contiguous() for x in kind)
-            for kind in (experts, shared, (W_gate,))
-            if kind
-        )
+        a.dtype in READ
+        and b.dtype in READ
+        and c.dtype in READ
+        and a.is_contiguous()
+        and b.is_contiguous()
+        and c.is_contiguous()
     )
 
 
