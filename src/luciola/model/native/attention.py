@@ -90,24 +90,25 @@ def mla_attend(
     rank), float32 or bfloat16; `pool_PC`: (P, rank + r), float32 or bfloat16. Returns (N, H v) float32. Raises
     ValueError where a table leads outside the pool. Source: `MLA.decode`.
     """
-    native = _library()
+    native, kind, weight_kind = _library(), pool_PC.dtype, kv_b_weight.dtype
+    (q_apart, head_apart, q_dense), (ckv_apart, ckv_dense) = q_NHx.stride(), ckv_NC.stride()
     if (
         native is None
-        or not _served(pool_PC, q_NHx, kv_b_weight)
-        or not _plain(ckv_NC)
-        or q_NHx.stride(1) != nope + rope
+        or not (kind in CACHED and weight_kind in CACHED and q_NHx.dtype is ckv_NC.dtype is torch.float32)
+        or not (q_dense == ckv_dense == 1 and head_apart == nope + rope and pool_PC.is_cpu)
+        or not (pool_PC.is_contiguous() and kv_b_weight.is_contiguous())
     ):
         return mla_formula(
             q_NHx, ckv_NC, latent_norm, kv_b_weight, pool_PC, step,
             scale=scale, interleaved=interleaved, nope=nope, rope=rope, v=v,
         )  # fmt: skip
-    norm = _float(latent_norm)
+    norm = float_weight(latent_norm)
     (slots, width), (tokens, heads, _) = pool_PC.shape, q_NHx.shape
     o_NX = torch.empty(tokens, heads * v)
     failure = native.luciola_mla_attend(
-        o_NX.data_ptr(), q_NHx.data_ptr(), q_NHx.stride(0), ckv_NC.data_ptr(), ckv_NC.stride(0), norm.data_ptr(),
-        latent_norm.eps, kv_b_weight.data_ptr(), kv_b_weight.dtype is torch.bfloat16, pool_PC.data_ptr(),
-        pool_PC.dtype is torch.bfloat16, slots, step.native, heads, width - rope, nope, rope, v, scale, interleaved,
+        o_NX.data_ptr(), q_NHx.data_ptr(), q_apart, ckv_NC.data_ptr(), ckv_apart, norm.data_ptr(), latent_norm.eps,
+        kv_b_weight.data_ptr(), weight_kind is torch.bfloat16, pool_PC.data_ptr(), kind is torch.bfloat16, slots,
+        step.native, heads, width - rope, nope, rope, v, scale, interleaved,
     )  # fmt: skip
     if failure:
         raise _error(failure, step)
@@ -133,19 +134,23 @@ def gqa_attend(
     bfloat16, keys before values; with `window` a token sees itself and the window - 1 before it. Returns (N, H d)
     float32. Raises ValueError where a table leads outside the pool. Source: `GQA.decode`.
     """
-    native = _library()
-    if native is None or not _served(pool_PC, qkv_NX, pool_PC):
+    native, kind, (apart, dense) = _library(), pool_PC.dtype, qkv_NX.stride()
+    if (
+        native is None
+        or not (kind in CACHED and qkv_NX.dtype is torch.float32)
+        or not (dense == 1 and pool_PC.is_cpu and pool_PC.is_contiguous())
+    ):
         return gqa_formula(
             qkv_NX, q_norm, k_norm, pool_PC, step,
             heads=heads, kv_heads=kv_heads, width=width, scale=scale, window=window,
         )  # fmt: skip
-    of_q, of_k = (None if norm is None else _float(norm) for norm in (q_norm, k_norm))
-    tokens = len(qkv_NX)
-    o_NX = torch.empty(tokens, heads * width)
+    of_q = None if q_norm is None else float_weight(q_norm)
+    of_k = None if k_norm is None else float_weight(k_norm)
+    o_NX = torch.empty(qkv_NX.shape[0], heads * width)
     failure = native.luciola_gqa_attend(
-        o_NX.data_ptr(), qkv_NX.data_ptr(), qkv_NX.stride(0), None if of_q is None else of_q.data_ptr(),
+        o_NX.data_ptr(), qkv_NX.data_ptr(), apart, None if of_q is None else of_q.data_ptr(),
         None if of_k is None else of_k.data_ptr(), 0.0 if q_norm is None else q_norm.eps,
-        0.0 if k_norm is None else k_norm.eps, pool_PC.data_ptr(), pool_PC.dtype is torch.bfloat16, len(pool_PC),
+        0.0 if k_norm is None else k_norm.eps, pool_PC.data_ptr(), kind is torch.bfloat16, pool_PC.shape[0],
         step.native, heads, kv_heads, width, scale, window or 0,
     )  # fmt: skip
     if failure:
@@ -241,24 +246,10 @@ def _slots(step: Step, window: int | None = None) -> tuple[Tensor, Tensor]:
     return torch.where(seen_NS, slots_NS, _own(step).unsqueeze(1)), seen_NS
 
 
-def _served(pool_PC: Tensor, x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel takes these: on the CPU, weights and pool without gaps and of a type that it reads."""
-    return (
-        _plain(x)
-        and pool_PC.dtype in CACHED
-        and weight.dtype in CACHED
-        and pool_PC.is_contiguous()
-        and weight.is_contiguous()
-    )
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether x is float32 on the CPU with whole rows, which may stand apart (a part of a fused projection)."""
-    return x.dtype is torch.float32 and x.is_cpu and x.stride(-1) == 1
-
-
-def _float(norm: RMSNorm) -> Tensor:
-    weight = norm.weight
+def float_weight(norm: RMSNorm) -> Tensor:
+    """A norm's weight, float32. Looked up where Module.__getattr__ looks in the end: a microsecond sooner."""
+    weight = norm._parameters["weight"]
+    assert weight is not None
     return weight if weight.dtype is torch.float32 else weight.float()
 
 

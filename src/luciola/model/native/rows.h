@@ -154,7 +154,7 @@ INLINE vec vexp(vec x) {
 INLINE float exp1(float x) { return vexp(all(x))[0]; }
 
 /* x / sqrt(mean x^2 + eps) * weight */
-static void rms_norm(float *out, const float *x, const float *weight, int64_t width, float eps) {
+static inline void rms_norm(float *out, const float *x, const float *weight, int64_t width, float eps) {
     vec squares = {0};
     for (int64_t i = 0; i < width; i += LANES) {
         vec v = row_load(x, i, smaller(LANES, width - i), 0);
@@ -216,7 +216,7 @@ INLINE void dots_of(const int half, float *out, int64_t out_stride, const float 
 }
 
 /* out[h][p] = x[h] . rows[p][at : at + width] for `heads` <= GROUP; writes whole vectors: out has padded(count). */
-static void dots(float *out, int64_t out_stride, const float *const *x, int64_t heads, const void *const *rows,
+static inline void dots(float *out, int64_t out_stride, const float *const *x, int64_t heads, const void *const *rows,
                  int64_t count, int64_t at, int64_t width, int half) {
     if (half)
         dots_of(1, out, out_stride, x, heads, rows, count, at, width);
@@ -276,7 +276,7 @@ INLINE void mix_of(const int half, float *out, int64_t out_stride, const float *
 }
 
 /* out_h = keep_h out_h + sum over p of w[h][p] rows[p][at : at + width]; without `keep` what out held is gone. */
-static void mix(float *out, int64_t out_stride, const float *keep, const float *w, int64_t w_stride, int64_t heads,
+static inline void mix(float *out, int64_t out_stride, const float *keep, const float *w, int64_t w_stride, int64_t heads,
                 const void *const *rows, int64_t count, int64_t at, int64_t width, int half) {
     if (half)
         mix_of(1, out, out_stride, keep, w, w_stride, heads, rows, count, at, width);
