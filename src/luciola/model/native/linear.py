@@ -87,7 +87,7 @@ class Product:
     """y = W f(x) + bias + residual with all but x and residual prepared: a call costs about two microseconds.
 
     It goes on using the memory that `weight`, `bias` and `norm` have now: updates in place are seen, except of a bias
-    that is not float32; a parameter that is moved or cast needs a new Product. Nothing is differentiated.
+    that is not float32; a parameter that is moved or cast needs a new Product. Weights get no gradients.
 
     Args:
         weight: (M, K) with contiguous rows (the distance of rows may exceed K), or Quantized.
@@ -146,9 +146,11 @@ class Product:
             raise ValueError(f"x has {width} columns where this product takes {self.width}")
         if residual is not None and residual.shape != (N, self.M):
             raise ValueError(f"residual has shape {tuple(residual.shape)} where the result has ({N}, {self.M})")
-        if self._kernel is None or not (exact or self._gemm_rows > N) or not x_NK.is_cpu:
+        many = not exact and self._gemm_rows <= N
+        if many or self._kernel is None or not x_NK.is_cpu or (x_NK.requires_grad and torch.is_grad_enabled()):
             return formula(x_NK, self.weight, self.bias, norm=self.norm, swiglu=self.swiglu, residual=residual)
-        x_NK = x_NK.float().contiguous()
+        if x_NK.dtype is not torch.float32 or not x_NK.is_contiguous():
+            x_NK = x_NK.float().contiguous()
         y_NM = torch.empty(N, self.M)
         if residual is not None:
             residual = residual.float().contiguous()
