@@ -1,7 +1,8 @@
 """Cache bytes a token and the largest batch that fits: MHA, GQA, MQA and MLA at DeepSeek-V2's size, measured.
 
-The engine's own caches are allocated and written to, each kind in a process of its own, and their storage and the
-growth of the process's resident memory are read. Weights take no part: a cache depends on the configuration alone.
+The engine's own caches are allocated and written to, row by row until they fill the given memory, each kind in a
+process of its own; their storage and the growth of the process's resident memory are read. Weights take no part: a
+cache depends on the configuration alone.
 
 DeepSeek-V2 (report, abstract and section 3.2.3) publishes a cache 93.3 % smaller than DeepSeek 67B's and 5.76 times its
 generation throughput. Neither is a ratio of MLA to MHA: DeepSeek 67B has grouped queries (8 of 64 heads, 95 layers),
@@ -23,8 +24,7 @@ from luciola.bench.turns import Step, machine, take_turns
 from luciola.model.config import ModelConfig
 
 PEERS: tuple[str, ...] = ()
-MEMORY, CONTEXT = 2 << 30, 512  # the batch question: rows of 512 tokens in 2 GiB
-MEASURED_BYTES = 256 << 20  # of cache to allocate at least, so that the process's other memory does not count
+MEMORY, CONTEXT = 1 << 30, 256  # rows of 256 tokens in 1 GiB, in the proportion of 4,096 tokens in 16 GiB
 DEPLOYED_BITS = 6  # of a number in the cache of the DeepSeek-V2 that is deployed; here they are bfloat16
 
 _PLAIN: dict[str, Any] = {"model_type": "llama", "vocab_size": 102_400, "max_position_embeddings": 4096}
@@ -66,7 +66,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def run() -> dict[str, Any]:
     """Bytes a token and largest batch of each kind; MLA's saving and batch against the others' and the published."""
-    contenders = {kind: (f"{__name__}:measurement", {"shape": shape}) for kind, shape in SHAPES.items()}
+    contenders = {
+        kind: (f"{__name__}:measurement", {"shape": shape, "memory": MEMORY, "context": CONTEXT})
+        for kind, shape in SHAPES.items()
+    }
     said = {kind: turns[0].said for kind, turns in take_turns(contenders, rounds=1, warmup=0).items()}
     storage = {kind: measured["storage_bytes_per_token"] for kind, measured in said.items()}
     batch = {kind: measured["largest_batch"] for kind, measured in said.items()}
@@ -84,14 +87,11 @@ def run() -> dict[str, Any]:
     }
 
 
-def measurement(shape: dict[str, Any]) -> Step:
+def measurement(shape: dict[str, Any], memory: int, context: int) -> Step:
     """A step that measures one kind of cache in this process."""
     config = ModelConfig.model_validate(shape)
 
-    def step() -> dict[str, Any]:
-        return bytes_per_token(config, MEASURED_BYTES) | {"largest_batch": largest_batch(config, MEMORY, CONTEXT)}
-
-    return step
+    return lambda: fill(config, memory, context)
 
 
 def allocate(config: ModelConfig, rows: int, columns: int) -> list[Tensor]:
@@ -102,29 +102,22 @@ def allocate(config: ModelConfig, rows: int, columns: int) -> list[Tensor]:
     return [layer.zero_() for layer in layers]
 
 
-def bytes_per_token(config: ModelConfig, at_least: int) -> dict[str, float]:
-    """Storage and resident bytes a token, of the first power of two of tokens whose cache has `at_least` bytes."""
-    tokens, stored = 1, 0
-    while stored < at_least:
-        tokens *= 2
-        before = resident_bytes()
-        layers = allocate(config, 1, tokens)
-        resident, stored = resident_bytes() - before, _storage(layers)
-        del layers
-    return {
-        "storage_bytes_per_token": stored / tokens,
-        "resident_bytes_per_token": resident / tokens,
-        "measured_tokens": tokens,
-    }
+def fill(config: ModelConfig, memory: int, context: int) -> dict[str, float]:
+    """Add rows of `context` tokens until the process has grown by more than `memory` bytes.
 
-
-def largest_batch(config: ModelConfig, memory: int, context: int) -> int:
-    """Rows of `context` tokens that can be added one by one until the process has grown by more than `memory`."""
+    Returns:
+        `largest_batch`, the rows that fitted; `storage_bytes_per_token` and `resident_bytes_per_token` of all rows.
+    """
     before = resident_bytes()
     rows: list[list[Tensor]] = []
     while resident_bytes() - before <= memory:
         rows.append(allocate(config, 1, context))
-    return len(rows) - 1
+    tokens = len(rows) * context
+    return {
+        "storage_bytes_per_token": sum(map(_storage, rows)) / tokens,
+        "resident_bytes_per_token": (resident_bytes() - before) / tokens,
+        "largest_batch": len(rows) - 1,
+    }
 
 
 def resident_bytes() -> int:
