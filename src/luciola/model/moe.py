@@ -114,10 +114,3 @@ class MoE(nn.Module):
         if hasattr(self, "shared_experts"):
             y_ND = y_ND + self.shared_experts(x_ND)
         return y_ND.view_as(x_BTD), Routing(indices_NK.view(B, T, -1), scores_NE.view(B, T, -1))
-
-    def prepare(self, norm) -> None:
-        self.norm_before = [norm]
-
-    def decode(self, x_ND, exact=False):
-        y, r = self(self.norm_before[0](x_ND).to(self.gate.weight.dtype).unsqueeze(1))
-        return x_ND + y.squeeze(1), Routing(r.indices_BTK[:, 0], r.scores_BTE[:, 0])

@@ -28,6 +28,7 @@ from luciola.model.mlp import SwiGLU
 from luciola.model.moe import MoE, Routing
 from luciola.model.mtp import MTPModule, MTPStates
 from luciola.model.native.attention import Step
+from luciola.model.native.experts import moe
 from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
 from luciola.model.rope import Rope, Rotation
@@ -64,7 +65,8 @@ class Block(nn.Module):
     def prepare(self) -> None:
         """Make ready for `decode`."""
         self.self_attn.prepare(self.input_layernorm)
-        self.mlp.prepare(self.post_attention_layernorm)
+        if not isinstance(self.mlp, MoE):
+            self.mlp.prepare(self.post_attention_layernorm)
 
     def decode(
         self, x_ND: Tensor, step: Step, pool_PC: Tensor, exact: bool = False
@@ -72,7 +74,8 @@ class Block(nn.Module):
         """N new tokens, each against the cache of its sequence."""
         x_ND = self.self_attn.decode(x_ND, step, pool_PC, exact)
         if isinstance(self.mlp, MoE):
-            return self.mlp.decode(x_ND, exact)
+            x_ND, indices_NK, scores_NE = moe(x_ND, self.mlp, self.post_attention_layernorm)
+            return x_ND, Routing(indices_NK, scores_NE)
         return self.mlp.decode(x_ND, exact), None
 
 

@@ -70,7 +70,7 @@ def moe(x_ND: Tensor, layer: MoE, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor
 @torch.no_grad()
 def moe_formula(x_ND: Tensor, layer: MoE, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
     """`moe` by the modules themselves."""
-    y_BTD, routing = layer(norm(x_ND).unsqueeze(0))
+    y_BTD, routing = layer(norm(x_ND).to(layer.gate.weight.dtype).unsqueeze(0))
     return x_ND + y_BTD[0], routing.indices_BTK[0], routing.scores_BTE[0]
 
 
