@@ -53,7 +53,9 @@ def requests(draw: st.DrawFn) -> list[tuple[list[int], SamplingParams]]:
     stems = [draw(st.lists(st.integers(3, 26), min_size=12, max_size=12)) for _ in range(2)]
     found = []
     for _ in range(draw(st.integers(1, 6))):
-        prompt = draw(st.sampled_from(stems))[: draw(st.integers(1, 12))] + draw(st.lists(st.integers(3, 26), max_size=2))
+        prompt = draw(st.sampled_from(stems))[: draw(st.integers(1, 12))] + draw(
+            st.lists(st.integers(3, 26), max_size=2)
+        )
         params = SamplingParams(
             max_tokens=draw(st.integers(1, 10)),
             temperature=draw(st.sampled_from([0.0, 0.7, 1.0])),

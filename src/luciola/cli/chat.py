@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luciola.cli.ask import Dtype, MaxTokens, MinP, Model, Quantize, Seed, Speculate, Temperature, TopK, TopP, run_settings
+from luciola.cli.ask import (
+    Dtype,
+    MaxTokens,
+    MinP,
+    Model,
+    Quantize,
+    Seed,
+    Speculate,
+    Temperature,
+    TopK,
+    TopP,
+    run_settings,
+)
 
 if TYPE_CHECKING:
     from luciola import Engine, LanguageModel, SamplingParams

@@ -34,7 +34,7 @@ from luciola.engine.speculate import Speculator
 from luciola.engine.stopping import StopTexts
 from luciola.engine.writer import Writer
 from luciola.model.native import build
-from luciola.model.quant import quantize_model
+from luciola.model.quant_layers import Report, quantize_model
 
 if TYPE_CHECKING:
     from luciola.model.language_model import LanguageModel
@@ -102,6 +102,7 @@ class Engine:
         wanted = parameter.dtype if dtype == "model" else getattr(torch, hardware.choose_dtype(dtype)[0])
         if parity and (reason := _no_parity(wanted, parameter.device, quantize)):
             raise ValueError(f"parity=True needs {reason}")
+        self.quantization: Report | None = None
         if quantize is not None:
             self.model, self.quantization = quantize_model(self.model, 8 if quantize == "int8" else 4)
         elif wanted != parameter.dtype:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from luciola.model.attention import Context, Extend, attend
 from luciola.model.config import ModelConfig
-from luciola.model.joined import joined
+from luciola.model.joined import joined, weight_of
 from luciola.model.native.attention import Step, gqa_attend
 from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
@@ -61,7 +61,7 @@ class GQA(nn.Module):
     def prepare(self, norm: RMSNorm) -> None:
         """Make ready for `decode`, where `norm` comes before the attention."""
         self.inputs = joined([self.q_proj, self.k_proj, self.v_proj], norm)
-        self.output = Product(self.o_proj.weight, self.o_proj.bias)
+        self.output = Product(weight_of(self.o_proj), self.o_proj.bias)
 
     def decode(self, x_ND: Tensor, step: Step, pool_PC: Tensor, exact: bool = False) -> Tensor:
         """x + the attention of norm(x) for N new tokens; their keys and values go into the cache first."""

@@ -26,18 +26,29 @@ class SideBySide:
         return torch.cat([product(x_NK, exact=exact) for product in self.products], dim=-1)
 
 
+def weight_of(module: nn.Module) -> Tensor | Quantized:
+    """The matrix of a linear module, quantised or not."""
+    weight: Tensor | Quantized = getattr(module.weight, "quantized", module.weight)
+    return weight
+
+
 def joined(modules: Sequence[nn.Module], norm: RMSNorm) -> Product | SideBySide:
     """All outputs of linear modules, of the normed input, side by side: as one product where their weights can be laid
     below each other."""
-    weights, biases = [module.weight for module in modules], [module.bias for module in modules]
+    weights, biases = [weight_of(module) for module in modules], [module.bias for module in modules]
     weight: Tensor | Quantized | None = None
     if all(bias is None for bias in biases) or all(bias is not None for bias in biases):
         if all(isinstance(w, Quantized) for w in weights):
-            weight = Quantized.joined(weights)  # None where they are quantised in different ways
+            weight = Quantized.joined(weights)  # type: ignore[arg-type]
         elif not any(isinstance(w, Quantized) for w in weights):
-            weight = below_each_other(weights)
+            weight = below_each_other(weights)  # type: ignore[arg-type]
     if weight is None:
         return SideBySide([Product(w, bias, norm=norm) for w, bias in zip(weights, biases, strict=True)])
+    if isinstance(weight, Quantized):
+        start = 0
+        for module in modules:
+            module.move(weight.rows(start, start + module.out_features))  # type: ignore[operator]
+            start += module.out_features
     bias = None if biases[0] is None else below_each_other(biases)
     return Product(weight, bias, norm=norm)
 

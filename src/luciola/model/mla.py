@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from luciola.model.attention import Context, Extend, attend
 from luciola.model.config import ModelConfig
-from luciola.model.joined import joined
+from luciola.model.joined import joined, weight_of
 from luciola.model.native.attention import Step, mla_attend
 from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
@@ -40,7 +40,11 @@ class _HeadsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_BTHx, kv_BTHx, kR_BTr, cos, sin, n, interleaved):  # type: ignore[no-untyped-def]
-        q_BHTx, kv_BHTx, r = q_BTHx.transpose(1, 2), kv_BTHx.transpose(1, 2), kR_BTr.shape[-1]  # S where a past is cached
+        q_BHTx, kv_BHTx, r = (
+            q_BTHx.transpose(1, 2),
+            kv_BTHx.transpose(1, 2),
+            kR_BTr.shape[-1],
+        )  # S where a past is cached
         ctx.rotation, ctx.n, ctx.interleaved = Rotation(cos, sin), n, interleaved
         qs, ks = (x.new_empty((*x.shape[:-1], n + r)) for x in (q_BHTx, kv_BHTx))
         qs[..., :n] = q_BHTx[..., :n]
@@ -115,8 +119,8 @@ class MLA(nn.Module):
         """Make ready for `decode`, where `norm` comes before the attention."""
         compressed = hasattr(self, "q_a_proj")
         self.inputs = joined([self.q_a_proj if compressed else self.q_proj, self.kv_a_proj_with_mqa], norm)
-        self.queries = Product(self.q_b_proj.weight, norm=self.q_a_layernorm) if compressed else None
-        self.output = Product(self.o_proj.weight, self.o_proj.bias)
+        self.queries = Product(weight_of(self.q_b_proj), norm=self.q_a_layernorm) if compressed else None
+        self.output = Product(weight_of(self.o_proj), self.o_proj.bias)
 
     def decode(self, x_ND: Tensor, step: Step, pool_PC: Tensor, exact: bool = False) -> Tensor:
         """x + the attention of norm(x) for N new tokens, absorbed; their [c ; k_R] go into the cache first."""

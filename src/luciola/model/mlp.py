@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luciola.model.joined import joined
+from luciola.model.joined import joined, weight_of
 from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
 
@@ -26,7 +26,7 @@ class SwiGLU(nn.Module):
     def prepare(self, norm: RMSNorm) -> None:
         """Make ready for `decode`, where `norm` comes before the feed-forward."""
         self.inputs = joined([self.gate_proj, self.up_proj], norm)
-        self.output = Product(self.down_proj.weight, self.down_proj.bias, swiglu=True)
+        self.output = Product(weight_of(self.down_proj), self.down_proj.bias, swiglu=True)
 
     def decode(self, x_ND: Tensor, exact: bool = False) -> Tensor:
         """x + the feed-forward of norm(x) for N new tokens."""

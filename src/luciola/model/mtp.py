@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from luciola.model.attention import Context, Extend
 from luciola.model.config import ModelConfig
+from luciola.model.joined import weight_of
 from luciola.model.moe import Routing
 from luciola.model.native.attention import Step
 from luciola.model.native.linear import Product
@@ -49,7 +50,7 @@ class MTPModule(nn.Module):
 
     def prepare(self, head: nn.Module) -> None:
         """Make ready for `decode`; the head is the main model's."""
-        self.join_inputs, self.head = Product(self.eh_proj.weight), Product(head.weight, norm=self.norm)
+        self.join_inputs, self.head = Product(weight_of(self.eh_proj)), Product(weight_of(head), norm=self.norm)
 
     def decode(self, states_ND: Tensor, embedded_ND: Tensor, step: Step, pool_PC: Tensor) -> Tensor:
         """The same for N new tokens of any sequences against a cache of its own; returns the states (N, D)."""

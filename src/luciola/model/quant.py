@@ -13,6 +13,7 @@ one axis before these.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -66,6 +67,16 @@ class Quantized:
         minima = None if self.minima is None else self.minima[..., start:stop, :]
         packed, scales = self.packed[..., start:stop, :], self.scales[..., start:stop, :]
         return Quantized(packed, scales, minima, (*self.shape[:-2], packed.shape[-2], self.shape[-1]), self.group)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Quantized]) -> Quantized | None:
+        """Matrices of the same inputs below each other, in new memory; None where they are in different forms."""
+        first = parts[0]
+        if any((p.dtype, p.group, p.shape[-1]) != (first.dtype, first.group, first.shape[-1]) for p in parts):
+            return None
+        minima = None if first.minima is None else torch.cat([p.minima for p in parts if p.minima is not None])
+        packed, scales = torch.cat([p.packed for p in parts]), torch.cat([p.scales for p in parts])
+        return cls(packed, scales, minima, (len(packed), first.shape[-1]), first.group)
 
     def expert(self, e: int) -> Quantized:
         """Matrix `e` of a stack, sharing memory."""

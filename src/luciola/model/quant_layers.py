@@ -87,6 +87,10 @@ class QuantLinear(_Quantised):
         self.weight = QuantWeight(weight)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
+    def move(self, weight: Quantized) -> None:
+        """Use the same numbers from another place in memory."""
+        self.weight, self._products = QuantWeight(weight), None
+
     @property
     def product(self) -> Product:
         """The product itself, to call with (N, K) and a residual."""

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from luciola.model.attention import Context, Extend, PromptCache, segment_mask
 from luciola.model.config import ModelConfig
 from luciola.model.gqa import GQA
+from luciola.model.joined import weight_of
 from luciola.model.layout import Layout
 from luciola.model.mla import MLA
 from luciola.model.mlp import SwiGLU
@@ -68,9 +69,7 @@ class Block(nn.Module):
         if not isinstance(self.mlp, MoE):
             self.mlp.prepare(self.post_attention_layernorm)
 
-    def decode(
-        self, x_ND: Tensor, step: Step, pool_PC: Tensor, exact: bool = False
-    ) -> tuple[Tensor, Routing | None]:
+    def decode(self, x_ND: Tensor, step: Step, pool_PC: Tensor, exact: bool = False) -> tuple[Tensor, Routing | None]:
         """N new tokens, each against the cache of its sequence."""
         x_ND = self.self_attn.decode(x_ND, step, pool_PC, exact)
         if isinstance(self.mlp, MoE):
@@ -197,7 +196,7 @@ class Transformer(nn.Module):
             block.prepare()  # type: ignore[operator]
         for module in self.mtp:
             module.prepare(self.lm_head)  # type: ignore[operator]
-        self.head = Product(self.lm_head.weight)
+        self.head = Product(weight_of(self.lm_head))
 
     def decode(self, tokens_N: Tensor, step: Step, pools: Sequence[Tensor], exact: bool = False) -> Hidden:
         """N new tokens of any sequences, several of one allowed, against `pools`, the cache of each layer (P, C).

@@ -34,13 +34,26 @@ def moe(x_ND: Tensor, layer: MoE, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor
     # Each lookup through Module.__getattr__ would cost as much as a small product.
     parts: dict[str, Any] = layer._modules
     gate, experts, shared = parts["gate"], parts["experts"]._parameters, parts.get("shared_experts")
-    W_gate, W_gate_up, W_down = gate._parameters["weight"], experts["gate_up_proj"], experts["down_proj"]
-    if native is None or not x_ND.is_cpu or x_ND.dtype is not torch.float32 or not _served(W_gate_up, W_down, W_gate):
+    W_gate, W_gate_up, W_down = gate._parameters["weight"], experts.get("gate_up_proj"), experts.get("down_proj")
+    if (
+        native is None
+        or W_down is None
+        or not x_ND.is_cpu
+        or x_ND.dtype is not torch.float32
+        or not _served(W_gate_up, W_down, W_gate)
+    ):
         return moe_formula(x_ND, layer, norm)
     half, of_shared = W_down.dtype is torch.bfloat16, (None, None, None, False, 0)
     if shared is not None:
-        W_g, W_u, W_d = (shared._modules[name]._parameters["weight"] for name in ("gate_proj", "up_proj", "down_proj"))
-        if not _served(W_g, W_u, W_d) or not W_g.dtype is W_u.dtype is W_d.dtype:
+        names = ("gate_proj", "up_proj", "down_proj")
+        W_g, W_u, W_d = (shared._modules[name]._parameters.get("weight") for name in names)  # quantised ones have none
+        if (
+            W_g is None
+            or W_u is None
+            or W_d is None
+            or not _served(W_g, W_u, W_d)
+            or not W_g.dtype is W_u.dtype is W_d.dtype
+        ):
             return moe_formula(x_ND, layer, norm)
         of_shared = (
             W_g.data_ptr(), W_u.data_ptr(), W_d.data_ptr(), W_g.dtype is torch.bfloat16, W_g.shape[0]
