@@ -70,9 +70,13 @@ class Runner:
         for sequence in self.scheduler.running:
             self.cache.follow(sequence)
         drafts = any(sequence.drafts for sequence in work.short)
-        drawings = self._read(work.pieces) if work.pieces else []
-        if work.short:
-            drawings += self._continue(work.short)
+        short = [(sequence, sequence.pending) for sequence in work.short]
+        pieces = work.pieces
+        if self.exact:  # prompts, too, by the kernels of decoding
+            short, pieces = [*short, *pieces], []
+        drawings = self._read(pieces) if pieces else []
+        if short:
+            drawings += self._continue(short)
         touched = self._draw(drawings) if drawings else []
         self.steps += 1
         if self.speculator is not None and not work.pieces:
@@ -104,30 +108,37 @@ class Runner:
             self.prompt_tokens += sum(piece.count for piece in batch)
         return drawings
 
-    def _continue(self, sequences: Many[Sequence]) -> list[Drawing]:
-        """One flat pass over the pending tokens and drafts of all."""
-        fed = [sequence.tokens[sequence.computed :] + sequence.drafts for sequence in sequences]
-        counts = [len(tokens) for tokens in fed]
-        rows = [sequence.row for sequence in sequences]
-        starts = [sequence.computed for sequence in sequences]
-        if len(fed) < sum(counts):
-            rows = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
-            starts = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
-        step = self.flat_step(rows, starts)
-        tokens_N = torch.tensor([token for tokens in fed for token in tokens], device=self.device)
+    def _continue(self, work: Many[tuple[Sequence, int]]) -> list[Drawing]:
+        """One flat pass over so many tokens of each sequence, and over the drafts of those that are thereby read to
+        their end."""
+        fed: list[int] = []
+        rows: list[int] = []
+        positions: list[int] = []
+        for sequence, count in work:
+            start = sequence.computed
+            if count == 1 and not sequence.drafts:  # nearly everybody, nearly always
+                fed.append(sequence.tokens[start])
+                rows.append(sequence.row)
+                positions.append(start)
+                continue
+            tokens = sequence.tokens[start : start + count] + sequence.drafts
+            fed += tokens
+            rows += [sequence.row] * len(tokens)
+            positions += range(start, start + len(tokens))
+        step = self.flat_step(rows, positions)
+        tokens_N = torch.tensor(fed, device=self.device)
         states_ND, routings = self.model.decode(tokens_N, step, self.cache.pools, self.exact)
         drawings = []
         place = 0
-        for sequence, count in zip(sequences, counts, strict=True):
-            pending = sequence.pending
+        for sequence, count in work:
+            end = place + count + len(sequence.drafts)
             if routings and sequence.params.routes:
-                indices = [r.indices_BTK[place : place + count] for r in routings]
-                self._record_routes(sequence, indices, count)
-            self._advance(sequence, pending)
-            self.prompt_tokens += pending - 1
-            states_kD = states_ND[place + pending - 1 : place + count]
-            drawings += self._with_followers(sequence, states_kD)
-            place += count
+                self._record_routes(sequence, [r.indices_BTK[place:end] for r in routings], count)
+            self._advance(sequence, count)
+            self.prompt_tokens += count - (sequence.generated > 0)
+            if sequence.pending == 0:
+                drawings += self._with_followers(sequence, states_ND[place + count - 1 : end])
+            place = end
         return drawings
 
     def flat_step(self, rows: Many[int], positions: Many[int]) -> Step:

@@ -98,9 +98,10 @@ class Speculator:
         self.drafted = self.accepted = 0
 
     def wants(self, sequence: Sequence) -> bool:
-        """Whether to make drafts for it. Not under a grammar, which says what may come only of tokens that have."""
+        """Whether to make drafts for it. Not under a grammar, which says what may come only after tokens that have; not
+        where routes are recorded, of which drafts would leave theirs."""
         if sequence.pace is None:
-            able = sequence.params.speculate and sequence.grammar is None
+            able = sequence.params.speculate and not sequence.params.routes and sequence.grammar is None
             sequence.pace = Pace(paying=able)
         return sequence.pace.paying
 

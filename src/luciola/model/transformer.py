@@ -212,6 +212,27 @@ class Transformer(nn.Module):
                 routings.append(routing)
         return Hidden(self.norm(x_ND), routings)
 
+    @torch.no_grad()
+    def exact_logits(self, tokens_BT: Tensor) -> Tensor:
+        """`forward` by the kernels of `decode`: float32 logits (B, T, V), each position's the same bit for bit however
+        many tokens are computed with it. An engine made with `parity=True` draws from these very numbers.
+
+        The promise needs float32 weights, not quantised, on a CPU, and the native kernels; it holds from one run to the
+        next on the same machine, whatever the number of threads. It does not reach to `forward`, which a GEMM computes
+        in another order (float32 rounding apart, the same), nor to other processors.
+        """
+        self.prepare()
+        B, T = tokens_BT.shape
+        device = tokens_BT.device
+        shape = (B * T, self.config.cached_per_token_and_layer)
+        pools = [torch.zeros(shape, dtype=self.norm.weight.dtype, device=device) for _ in self.layers]
+        rows_B, positions_T = (torch.arange(n, dtype=torch.int32, device=device) for n in (B, T))
+        rotation = self.rope(T, device)
+        table_B1 = rows_B[:, None].clone()  # each row of tokens is a block
+        step = Step(rows_B.repeat_interleave(T), positions_T.repeat(B), table_B1, T, rotation.cos, rotation.sin)
+        states_ND = self.decode(tokens_BT.flatten(), step, pools, exact=True).states
+        return self.head(states_ND, exact=True).view(B, T, -1)
+
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Float32 logits (B, T, V) of the next token at every position."""
         logits: Tensor = self.lm_head(self.hidden(tokens_BT).states)
