@@ -7,12 +7,14 @@ from typing import Any, Self
 import torch
 
 from luciola.model.config import ModelConfig
+from luciola.model.quant_layers import QuantWeight
 from luciola.model.transformer import Transformer
 from luciola.run import publish_folder
 from luciola.text.tokenizer import Tokenizer
 from luciola.weights import hf
 from luciola.weights.checkpoint import config_from
 from luciola.weights.opening import open_checkpoint
+from luciola.weights.quantised import quantised_model
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -58,7 +60,13 @@ class LanguageModel:
         return cls(model, tokenizer)
 
     def save(self, folder: str | Path) -> None:
-        """Write the model in Hugging Face layout, whole or not at all; an older model in `folder` is replaced."""
+        """Write the model in Hugging Face layout, whole or not at all; an older model in `folder` is replaced.
+
+        Raises:
+            ValueError: the model is quantised, or `folder` holds something else.
+        """
+        if any(isinstance(module, QuantWeight) for module in self.model.modules()):
+            raise ValueError("the model is quantised, for inference only; save the one that it was made from")
         with publish_folder(folder) as unfinished:
             eos_token_ids = () if self.tokenizer is None else self.tokenizer.eos_token_ids
             hf.save(self.model, unfinished, eos_token_ids=eos_token_ids)
@@ -90,6 +98,21 @@ def load(
     if tokenizer is not None:
         _check_rows(tokenizer, checkpoint.config, checkpoint.path)
     return LanguageModel(checkpoint.model(wanted, device), tokenizer)
+
+
+def load_quantized(path: str | Path) -> LanguageModel:
+    """Read a model for inference on the CPU, leaving 8- and 4-bit matrices of a GGUF file quantised, without loss.
+
+    What the file stores otherwise becomes float32; so does all of a Hugging Face folder.
+
+    Raises:
+        ValueError: as `load` does.
+    """
+    checkpoint = open_checkpoint(path)
+    tokenizer = checkpoint.load_tokenizer()
+    if tokenizer is not None:
+        _check_rows(tokenizer, checkpoint.config, checkpoint.path)
+    return LanguageModel(quantised_model(checkpoint), tokenizer)
 
 
 def _check_rows(tokenizer: Tokenizer, config: ModelConfig, where: object) -> None:

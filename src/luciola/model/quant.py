@@ -22,6 +22,7 @@ from torch import Tensor
 
 GROUPS = (32, 64, 128)
 BLOCK = 32  # numbers that are packed together, and llama.cpp's group
+GGUF_KINDS = {"Q8_0": (2, 32), "Q4_0": (2, 16), "Q4_1": (4, 16)}  # bytes of a block's scale and minimum, its numbers
 HALF_MAX = 65504.0
 SHRINKS = (1.0, 0.93, 0.86, 0.79)  # ranges tried for 4 bits: clipping the ends can make the steps between them finer
 AT_ONCE = 1 << 17  # numbers quantised at once: what is computed on the way stays in the cache
@@ -61,6 +62,21 @@ class Quantized:
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes + self.scales.nbytes + (0 if self.minima is None else self.minima.nbytes)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], bits: int, group: int = BLOCK) -> Self:
+        """Room for a matrix or stack of `shape`, to be filled by `put`."""
+        groups = -(-shape[-1] // group)
+        kind, width = (torch.int8, groups * group) if bits == 8 else (torch.uint8, groups * group // 2)
+        scales, minima = (torch.empty(*shape[:-1], groups, dtype=torch.float16) for _ in range(2))
+        return cls(torch.empty(*shape[:-1], width, dtype=kind), scales, None if bits == 8 else minima, shape, group)
+
+    def put(self, index: tuple[int | slice | Tensor, ...], piece: Quantized) -> None:
+        """self[index] = piece, for an index of whole rows and a piece of the same bits and group."""
+        self.packed[index] = piece.packed
+        self.scales[index] = piece.scales
+        if self.minima is not None and piece.minima is not None:
+            self.minima[index] = piece.minima
 
     def rows(self, start: int, stop: int) -> Quantized:
         """Outputs `start` to `stop`, sharing memory."""
@@ -107,10 +123,11 @@ class Quantized:
         Raises:
             ValueError: another kind, or a number of bytes that does not fit the shape.
         """
-        sizes = {"Q8_0": (2, 32), "Q4_0": (2, 16), "Q4_1": (4, 16)}  # bytes of scale and minimum, and of the numbers
-        if kind not in sizes:
-            raise ValueError(f"kind {kind!r} has another layout than those that stay quantised: {', '.join(sizes)}")
-        head, body = sizes[kind]
+        if kind not in GGUF_KINDS:
+            raise ValueError(
+                f"kind {kind!r} has another layout than those that stay quantised: {', '.join(GGUF_KINDS)}"
+            )
+        head, body = GGUF_KINDS[kind]
         G = shape[-1] // BLOCK
         if shape[-1] % BLOCK or raw.numel() != (head + body) * G * torch.Size(shape[:-1]).numel():
             raise ValueError(f"raw has {raw.numel():,} bytes, which is not a tensor of shape {list(shape)} in {kind}")

@@ -34,7 +34,7 @@ BOTH_SIDES = "kv_b_proj"
 
 
 class QuantWeight(nn.Module):
-    """The tensors of a Quantized as buffers: moved with the model, never cast, and unknown to what writes files."""
+    """The tensors of a Quantized as buffers: moved with the model and never cast."""
 
     packed: Tensor
     scales: Tensor

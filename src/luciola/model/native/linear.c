@@ -21,7 +21,7 @@ enum { ROWS = 3, OUTPUTS = 8 };
 enum { ROWS = 1, OUTPUTS = 8 };
 #endif
 enum {
-    SPAN = 512,     /* of K: a decoded tile of 16 KiB stays in the first cache */
+    SPAN = 768,     /* of K: a decoded tile of 24 KiB stays in the first cache */
     BATCH = 32,     /* rows whose sums are kept at once */
     FEWEST = 32,    /* numbers in a group, at the least */
 };
@@ -75,26 +75,33 @@ INLINE f32x16 weights(const int kind, const char *row, ptrdiff_t k, float scale,
 INLINE void dot(const int kind, const int rows, f32x16 (*sums)[OUTPUTS], const float *x, ptrdiff_t x_stride,
                 const char *const *w, const Groups *groups, int shift, ptrdiff_t n)
 {
-    f32x16 s[ROWS][OUTPUTS], v[ROWS];
+    const int halves = kind == INT4 ? 2 : 1; /* of a byte, which are vectors apart */
+    f32x16 s[ROWS][OUTPUTS], v[2][ROWS];
+    UNROLL
     for (int r = 0; r < rows; r++)
+        UNROLL
         for (int o = 0; o < OUTPUTS; o++)
             s[r][o] = sums[r][o];
-    for (ptrdiff_t k = 0; k < n; k += kind == INT4 ? 2 * LANES : LANES)
-        for (int high = 0; high < (kind == INT4 ? 2 : 1); high++) {
+    for (ptrdiff_t k = 0; k < n; k += halves * LANES) {
+        for (int high = 0; high < halves; high++)
             for (int r = 0; r < rows; r++)
-                v[r] = load(x + r * x_stride + k + high * LANES);
-#pragma GCC unroll 8
-            for (int o = 0; o < OUTPUTS; o++) {
-                const float scale = kind >= INT8 ? groups->scale[o][k >> shift] : 0;
-                const float minimum = kind == INT4 ? groups->minimum[o][k >> shift] : 0;
+                v[high][r] = load(x + r * x_stride + k + high * LANES);
+        UNROLL
+        for (int o = 0; o < OUTPUTS; o++) {
+            const float scale = kind >= INT8 ? groups->scale[o][k >> shift] : 0;
+            const float minimum = kind == INT4 ? groups->minimum[o][k >> shift] : 0;
+            for (int high = 0; high < halves; high++) {
                 f32x16 weight = weights(kind, w[o], k, scale, minimum, high);
                 if (rows > 1)
                     keep(&weight); /* else GCC loads it anew for each row */
                 for (int r = 0; r < rows; r++)
-                    s[r][o] += v[r] * weight;
+                    s[r][o] += v[high][r] * weight;
             }
         }
+    }
+    UNROLL
     for (int r = 0; r < rows; r++)
+        UNROLL
         for (int o = 0; o < OUTPUTS; o++)
             sums[r][o] = s[r][o];
 }

@@ -24,6 +24,8 @@ through. */
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
 
+#define UNROLL _Pragma("GCC unroll 8")
+
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
