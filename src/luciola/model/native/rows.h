@@ -43,7 +43,8 @@ enum { TILE = 4 };
 #else
 enum { TILE = 2 };
 #endif
-enum { GROUP = 16 }; /* vectors on the left whose partial sums are kept on the stack */
+enum { GROUP = 16 };  /* vectors on the left whose partial sums are kept on the stack */
+enum { BLOCK = 128 }; /* numbers of them that stay in the first cache together with as many rows */
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -164,52 +165,59 @@ static inline void rms_norm(float *out, const float *x, const float *weight, int
     for (int64_t i = 0; i < width; i++) out[i] = x[i] * r * weight[i];
 }
 
-/* H <= TILE vectors against TILE rows; partial sums, one vector each, into part[h][LANES rows]. */
-INLINE void dots_tile(const int H, const int half, vec *part, const float *const *x, const void *const *rows, int64_t at,
-                      int64_t width) {
-    vec sum[TILE][TILE] = {{{0}}};
+/* H <= TILE vectors, from number `from` on, against TILE rows; partial sums, one vector each, in part[h][LANES rows]. */
+INLINE void dots_tile(const int H, const int half, vec *part, const float *const *x, int64_t from,
+                      const void *const *rows, int64_t at, int64_t width) {
+    vec sum[TILE][TILE];
     int64_t i = 0;
+    for (int h = 0; h < H; h++)
+        for (int p = 0; p < TILE; p++) sum[h][p] = from ? part[h * LANES + p] : (vec){0};
     for (; i + LANES <= width; i += LANES) {
         vec r[TILE];
-        for (int p = 0; p < TILE; p++) r[p] = row_load(rows[p], at + i, LANES, half);
+        for (int p = 0; p < TILE; p++) r[p] = row_load(rows[p], at + from + i, LANES, half);
         for (int h = 0; h < H; h++) {
-            vec v = load(x[h] + i);
+            vec v = load(x[h] + from + i);
             for (int p = 0; p < TILE; p++) sum[h][p] = madd(v, r[p], sum[h][p]);
         }
     }
     if (i < width)
         for (int p = 0; p < TILE; p++) {
-            vec r = row_load(rows[p], at + i, width - i, half);
-            for (int h = 0; h < H; h++) sum[h][p] = madd(load(x[h] + i), r, sum[h][p]);
+            vec r = row_load(rows[p], at + from + i, width - i, half);
+            for (int h = 0; h < H; h++) sum[h][p] = madd(load(x[h] + from + i), r, sum[h][p]);
         }
     for (int h = 0; h < H; h++)
         for (int p = 0; p < TILE; p++) part[h * LANES + p] = sum[h][p];
 }
 
+/* LANES rows against all vectors, for so much of their width that both stay in the first cache. */
 INLINE void dots_of(const int half, float *out, int64_t out_stride, const float *const *x, int64_t heads,
                     const void *const *rows, int64_t count, int64_t at, int64_t width) {
     vec part[GROUP * LANES];
+    int64_t block = heads > TILE ? BLOCK : width;
     for (int64_t p0 = 0; p0 < count; p0 += LANES) {
-        for (int64_t p = 0; p < LANES; p += TILE) {
-            const void *tile[TILE]; /* past the end stands the last row again: its products are not used */
-            for (int j = 0; j < TILE; j++) tile[j] = rows[p0 + p + j < count ? p0 + p + j : count - 1];
-            for (int64_t h = 0; h < heads && p0 + p < count; h += TILE) {
-                vec *to = part + h * LANES + p;
-                int64_t rest = heads - h;
+        const void *tile[LANES]; /* past the end stands the last row again: its products are not used */
+        int64_t some = smaller(LANES, count - p0);
+        for (int64_t p = 0; p < LANES; p++) tile[p] = rows[p0 + smaller(p, some - 1)];
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t p = some; p < LANES; p++) part[h * LANES + p] = (vec){0};
+        for (int64_t from = 0; from < width; from += block) {
+            int64_t span = smaller(block, width - from);
+            for (int64_t p = 0; p < some; p += TILE)
+                for (int64_t h = 0; h < heads; h += TILE) {
+                    vec *to = part + h * LANES + p;
+                    int64_t rest = heads - h;
 #if defined(__AVX512F__)
-                if (rest == 2)
-                    dots_tile(2, half, to, x + h, tile, at, width);
-                else if (rest == 3)
-                    dots_tile(3, half, to, x + h, tile, at, width);
-                else
+                    if (rest == 2)
+                        dots_tile(2, half, to, x + h, from, tile + p, at, span);
+                    else if (rest == 3)
+                        dots_tile(3, half, to, x + h, from, tile + p, at, span);
+                    else
 #endif
-                if (rest == 1)
-                    dots_tile(1, half, to, x + h, tile, at, width);
-                else
-                    dots_tile(TILE, half, to, x + h, tile, at, width);
-            }
-            for (int64_t h = 0; h < heads && p0 + p >= count; h++)
-                for (int j = 0; j < TILE; j++) part[h * LANES + p + j] = (vec){0};
+                    if (rest == 1)
+                        dots_tile(1, half, to, x + h, from, tile + p, at, span);
+                    else
+                        dots_tile(TILE, half, to, x + h, from, tile + p, at, span);
+                }
         }
         for (int64_t h = 0; h < heads; h++) store(out + h * out_stride + p0, sums(part + h * LANES));
     }
@@ -257,22 +265,23 @@ INLINE void mix_heads(const int H, const int half, float *out, int64_t out_strid
 
 INLINE void mix_of(const int half, float *out, int64_t out_stride, const float *keep, const float *w, int64_t w_stride,
                    int64_t heads, const void *const *rows, int64_t count, int64_t at, int64_t width) {
-    for (int64_t h = 0; h < heads; h += TILE) {
-        float *to = out + h * out_stride;
-        const float *kept = keep ? keep + h : keep, *weights = w + h * w_stride;
-        int64_t rest = heads - h;
+    for (int64_t i = 0; i < width; i += TILE * LANES) /* a piece of all rows, for all vectors */
+        for (int64_t h = 0; h < heads; h += TILE) {
+            float *to = out + h * out_stride + i;
+            const float *kept = keep ? keep + h : keep, *weights = w + h * w_stride;
+            int64_t rest = heads - h, span = smaller(TILE * LANES, width - i);
 #if defined(__AVX512F__)
-        if (rest == 2)
-            mix_heads(2, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
-        else if (rest == 3)
-            mix_heads(3, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
-        else
+            if (rest == 2)
+                mix_heads(2, half, to, out_stride, kept, weights, w_stride, rows, count, at + i, span);
+            else if (rest == 3)
+                mix_heads(3, half, to, out_stride, kept, weights, w_stride, rows, count, at + i, span);
+            else
 #endif
-        if (rest == 1)
-            mix_heads(1, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
-        else
-            mix_heads(TILE, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
-    }
+            if (rest == 1)
+                mix_heads(1, half, to, out_stride, kept, weights, w_stride, rows, count, at + i, span);
+            else
+                mix_heads(TILE, half, to, out_stride, kept, weights, w_stride, rows, count, at + i, span);
+        }
 }
 
 /* out_h = keep_h out_h + sum over p of w[h][p] rows[p][at : at + width]; without `keep` what out held is gone. */
