@@ -11,7 +11,7 @@
 
 #include "rows.h"
 
-enum { CHUNK = 64, SPAN = 512 };
+enum { CHUNK = ROWS, SPAN = 512 };
 enum { DONE, NO_MEMORY, OUTSIDE };
 static const double WORTH_THREADS = 4e5;      /* multiplications, about 20 us on one core */
 static const int64_t SCRATCH = 16 * 1024 * 1024; /* bytes aimed at: more tokens are taken in turns */
@@ -78,7 +78,8 @@ static void rotate(float *out, const float *x, const Step *step, int64_t n, int6
     }
 }
 
-/* One span of one token for `heads` <= GROUP heads that share the cached head g: o_h = sum of e^(s - max) v, max, sum. */
+/* One span of one token for `heads` <= GROUP heads that share the cached head g: o_h = sum of e^(s - max) v; max, and
+   sum of e^(s - max). */
 static void attend_span(const Paged *c, const Heads *k, int64_t n, int64_t g, int64_t heads, int64_t from, int64_t to,
                         const float *q, float *o, float *max, float *sum) {
     int64_t q_stride = padded(k->key_width), o_stride = padded(k->value_width);
@@ -168,8 +169,8 @@ static void attend(const Scratch *s, const Paged *c, const Heads *k, int64_t fro
         int64_t span = piece / pieces, g = piece % pieces / groups, head = piece % groups * GROUP;
         int64_t heads = smaller(GROUP, k->shared - head), h = g * k->shared + head;
         int64_t i = s->token[span], n = from + i, seen = first_seen(c, n);
-        int64_t begin = (seen / SPAN + span - s->first[i]) * SPAN, end = smaller(begin + SPAN, c->step->positions[n] + 1);
-        int64_t mark = span * k->heads + h;
+        int64_t begin = (seen / SPAN + span - s->first[i]) * SPAN, mark = span * k->heads + h;
+        int64_t end = smaller(begin + SPAN, c->step->positions[n] + 1);
         attend_span(c, k, n, g, heads, begin < seen ? seen : begin, end, s->q + (i * k->heads + h) * q_stride,
                     s->o + mark * o_stride, s->max + mark, s->sum + mark);
     }

@@ -1,9 +1,9 @@
-/* DeepSeekMoE for few tokens: y = x + shared(norm x) + sum over k of w_k expert_k(norm x). The formula is `MoE.forward`.
+/* DeepSeekMoE for few tokens: y = x + shared(norm x) + sum over k of w_k expert_k(norm x). The formula: `MoE.forward`.
 
    Assignments are sorted by expert, so that each expert's weights are read once however many tokens chose it. First all
-   inner products h = silu(gate x) * (up x), LANES of an expert at a time; then columns of y, LANES at a time: the thread
-   that owns them adds up the shared experts and the chosen ones in the token's own order. So no bit of a token's result
-   depends on the other tokens or on threads.
+   inner products h = silu(gate x) * (up x), LANES of an expert at a time; then columns of y, LANES at a time: the
+   thread that owns them adds up the shared experts and the chosen ones in the token's own order. So no bit of a token's
+   result depends on the other tokens or on threads.
 
    Names: n tokens, E experts, K chosen a token, m assignments in expert order, D hidden, I inner width. */
 #include <omp.h>

@@ -43,7 +43,9 @@ enum { TILE = 4 };
 #else
 enum { TILE = 2 };
 #endif
-enum { GROUP = 16 }; /* vectors on the left whose partial sums are kept on the stack */
+enum { GROUP = 16 };  /* vectors on the left whose partial sums are kept on the stack */
+enum { ROWS = 64 };   /* the most rows of a sum */
+enum { BLOCK = 128 }; /* numbers of them that stay in the first cache together with as many rows */
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -79,6 +81,18 @@ INLINE vec row_load(const void *row, int64_t i, int64_t count, int half) {
         return v;
     }
     return load((const float *)row + i);
+}
+
+/* Rows lie too far apart for the processor to guess the next one. */
+INLINE void fetch(const void *row, int64_t i, int64_t count, int half) {
+    const char *from = (const char *)row + i * (half ? 2 : 4);
+    for (int64_t byte = 0; byte < count * (half ? 2 : 4); byte += 64) __builtin_prefetch(from + byte);
+}
+
+/* `count` numbers of a bfloat16 row as float32, padded with zeros; returns `to`. */
+INLINE const vec *widen(vec *to, const void *row, int64_t i, int64_t count) {
+    for (int64_t j = 0; j < count; j += LANES) to[j / LANES] = row_load(row, i + j, smaller(LANES, count - j), 1);
+    return to;
 }
 
 /* float32 to bfloat16, to the nearest, ties to even; NaN stays NaN. */
@@ -164,52 +178,70 @@ static inline void rms_norm(float *out, const float *x, const float *weight, int
     for (int64_t i = 0; i < width; i++) out[i] = x[i] * r * weight[i];
 }
 
-/* H <= TILE vectors against TILE rows; partial sums, one vector each, into part[h][LANES rows]. */
-INLINE void dots_tile(const int H, const int half, vec *part, const float *const *x, const void *const *rows, int64_t at,
-                      int64_t width) {
-    vec sum[TILE][TILE] = {{{0}}};
+/* H <= TILE vectors, from number `from` on, against TILE rows; the sums, one vector each, in part[h][LANES rows]. */
+INLINE void dots_tile(const int H, const int half, vec *part, const float *const *x, int64_t from,
+                      const void *const *rows, int64_t at, int64_t width) {
+    vec sum[TILE][TILE];
     int64_t i = 0;
+    for (int h = 0; h < H; h++)
+        for (int p = 0; p < TILE; p++) sum[h][p] = from ? part[h * LANES + p] : (vec){0};
     for (; i + LANES <= width; i += LANES) {
         vec r[TILE];
-        for (int p = 0; p < TILE; p++) r[p] = row_load(rows[p], at + i, LANES, half);
+        for (int p = 0; p < TILE; p++) r[p] = row_load(rows[p], at + from + i, LANES, half);
         for (int h = 0; h < H; h++) {
-            vec v = load(x[h] + i);
+            vec v = load(x[h] + from + i);
             for (int p = 0; p < TILE; p++) sum[h][p] = madd(v, r[p], sum[h][p]);
         }
     }
     if (i < width)
         for (int p = 0; p < TILE; p++) {
-            vec r = row_load(rows[p], at + i, width - i, half);
-            for (int h = 0; h < H; h++) sum[h][p] = madd(load(x[h] + i), r, sum[h][p]);
+            vec r = row_load(rows[p], at + from + i, width - i, half);
+            for (int h = 0; h < H; h++) sum[h][p] = madd(load(x[h] + from + i), r, sum[h][p]);
         }
     for (int h = 0; h < H; h++)
         for (int p = 0; p < TILE; p++) part[h * LANES + p] = sum[h][p];
 }
 
+INLINE void dots_heads(const int half, vec *part, const float *const *x, int64_t heads, int64_t from,
+                       const void *const *rows, int64_t at, int64_t width) {
+    for (int64_t h = 0; h < heads; h += TILE) {
+        vec *to = part + h * LANES;
+        int64_t rest = heads - h;
+        if (rest >= TILE)
+            dots_tile(TILE, half, to, x + h, from, rows, at, width);
+        else if (rest == 1)
+            dots_tile(1, half, to, x + h, from, rows, at, width);
+        else if (rest == 2)
+            dots_tile(2, half, to, x + h, from, rows, at, width);
+        else
+            dots_tile(TILE - 1, half, to, x + h, from, rows, at, width);
+    }
+}
+
+/* LANES rows against all vectors, for so much of their width that both stay in the first cache. */
 INLINE void dots_of(const int half, float *out, int64_t out_stride, const float *const *x, int64_t heads,
                     const void *const *rows, int64_t count, int64_t at, int64_t width) {
-    vec part[GROUP * LANES];
+    vec part[GROUP * LANES], wide[TILE * BLOCK / LANES];
+    int64_t block = heads > TILE ? BLOCK : width;
     for (int64_t p0 = 0; p0 < count; p0 += LANES) {
-        for (int64_t p = 0; p < LANES; p += TILE) {
-            const void *tile[TILE]; /* past the end stands the last row again: its products are not used */
-            for (int j = 0; j < TILE; j++) tile[j] = rows[p0 + p + j < count ? p0 + p + j : count - 1];
-            for (int64_t h = 0; h < heads && p0 + p < count; h += TILE) {
-                vec *to = part + h * LANES + p;
-                int64_t rest = heads - h;
-#if defined(__AVX512F__)
-                if (rest == 2)
-                    dots_tile(2, half, to, x + h, tile, at, width);
-                else if (rest == 3)
-                    dots_tile(3, half, to, x + h, tile, at, width);
-                else
-#endif
-                if (rest == 1)
-                    dots_tile(1, half, to, x + h, tile, at, width);
-                else
-                    dots_tile(TILE, half, to, x + h, tile, at, width);
+        const void *tile[LANES]; /* past the end stands the last row again: its products are not used */
+        int64_t some = smaller(LANES, count - p0);
+        for (int64_t p = 0; p < LANES; p++) tile[p] = rows[p0 + smaller(p, some - 1)];
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t p = some; p < LANES; p++) part[h * LANES + p] = (vec){0};
+        for (int64_t from = 0; from < width; from += block) {
+            int64_t span = smaller(block, width - from);
+            for (int64_t p = 0; p < some; p += TILE) {
+                for (int64_t next = p0 + p + LANES, end = smaller(next + TILE, count); next < end; next++)
+                    fetch(rows[next], at + from, span, half);
+                if (half && heads > TILE) { /* converted once for all vectors */
+                    const void *widened[TILE];
+                    for (int j = 0; j < TILE; j++)
+                        widened[j] = widen(wide + j * BLOCK / LANES, tile[p + j], at + from, span);
+                    dots_heads(0, part + p, x, heads, from, widened, -from, padded(span));
+                } else
+                    dots_heads(half, part + p, x, heads, from, tile + p, at, span);
             }
-            for (int64_t h = 0; h < heads && p0 + p >= count; h++)
-                for (int j = 0; j < TILE; j++) part[h * LANES + p + j] = (vec){0};
         }
         for (int64_t h = 0; h < heads; h++) store(out + h * out_stride + p0, sums(part + h * LANES));
     }
@@ -217,7 +249,7 @@ INLINE void dots_of(const int half, float *out, int64_t out_stride, const float 
 
 /* out[h][p] = x[h] . rows[p][at : at + width] for `heads` <= GROUP; writes whole vectors: out has padded(count). */
 static inline void dots(float *out, int64_t out_stride, const float *const *x, int64_t heads, const void *const *rows,
-                 int64_t count, int64_t at, int64_t width, int half) {
+                        int64_t count, int64_t at, int64_t width, int half) {
     if (half)
         dots_of(1, out, out_stride, x, heads, rows, count, at, width);
     else
@@ -244,8 +276,8 @@ INLINE void mix_tile(const int H, const int columns, const int whole, const int 
         for (int c = 0; c < columns; c++) store(out + h * out_stride + c * LANES, sum[h][c]);
 }
 
-INLINE void mix_heads(const int H, const int half, float *out, int64_t out_stride, const float *keep, const float *w,
-                      int64_t w_stride, const void *const *rows, int64_t count, int64_t at, int64_t width) {
+INLINE void mix_columns(const int H, const int half, float *out, int64_t out_stride, const float *keep, const float *w,
+                        int64_t w_stride, const void *const *rows, int64_t count, int64_t at, int64_t width) {
     int64_t i = 0;
     for (; i + TILE * LANES <= width; i += TILE * LANES)
         mix_tile(H, TILE, 1, half, out + i, out_stride, keep, w, w_stride, rows, count, at + i, LANES);
@@ -255,29 +287,46 @@ INLINE void mix_heads(const int H, const int half, float *out, int64_t out_strid
         mix_tile(H, 1, 0, half, out + i, out_stride, keep, w, w_stride, rows, count, at + i, width - i);
 }
 
-INLINE void mix_of(const int half, float *out, int64_t out_stride, const float *keep, const float *w, int64_t w_stride,
-                   int64_t heads, const void *const *rows, int64_t count, int64_t at, int64_t width) {
+INLINE void mix_heads(const int half, float *out, int64_t out_stride, const float *keep, const float *w,
+                      int64_t w_stride, int64_t heads, const void *const *rows, int64_t count, int64_t at,
+                      int64_t width) {
     for (int64_t h = 0; h < heads; h += TILE) {
         float *to = out + h * out_stride;
         const float *kept = keep ? keep + h : keep, *weights = w + h * w_stride;
         int64_t rest = heads - h;
-#if defined(__AVX512F__)
-        if (rest == 2)
-            mix_heads(2, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
-        else if (rest == 3)
-            mix_heads(3, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
+        if (rest >= TILE)
+            mix_columns(TILE, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
+        else if (rest == 1)
+            mix_columns(1, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
+        else if (rest == 2)
+            mix_columns(2, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
         else
-#endif
-        if (rest == 1)
-            mix_heads(1, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
-        else
-            mix_heads(TILE, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
+            mix_columns(TILE - 1, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
     }
 }
 
-/* out_h = keep_h out_h + sum over p of w[h][p] rows[p][at : at + width]; without `keep` what out held is gone. */
-static inline void mix(float *out, int64_t out_stride, const float *keep, const float *w, int64_t w_stride, int64_t heads,
-                const void *const *rows, int64_t count, int64_t at, int64_t width, int half) {
+INLINE void mix_of(const int half, float *out, int64_t out_stride, const float *keep, const float *w, int64_t w_stride,
+                   int64_t heads, const void *const *rows, int64_t count, int64_t at, int64_t width) {
+    if (heads <= TILE) {
+        mix_heads(half, out, out_stride, keep, w, w_stride, heads, rows, count, at, width);
+        return;
+    }
+    for (int64_t i = 0; i < width; i += TILE * LANES) { /* so many columns of all rows stay in the first cache */
+        int64_t span = smaller(TILE * LANES, width - i);
+        if (half) {
+            vec wide[ROWS * TILE];
+            const void *widened[ROWS];
+            for (int64_t p = 0; p < count; p++) widened[p] = widen(wide + p * TILE, rows[p], at + i, span);
+            mix_heads(0, out + i, out_stride, keep, w, w_stride, heads, widened, count, 0, padded(span));
+        } else
+            mix_heads(0, out + i, out_stride, keep, w, w_stride, heads, rows, count, at + i, span);
+    }
+}
+
+/* out_h = keep_h out_h + sum over p < count <= ROWS of w[h][p] rows[p][at : at + width]; without `keep` what out held is
+   gone. Writes whole vectors: out has padded(width). */
+static inline void mix(float *out, int64_t out_stride, const float *keep, const float *w, int64_t w_stride,
+                       int64_t heads, const void *const *rows, int64_t count, int64_t at, int64_t width, int half) {
     if (half)
         mix_of(1, out, out_stride, keep, w, w_stride, heads, rows, count, at, width);
     else
