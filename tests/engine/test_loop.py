@@ -318,5 +318,5 @@ def test_engines_that_make_no_sense_are_refused(lm: LanguageModel, options: dict
 
 @pytest.mark.parametrize("priority", [-1, 1.5, True])
 def test_a_priority_is_a_whole_number(lm: LanguageModel, priority: Any) -> None:
-    with pytest.raises(ValueError, match="priority=.* must be a whole number"):
+    with pytest.raises(ValueError, match=r"priority=.* must be a whole number"):
         Engine(lm, dtype="model").generate([[3]], priority=priority)

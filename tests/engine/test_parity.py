@@ -21,7 +21,8 @@ DEEPSEEK: dict[str, Any] = {
 }  # fmt: skip
 QWEN: dict[str, Any] = {
     "model_type": "qwen3", "vocab_size": 61, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "initializer_range": 0.2, "max_position_embeddings": 300,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "initializer_range": 0.2,
+    "max_position_embeddings": 300,
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def test_every_logprob_is_the_full_passs_to_the_last_bit(model: LanguageModel, o
     engine = Engine(model, dtype="model", parity=True, **options)
     generator = torch.Generator().manual_seed(0)
     stem = torch.randint(0, 61, (40,), generator=generator).tolist()
-    prompts = [stem[: 1 + 3 * i] + [i] for i in range(13)]
+    prompts = [[*stem[: 1 + 3 * i], i] for i in range(13)]
     params = [SamplingParams(max_tokens=12, seed=i, n=4, logprobs=True, ignore_eos=True) for i in range(13)]
     for _ in range(2):
         for prompt, p, group in zip(prompts, params, engine.generate(prompts, params), strict=True):

@@ -96,10 +96,12 @@ def measurement(shape: dict[str, Any], memory: int, context: int) -> Step:
 
 def allocate(config: ModelConfig, rows: int, columns: int) -> list[Tensor]:
     """The engine's cache in bfloat16, every page of it written to."""
-    from luciola.engine.cache import Cache
+    from luciola.engine.cache import PagedCache
+    from luciola.engine.engine import BLOCK_SIZE
 
-    layers = Cache(config, rows, columns, torch.bfloat16, torch.device("cpu")).layers
-    return [layer.zero_() for layer in layers]
+    blocks, layers, cpu = rows * columns // BLOCK_SIZE, config.num_hidden_layers, torch.device("cpu")
+    cache = PagedCache(config, layers, blocks, BLOCK_SIZE, rows, torch.bfloat16, cpu)
+    return [pool.zero_() for pool in cache.pools]
 
 
 def fill(config: ModelConfig, memory: int, context: int) -> dict[str, float]:

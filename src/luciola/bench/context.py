@@ -3,28 +3,24 @@
 A stack of four layers at DeepSeek-V2-Lite's proportions (16 heads of 128, latent of 512 + 64) with a small feed-forward
 decodes one token a step; its cache is filled with random numbers, for what stands in it does not change the time. All
 three kinds have the same hidden size, heads and feed-forward; the two of MLA have the same weights.
-
-`stack_step` drives any attention of the signature `Attend`, so a new kernel is measured by giving it here.
-
-Shapes: B batch, S cached positions, D hidden, H heads, C numbers of a token in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from luciola import hardware
 from luciola.bench.turns import Step as Turn
 from luciola.bench.turns import compare, machine, median_seconds, take_turns
-from luciola.model.attention import Step
+from luciola.engine.cache import PagedCache, Piece, PromptCache
+from luciola.engine.engine import BLOCK_SIZE
+from luciola.engine.params import SamplingParams
+from luciola.engine.sampler import UniformStream
+from luciola.engine.sequence import Sequence
 from luciola.model.config import ModelConfig
-from luciola.model.mla import MLA
-from luciola.model.rope import turn as rotate_tokens
+from luciola.model.native.attention import Step
 from luciola.model.transformer import Transformer
 
 PEERS: tuple[str, ...] = ()
@@ -52,8 +48,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "MHA": _STACK | {"model_type": "llama", "head_dim": 128},
 }
 
-Attend = Callable[[Any, Tensor, Step, Tensor], Tensor]  # (attention module, x_BD, step, cache_BSC) -> (B, D)
-
 
 def run() -> dict[str, Any]:
     """Milliseconds a token of the three at each context, what absorbing gains, and the bytes each reads a token."""
@@ -79,71 +73,74 @@ def run() -> dict[str, Any]:
 
 def absorbed(length: int, dtype: str) -> Turn:
     """MLA as the engine decodes."""
-    return stack_step(SHAPES["MLA"], length, dtype, lambda attention, x, step, cache: attention.decode(x, step, cache))
-
-
-def expanded(length: int, dtype: str) -> Turn:
-    """MLA that makes all keys and values from the cached latents at each step."""
-    return stack_step(SHAPES["MLA"], length, dtype, attend_expanded)
+    return _decoding("MLA", length, dtype)
 
 
 def mha(length: int, dtype: str) -> Turn:
     """Multi-head attention as the engine decodes."""
-    return stack_step(SHAPES["MHA"], length, dtype, lambda attention, x, step, cache: attention.decode(x, step, cache))
+    return _decoding("MHA", length, dtype)
 
 
-def stack_step(shape: dict[str, Any], length: int, dtype: str, attend: Attend) -> Turn:
-    """A step that decodes one token at position `length` - 1 through the stack; it returns the bytes of the cache."""
-    hardware.keep_freed_memory()
-    model = Transformer(ModelConfig.model_validate(shape))
-    model.initialize(0)
-    model.to(getattr(torch, dtype))
-    caches = filled_caches(model, length)
-    size = sum(cache.nbytes for cache in caches)
+def expanded(length: int, dtype: str) -> Turn:
+    """MLA that makes keys and values of all cached latents at each step, as it does for a piece of a prompt."""
+    model, cache, sequence = stack("MLA", length, dtype)
+    token = torch.zeros(1, 1, dtype=torch.long)
 
+    @torch.inference_mode()
     def step() -> int:
-        decode_token(model, length - 1, caches, attend)
-        return size
+        model.hidden(token, cache=PromptCache(cache, [Piece(sequence, length - 1, 1)], 1))
+        return size(cache)
 
     return step
 
 
-def filled_caches(model: Transformer, length: int) -> list[Tensor]:
-    """Caches (1, length, C) of small random numbers, one a layer."""
-    weight, config = model.embed_tokens.weight, model.config
+def _decoding(kind: str, length: int, dtype: str) -> Turn:
+    model, cache, _ = stack(kind, length, dtype)
+    model.prepare()
+    token = torch.zeros(1, dtype=torch.long)
+
+    @torch.inference_mode()
+    def step() -> int:
+        model.decode(token, paged_step(model, cache, length - 1), cache.pools)
+        return size(cache)
+
+    return step
+
+
+def stack(kind: str, length: int, dtype: str) -> tuple[Transformer, PagedCache, Sequence]:
+    """A model, and a cache full of small random numbers that one sequence of `length` tokens holds."""
+    hardware.keep_freed_memory()
+    model = Transformer(ModelConfig.model_validate(SHAPES[kind]))
+    model.initialize(0)
+    model.to(getattr(torch, dtype))
+    blocks, weight = -(-length // BLOCK_SIZE), model.embed_tokens.weight
+    layers = model.config.num_hidden_layers
+    cache = PagedCache(model.config, layers, blocks, BLOCK_SIZE, 1, weight.dtype, weight.device)
     generator = torch.Generator().manual_seed(1)
-    shape = (1, length, config.cached_per_token_and_layer)
-    return [
-        torch.randn(shape, generator=generator, dtype=weight.dtype).mul_(0.5) for _ in range(config.num_hidden_layers)
-    ]
+    for pool in cache.pools:
+        pool.copy_(torch.randn(pool.shape, generator=generator).mul_(0.5))
+    sequence = Sequence(
+        prompt_length=length,
+        params=SamplingParams(),
+        index=0,
+        max_tokens=1,
+        tokens=[0] * length,
+        stream=UniformStream(0, 0, [0]),
+        order=(0, 0),
+        blocks=list(range(blocks)),
+        row=0,
+    )
+    cache.follow(sequence)
+    return model, cache, sequence
 
 
-@torch.inference_mode()
-def decode_token(model: Transformer, position: int, caches: list[Tensor], attend: Attend) -> Tensor:
-    """The states (1, D) of token 0 at `position`, which takes the caches' last column."""
-    rotation = model.rope(position + 1, torch.device("cpu"), torch.tensor([[position]]))
-    x_BD = model.embed_tokens(torch.zeros(1, dtype=torch.long))
-    for block, cache_BSC in zip(model.layers, caches, strict=True):
-        x_BD = x_BD + attend(block.self_attn, block.input_layernorm(x_BD), Step(rotation), cache_BSC)  # type: ignore[operator]
-        x_BD = x_BD + block.mlp(block.post_attention_layernorm(x_BD))  # type: ignore[operator]
-    states_BD: Tensor = model.norm(x_BD)
-    return states_BD
+def paged_step(model: Transformer, cache: PagedCache, position: int) -> Step:
+    """One token of the only sequence, at `position`."""
+    rotation = model.rope(position + 1, cache.device)
+    row, at = (torch.tensor([x], dtype=torch.int32) for x in (0, position))
+    return Step(row, at, cache.table_RM, cache.block_size, rotation.cos, rotation.sin)
 
 
-def attend_expanded(attention: nn.Module, x_BD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:
-    """MLA's equations as `forward` computes them, for one new token a row: k_C and v of every cached latent."""
-    assert isinstance(attention, MLA)
-    n, v, rank = attention.n, attention.v, attention.rank
-    qC_BHn, qR_BHr = attention._queries(x_BD).split((n, attention.r), dim=-1)
-    qR_BHr = rotate_tokens(qR_BHr.unsqueeze(2), step.rotation, attention.interleaved).squeeze(2)
-    c_BTC, kR_BTr = attention._latents(x_BD.unsqueeze(1), step.rotation)
-    cache_BSC[:, -1:] = torch.cat((c_BTC, kR_BTr), dim=-1)
-    kC_BSHn, v_BSHv = attention.kv_b_proj(cache_BSC[..., :rank]).unflatten(-1, (-1, n + v)).split((n, v), dim=-1)
-    kR_BSHr = cache_BSC[:, :, None, rank:].expand(-1, -1, attention.heads, -1)
-    k_BHSx = torch.cat((kC_BSHn, kR_BSHr), dim=-1).transpose(1, 2)
-    q_BH1x = torch.cat((qC_BHn, qR_BHr), dim=-1).unsqueeze(2)
-    # the kernel on CPU is fast for values as wide as the keys, hence the padding
-    v_BHSx = F.pad(v_BSHv, (0, k_BHSx.shape[-1] - v)).transpose(1, 2)
-    o_BH1x = F.scaled_dot_product_attention(q_BH1x, k_BHSx, v_BHSx, scale=attention.scale)
-    output_BD: Tensor = attention.o_proj(o_BH1x[:, :, 0, :v].flatten(1))
-    return output_BD
+def size(cache: PagedCache) -> int:
+    """Bytes of all layers."""
+    return sum(pool.nbytes for pool in cache.pools)

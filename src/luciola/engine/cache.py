@@ -70,11 +70,11 @@ class PagedCache:
 
 
 class Piece(NamedTuple):
-    """The next `count` tokens of a sequence's prompt, `start` of which are in the cache already."""
+    """The next `length` tokens of a sequence's prompt, `start` of which are in the cache already."""
 
     sequence: Sequence
     start: int
-    count: int
+    length: int
 
 
 class PromptCache:
@@ -87,11 +87,11 @@ class PromptCache:
         self._cache = cache
         self.past = pieces[0].start
         assert self.past == 0 or len(pieces) == 1
-        slots = [cache.slots(p.sequence, p.start, p.start + p.count) for p in pieces]
+        slots = [cache.slots(p.sequence, p.start, p.start + p.length) for p in pieces]
         self._slots_N = torch.from_numpy(np.concatenate(slots)).to(cache.device)
         self._tokens_N: Tensor | None = None  # which of the (B, T) tokens are real, where some are padding
-        if any(p.count < width for p in pieces):
-            real = [np.arange(p.count) + row * width for row, p in enumerate(pieces)]
+        if any(p.length < width for p in pieces):
+            real = [np.arange(p.length) + row * width for row, p in enumerate(pieces)]
             self._tokens_N = torch.from_numpy(np.concatenate(real)).to(cache.device)
         if self.past:
             self._past_P = torch.from_numpy(cache.slots(pieces[0].sequence, 0, self.past)).to(cache.device)

@@ -1,7 +1,7 @@
 """The engine: prompts in, completions out, from the very model object that training updates.
 
-One loop serves everybody: `generate` (wait for all), `stream` (read one as it grows), `stream_async` (many at once, from
-an event loop). Each call adds its sequences; whoever waits drives the loop, and every step continues all of them.
+One loop serves everybody: `generate` (wait for all), `stream` (read one as it grows), `stream_async` (many at once,
+from an event loop). Each call adds its sequences; whoever waits drives the loop, and every step continues all of them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What one step of the engine does: run the model on what the scheduler has planned, draw tokens, take note of them.
 
 A step has up to two passes through the model. Pieces of prompts go through `Transformer.hidden`, whole sequences at a
-time; tokens that continue a sequence, with its drafts, and the short rests of prompts go through `Transformer.decode`, all
-in one flat list. The states that something is to be drawn from then meet the head together.
+time; tokens that continue a sequence, with its drafts, and the short rests of prompts go through `Transformer.decode`,
+all in one flat list. The states that something is to be drawn from then meet the head together.
 
 Shapes: N tokens, B rows to draw for, D hidden, V vocabulary, L MoE layers, K experts a token.
 """
@@ -56,7 +56,7 @@ class Runner:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.scheduler, self.cache, self.speculator = scheduler, cache, speculator
-        self.ends, self.publishes, self.exact = frozenset(ends), publish, exact
+        self.ends, self.publishes, self.exact = tuple(ends), publish, exact
         self.device = cache.device
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.steps = 0
         self.grammar_tokens, self.grammar_seconds = 0, 0.0
@@ -92,7 +92,7 @@ class Runner:
         """Read pieces of prompts; returns what can be drawn from: those that have been read to their end."""
         drawings = []
         for batch in _batches([Piece(sequence, sequence.computed, count) for sequence, count in pieces]):
-            width = max(piece.count for piece in batch)
+            width = max(piece.length for piece in batch)
             tokens_BT = torch.zeros(len(batch), width, dtype=torch.long)
             for row, (sequence, start, count) in enumerate(batch):
                 tokens_BT[row, :count] = torch.tensor(sequence.tokens[start : start + count])
@@ -105,7 +105,7 @@ class Runner:
                 self._advance(sequence, count)
                 if sequence.pending == 0:
                     drawings += self._with_followers(sequence, states_BTD[row, count - 1 : count])
-            self.prompt_tokens += sum(piece.count for piece in batch)
+            self.prompt_tokens += sum(piece.length for piece in batch)
         return drawings
 
     def _continue(self, work: Many[tuple[Sequence, int]]) -> list[Drawing]:
@@ -270,9 +270,8 @@ class Runner:
         except Exception as error:
             sequence.error = error
             return
-        if end or stopped or token in params.stop_token_ids:
-            sequence.finish = "stop"
-        elif sequence.grammar is not None and sequence.grammar.finished:
+        complete = sequence.grammar is not None and sequence.grammar.finished
+        if end or stopped or complete or token in params.stop_token_ids:
             sequence.finish = "stop"
         elif sequence.generated >= sequence.max_tokens:
             sequence.finish = "length"
@@ -280,7 +279,8 @@ class Runner:
     def _speculate(self, sequences: list[Sequence], counts: list[int], news: list[int], states_BD: Tensor) -> None:
         """Judge the drafts of the step that is over; make those of the next one."""
         assert self.speculator is not None
-        kept, offset = [], 0
+        kept: list[int] = []
+        offset = 0
         going, going_news = [], []
         for sequence, count, new in zip(sequences, counts, news, strict=True):
             if count > 1:
@@ -378,8 +378,8 @@ class Runner:
 def _batches(pieces: list[Piece]) -> list[list[Piece]]:
     """Whole prompts of like length together, as long as little is padded; pieces with a past alone."""
     batches: list[list[Piece]] = []
-    for piece in sorted((p for p in pieces if p.start == 0), key=lambda p: -p.count):
-        if batches and 2 * piece.count >= batches[-1][0].count:
+    for piece in sorted((p for p in pieces if p.start == 0), key=lambda p: -p.length):
+        if batches and 2 * piece.length >= batches[-1][0].length:
             batches[-1].append(piece)
         else:
             batches.append([piece])

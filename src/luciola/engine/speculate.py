@@ -1,8 +1,8 @@
 """Speculation: guess the next few tokens, let the model check all of them in one pass.
 
-Reading k drafted tokens costs the model little more than reading one, as long as few sequences run. At each position the
-token is then drawn just as it would have been without drafts, from the same distribution with the same random number; a
-draft counts if it is that very token, and what follows the first that is not is thrown away. So the tokens are the same
+Reading k drafted tokens costs the model little more than reading one, as long as few sequences run. At each position
+the token is then drawn just as it would have been without drafts, from the same distribution with the same random number;
+a draft counts if it is that very token, and what follows the first that is not is thrown away. So the tokens are the same
 as without speculation, whatever the drafts are; only the time depends on them.
 
 Drafts come from the model's multi-token prediction module (V3 report, section 2.2: it accepts 85 to 90 % of the second
@@ -165,7 +165,7 @@ class Speculator:
         for number in range(self.most):
             if not going:
                 return
-            drafts = self.model.mtp[0].head(states_BD).argmax(-1).tolist()
+            drafts = self.model.mtp[0].head(states_BD).argmax(-1).tolist()  # type: ignore[operator]
             kept = []
             for place, (i, token) in enumerate(zip(going, drafts, strict=True)):
                 s = sequences[i]

@@ -1,12 +1,13 @@
 """Projections of the same input as one product: their weights lie below each other in memory.
 
-The parameters stay what they are, for training, saving and everyone else; only their memory is shared. A step of decoding
-then reads one matrix where it would have read two or three.
+The parameters stay what they are, for training, saving and everyone else; only their memory is shared. A step of
+decoding then reads one matrix where it would have read two or three.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,11 @@ class SideBySide:
 
 def weight_of(module: nn.Module) -> Tensor | Quantized:
     """The matrix of a linear module, quantised or not."""
-    weight: Tensor | Quantized = getattr(module.weight, "quantized", module.weight)
+    weight: Tensor | Quantized = getattr(module.weight, "quantized", module.weight)  # type: ignore[arg-type]
     return weight
 
 
-def joined(modules: Sequence[nn.Module], norm: RMSNorm) -> Product | SideBySide:
+def joined(modules: Sequence[Any], norm: RMSNorm) -> Product | SideBySide:
     """All outputs of linear modules, of the normed input, side by side: as one product where their weights can be laid
     below each other."""
     weights, biases = [weight_of(module) for module in modules], [module.bias for module in modules]
@@ -47,7 +48,7 @@ def joined(modules: Sequence[nn.Module], norm: RMSNorm) -> Product | SideBySide:
     if isinstance(weight, Quantized):
         start = 0
         for module in modules:
-            module.move(weight.rows(start, start + module.out_features))  # type: ignore[operator]
+            module.move(weight.rows(start, start + module.out_features))
             start += module.out_features
     bias = None if biases[0] is None else below_each_other(biases)
     return Product(weight, bias, norm=norm)

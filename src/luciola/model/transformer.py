@@ -193,7 +193,7 @@ class Transformer(nn.Module):
         """Make ready for `decode`; to be done again when weights have changed. Weights that meet the same input come to
         lie below each other in memory."""
         for block in [*self.layers, *(module.block for module in self.mtp)]:
-            block.prepare()  # type: ignore[operator]
+            block.prepare()
         for module in self.mtp:
             module.prepare(self.lm_head)  # type: ignore[operator]
         self.head = Product(weight_of(self.lm_head))
