@@ -22,7 +22,14 @@
 #include <immintrin.h>
 #endif
 
+/* As wide as the processor's vectors: what is wider the compilers take apart through memory. */
+#if defined(__AVX512F__)
 #define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -32,17 +39,26 @@ typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4), may_a
 typedef uint16_t loose_half __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 #if defined(__clang__)
-#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define PICK(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+/* LANES of a and b by number; the lists are written for 16, and narrower vectors take their beginning. */
+#if LANES == 16
+#define PICK SHUFFLE
+#elif LANES == 8
+#define PICK(a, b, i, j, k, l, m, n, o, p, ...) SHUFFLE(a, b, i, j, k, l, m, n, o, p)
+#else
+#define PICK(a, b, i, j, k, l, ...) SHUFFLE(a, b, i, j, k, l)
 #endif
 
-/* Accumulators of a tile: as many as the processor has vector registers for. */
+/* A tile of sums fits into the vector registers: TILE vectors on the left by ACROSS rows, or columns of rows. */
 #ifdef __AVX512F__
 enum { TILE = 4 };
 #else
 enum { TILE = 2 };
 #endif
+enum { ACROSS = 4 };
 enum { GROUP = 16 };  /* vectors on the left whose partial sums are kept on the stack */
 enum { ROWS = 64 };   /* the most rows of a sum */
 enum { BLOCK = 128 }; /* numbers of them that stay in the first cache together with as many rows */
@@ -112,23 +128,26 @@ INLINE void row_store(void *row, int64_t i, float x, int half) {
 
 /* Lane i of the result: the sum of the lanes of v[i]. */
 INLINE vec sums(const vec *v) {
-    vec a[8], b[4], c[2];
-    for (int i = 0; i < 8; i++)
-        a[i] = PICK(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               PICK(v[2 * i], v[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    for (int i = 0; i < 4; i++)
-        b[i] = PICK(a[2 * i], a[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-               PICK(a[2 * i], a[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    vec s[LANES];
+    for (int i = 0; i < LANES; i++) s[i] = v[i];
+    if (LANES > 8)
+        for (int i = 0; i < LANES / 2; i++)
+            s[i] = PICK(s[2 * i], s[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                   PICK(s[2 * i], s[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    if (LANES > 4)
+        for (int i = 0; i < 4; i++)
+            s[i] = PICK(s[2 * i], s[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                   PICK(s[2 * i], s[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
     for (int i = 0; i < 2; i++)
-        c[i] = PICK(b[2 * i], b[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-               PICK(b[2 * i], b[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-    return PICK(c[0], c[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           PICK(c[0], c[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+        s[i] = PICK(s[2 * i], s[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+               PICK(s[2 * i], s[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    return PICK(s[0], s[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           PICK(s[0], s[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 INLINE float sum_lanes(vec v) {
-    v += PICK(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    v += PICK(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    if (LANES > 8) v += PICK(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    if (LANES > 4) v += PICK(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
     v += PICK(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
     return v[0] + v[1];
 }
@@ -136,8 +155,8 @@ INLINE float sum_lanes(vec v) {
 INLINE vec greater(vec a, vec b) { return (vec)(((a > b) & (ivec)a) | (~(a > b) & (ivec)b)); }
 
 INLINE float max_lanes(vec v) {
-    v = greater(v, PICK(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    v = greater(v, PICK(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    if (LANES > 8) v = greater(v, PICK(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    if (LANES > 4) v = greater(v, PICK(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
     v = greater(v, PICK(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
     return v[0] > v[1] ? v[0] : v[1];
 }
@@ -178,28 +197,28 @@ static inline void rms_norm(float *out, const float *x, const float *weight, int
     for (int64_t i = 0; i < width; i++) out[i] = x[i] * r * weight[i];
 }
 
-/* H <= TILE vectors, from number `from` on, against TILE rows; the sums, one vector each, in part[h][LANES rows]. */
+/* H <= TILE vectors, from number `from` on, against ACROSS rows; the sums, one vector each, in part[h][LANES rows]. */
 INLINE void dots_tile(const int H, const int half, vec *part, const float *const *x, int64_t from,
                       const void *const *rows, int64_t at, int64_t width) {
-    vec sum[TILE][TILE];
+    vec sum[TILE][ACROSS];
     int64_t i = 0;
     for (int h = 0; h < H; h++)
-        for (int p = 0; p < TILE; p++) sum[h][p] = from ? part[h * LANES + p] : (vec){0};
+        for (int p = 0; p < ACROSS; p++) sum[h][p] = from ? part[h * LANES + p] : (vec){0};
     for (; i + LANES <= width; i += LANES) {
-        vec r[TILE];
-        for (int p = 0; p < TILE; p++) r[p] = row_load(rows[p], at + from + i, LANES, half);
+        vec r[ACROSS];
+        for (int p = 0; p < ACROSS; p++) r[p] = row_load(rows[p], at + from + i, LANES, half);
         for (int h = 0; h < H; h++) {
             vec v = load(x[h] + from + i);
-            for (int p = 0; p < TILE; p++) sum[h][p] = madd(v, r[p], sum[h][p]);
+            for (int p = 0; p < ACROSS; p++) sum[h][p] = madd(v, r[p], sum[h][p]);
         }
     }
     if (i < width)
-        for (int p = 0; p < TILE; p++) {
+        for (int p = 0; p < ACROSS; p++) {
             vec r = row_load(rows[p], at + from + i, width - i, half);
             for (int h = 0; h < H; h++) sum[h][p] = madd(load(x[h] + from + i), r, sum[h][p]);
         }
     for (int h = 0; h < H; h++)
-        for (int p = 0; p < TILE; p++) part[h * LANES + p] = sum[h][p];
+        for (int p = 0; p < ACROSS; p++) part[h * LANES + p] = sum[h][p];
 }
 
 INLINE void dots_heads(const int half, vec *part, const float *const *x, int64_t heads, int64_t from,
@@ -221,7 +240,7 @@ INLINE void dots_heads(const int half, vec *part, const float *const *x, int64_t
 /* LANES rows against all vectors, for so much of their width that both stay in the first cache. */
 INLINE void dots_of(const int half, float *out, int64_t out_stride, const float *const *x, int64_t heads,
                     const void *const *rows, int64_t count, int64_t at, int64_t width) {
-    vec part[GROUP * LANES], wide[TILE * BLOCK / LANES];
+    vec part[GROUP * LANES], wide[ACROSS * BLOCK / LANES];
     int64_t block = heads > TILE ? BLOCK : width;
     for (int64_t p0 = 0; p0 < count; p0 += LANES) {
         const void *tile[LANES]; /* past the end stands the last row again: its products are not used */
@@ -231,12 +250,12 @@ INLINE void dots_of(const int half, float *out, int64_t out_stride, const float 
             for (int64_t p = some; p < LANES; p++) part[h * LANES + p] = (vec){0};
         for (int64_t from = 0; from < width; from += block) {
             int64_t span = smaller(block, width - from);
-            for (int64_t p = 0; p < some; p += TILE) {
-                for (int64_t next = p0 + p + LANES, end = smaller(next + TILE, count); next < end; next++)
+            for (int64_t p = 0; p < some; p += ACROSS) {
+                for (int64_t next = p0 + p + LANES, end = smaller(next + ACROSS, count); next < end; next++)
                     fetch(rows[next], at + from, span, half);
                 if (half && heads > TILE) { /* converted once for all vectors */
-                    const void *widened[TILE];
-                    for (int j = 0; j < TILE; j++)
+                    const void *widened[ACROSS];
+                    for (int j = 0; j < ACROSS; j++)
                         widened[j] = widen(wide + j * BLOCK / LANES, tile[p + j], at + from, span);
                     dots_heads(0, part + p, x, heads, from, widened, -from, padded(span));
                 } else
@@ -260,12 +279,12 @@ static inline void dots(float *out, int64_t out_stride, const float *const *x, i
 INLINE void mix_tile(const int H, const int columns, const int whole, const int half, float *out, int64_t out_stride,
                      const float *keep, const float *w, int64_t w_stride, const void *const *rows, int64_t count,
                      int64_t at, int64_t last) {
-    vec sum[TILE][TILE];
+    vec sum[TILE][ACROSS];
     for (int h = 0; h < H; h++)
         for (int c = 0; c < columns; c++)
             sum[h][c] = keep ? load(out + h * out_stride + c * LANES) * keep[h] : (vec){0};
     for (int64_t p = 0; p < count; p++) {
-        vec r[TILE];
+        vec r[ACROSS];
         for (int c = 0; c < columns; c++) r[c] = row_load(rows[p], at + c * LANES, whole ? LANES : last, half);
         for (int h = 0; h < H; h++) {
             vec weight = all(w[h * w_stride + p]);
@@ -279,8 +298,8 @@ INLINE void mix_tile(const int H, const int columns, const int whole, const int 
 INLINE void mix_columns(const int H, const int half, float *out, int64_t out_stride, const float *keep, const float *w,
                         int64_t w_stride, const void *const *rows, int64_t count, int64_t at, int64_t width) {
     int64_t i = 0;
-    for (; i + TILE * LANES <= width; i += TILE * LANES)
-        mix_tile(H, TILE, 1, half, out + i, out_stride, keep, w, w_stride, rows, count, at + i, LANES);
+    for (; i + ACROSS * LANES <= width; i += ACROSS * LANES)
+        mix_tile(H, ACROSS, 1, half, out + i, out_stride, keep, w, w_stride, rows, count, at + i, LANES);
     for (; i + LANES <= width; i += LANES)
         mix_tile(H, 1, 1, half, out + i, out_stride, keep, w, w_stride, rows, count, at + i, LANES);
     if (i < width)
@@ -311,20 +330,20 @@ INLINE void mix_of(const int half, float *out, int64_t out_stride, const float *
         mix_heads(half, out, out_stride, keep, w, w_stride, heads, rows, count, at, width);
         return;
     }
-    for (int64_t i = 0; i < width; i += TILE * LANES) { /* so many columns of all rows stay in the first cache */
-        int64_t span = smaller(TILE * LANES, width - i);
+    for (int64_t i = 0; i < width; i += ACROSS * LANES) { /* so many columns of all rows stay in the first cache */
+        int64_t span = smaller(ACROSS * LANES, width - i);
         if (half) {
-            vec wide[ROWS * TILE];
+            vec wide[ROWS * ACROSS];
             const void *widened[ROWS];
-            for (int64_t p = 0; p < count; p++) widened[p] = widen(wide + p * TILE, rows[p], at + i, span);
+            for (int64_t p = 0; p < count; p++) widened[p] = widen(wide + p * ACROSS, rows[p], at + i, span);
             mix_heads(0, out + i, out_stride, keep, w, w_stride, heads, widened, count, 0, padded(span));
         } else
             mix_heads(0, out + i, out_stride, keep, w, w_stride, heads, rows, count, at + i, span);
     }
 }
 
-/* out_h = keep_h out_h + sum over p < count <= ROWS of w[h][p] rows[p][at : at + width]; without `keep` what out held is
-   gone. Writes whole vectors: out has padded(width). */
+/* out_h = keep_h out_h + sum over p < count <= ROWS of w[h][p] rows[p][at : at + width]; without `keep` what out held
+   is gone. Writes whole vectors: out has padded(width). */
 static inline void mix(float *out, int64_t out_stride, const float *keep, const float *w, int64_t w_stride,
                        int64_t heads, const void *const *rows, int64_t count, int64_t at, int64_t width, int half) {
     if (half)
