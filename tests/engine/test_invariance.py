@@ -25,7 +25,8 @@ WINDOWED = GQA | {"model_type": "mistral", "head_dim": 4, "sliding_window": 5}
 COMPRESSED: dict[str, Any] = {
     "vocab_size": 27, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
     "q_lora_rank": 8, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5,
-    "attention_bias": True, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 8,
+    "attention_bias": True, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
+    "moe_intermediate_size": 8,
     "n_shared_experts": 2, "first_k_dense_replace": 1, "initializer_range": 0.3, "max_position_embeddings": 96,
     "num_nextn_predict_layers": 1, "tie_word_embeddings": True,
 }  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
 from luciola.model.config import ModelConfig
-from luciola.model.language_model import LanguageModel, load, load_quantized
+from luciola.model.language_model import LanguageModel, load
 from luciola.model.quant_layers import QuantExperts, QuantLinear, quantize_model
 from luciola.weights import gguf
 from luciola.weights.parts import take
@@ -65,7 +65,7 @@ def test_matrices_stay_as_they_are(
     config: dict[str, object], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "m.gguf", config, kind, monkeypatch)
-    floats, quantised = load(path).model, load_quantized(path).model
+    floats, quantised = load(path).model, load(path, quantized=True).model
     layers = {name: module for name, module in quantised.named_modules() if isinstance(module, QuantLinear)}
     assert "lm_head" in layers
     assert "layers.0.self_attn.o_proj" in layers
@@ -86,7 +86,7 @@ def test_what_is_not_quantised_in_the_file_is_float_and_can_be_quantised_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "m.gguf", LLAMA | {"intermediate_size": 272}, "q8_0", monkeypatch)  # not whole blocks of 32
-    model = load_quantized(path).model
+    model = load(path, quantized=True).model
     assert isinstance(model.layers[0].mlp.gate_proj, QuantLinear)
     assert isinstance(model.layers[0].mlp.down_proj, torch.nn.Linear)
     after, report = quantize_model(model, 8)
@@ -101,7 +101,7 @@ def test_damaged_scales_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     content[info.start : info.start + 2] = np.float16(np.inf).tobytes()
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"damaged: tensor blk\.1\.ffn_up\.weight"):
-        load_quantized(path)
+        load(path, quantized=True)
 
 
 def test_a_quantised_model_is_not_saved_as_if_it_were_whole(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ COMPILED = 64  # grammars kept ready by a GrammarCompiler
 LIMITS = LLParserLimits(
     max_items_in_row=10_000, max_grammar_size=200_000, initial_lexer_fuel=1_000_000, verbose_errors=False
 )
-# Between the parts of a JSON text: a blank, or a new line and its indentation. Unbounded, small models stay there.
+# Between the parts of a JSON text: a blank, or a new line with its indentation; unbounded, small models stay there.
 WHITESPACE = r"[ \t]|\n[ \t]{0,40}"
 
 
@@ -256,7 +256,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._vocabulary = _Vocabulary(tokenizer, vocab_size, eos_token_ids)
-        self._tokens = LLTokenizer(self._vocabulary)  # type: ignore[arg-type]
+        self._tokens = LLTokenizer(self._vocabulary)  # type: ignore[arg-type]  # known by its attributes
         self._compiled = functools.lru_cache(COMPILED)(self._compile)
 
     def _compile(self, grammar: Grammar) -> _Compiled:

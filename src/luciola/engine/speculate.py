@@ -1,9 +1,9 @@
 """Speculation: guess the next few tokens, let the model check all of them in one pass.
 
 Reading k drafted tokens costs the model little more than reading one, as long as few sequences run. At each position
-the token is then drawn just as it would have been without drafts, from the same distribution with the same random number;
-a draft counts if it is that very token, and what follows the first that is not is thrown away. So the tokens are the same
-as without speculation, whatever the drafts are; only the time depends on them.
+the token is then drawn just as it would have been without drafts, from the same distribution with the same random
+number; a draft counts if it is that very token, and what follows the first that is not is thrown away. So the tokens
+are the same as without speculation, whatever the drafts are; only the time depends on them.
 
 Drafts come from the model's multi-token prediction module (V3 report, section 2.2: it accepts 85 to 90 % of the second
 tokens), applied to its own output for more than one; or from the text so far: what followed the last tokens when they

