@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from luciola.bench.turns import Step, machine, take_turns
+from luciola.engine.cache import PagedCache
+from luciola.engine.engine import BLOCK_SIZE
 from luciola.model.config import ModelConfig
 
 PEERS: tuple[str, ...] = ()
@@ -96,9 +98,6 @@ def measurement(shape: dict[str, Any], memory: int, context: int) -> Step:
 
 def allocate(config: ModelConfig, rows: int, columns: int) -> list[Tensor]:
     """The engine's cache in bfloat16, every page of it written to."""
-    from luciola.engine.cache import PagedCache
-    from luciola.engine.engine import BLOCK_SIZE
-
     blocks, layers, cpu = rows * columns // BLOCK_SIZE, config.num_hidden_layers, torch.device("cpu")
     cache = PagedCache(config, layers, blocks, BLOCK_SIZE, rows, torch.bfloat16, cpu)
     return [pool.zero_() for pool in cache.pools]

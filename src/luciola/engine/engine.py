@@ -414,7 +414,10 @@ register_optimizer_step_post_hook(_count_optimizer_step)
 
 def _stamp(model: torch.nn.Module) -> list[tuple[int, int]]:
     """Changes whenever weights may have changed: by an optimizer's step, any operation in place, or a move."""
-    return [(0, _last_optimizer_step), *((p.data_ptr(), p._version) for p in model.parameters())]
+    return [
+        (0, _last_optimizer_step),
+        *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()),
+    ]
 
 
 def _no_parity(dtype: torch.dtype, device: torch.device, quantize: str | None) -> str:

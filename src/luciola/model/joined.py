@@ -54,8 +54,6 @@ def joined(modules: Sequence[Any], norm: RMSNorm) -> Product | SideBySide:
     return Product(weight, bias, norm=norm)
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def below_each_other(parameters: Sequence[Tensor]) -> Tensor:
     """One tensor over the memory of all, after moving them to where that is possible."""
     first = parameters[0]

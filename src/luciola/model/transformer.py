@@ -192,11 +192,13 @@ class Transformer(nn.Module):
     def prepare(self) -> None:
         """Make ready for `decode`; to be done again when weights have changed. Weights that meet the same input come to
         lie below each other in memory."""
-        for block in [*self.layers, *(module.block for module in self.mtp)]:
-            block.prepare()
-        for module in self.mtp:
-            module.prepare(self.lm_head)  # type: ignore[operator]
-        self.head = Product(weight_of(self.lm_head))
+        # Parameters must come out as what they were: fit for training, unless they never were.
+        with torch.inference_mode(self.embed_tokens.weight.is_inference()), torch.no_grad():
+            for block in [*self.layers, *(module.block for module in self.mtp)]:
+                block.prepare()
+            for module in self.mtp:
+                module.prepare(self.lm_head)  # type: ignore[operator]
+            self.head = Product(weight_of(self.lm_head))
 
     def decode(self, tokens_N: Tensor, step: Step, pools: Sequence[Tensor], exact: bool = False) -> Hidden:
         """N new tokens of any sequences, several of one allowed, against `pools`, the cache of each layer (P, C).
