@@ -123,7 +123,7 @@ def test_json_by_schema_for_many_in_a_cache_too_small_for_all(writer: LanguageMo
 
 def test_a_grammar_that_begins_after_the_thinking(writer: LanguageModel, engine: Engine) -> None:
     prompt = TEXT.encode("q<think>")
-    bias = {TEXT.encode("</think>")[0]: 5.0}
+    bias = {TEXT.encode("</think>")[0]: 2.0}
     grammar = Grammar.regex("(yes|no), because [a-z]{3,9}[.]").after("</think>")
     params = SamplingParams(max_tokens=400, seed=0, n=8, grammar=grammar, logit_bias=bias)
     (out,) = engine.generate([prompt], params)
@@ -168,7 +168,8 @@ EXPERTS = {
 }  # fmt: skip
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.15, "tie_word_embeddings": True, "max_position_embeddings": 600,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.15, "tie_word_embeddings": True,
+    "max_position_embeddings": 600,
 }  # fmt: skip
 
 
