@@ -17,7 +17,7 @@ from luciola.model.config import ModelConfig
 from luciola.model.experts import Experts
 from luciola.model.native.linear import Product, formula, linear
 from luciola.model.quant import GROUPS, Quantized, quantize
-from luciola.model.quant_layers import ERROR, QuantExperts, QuantLinear, choose, quantize_model
+from luciola.model.quant_layers import BOUNDS, QuantExperts, QuantLinear, choose, quantize_model
 from luciola.model.transformer import Transformer
 
 GROUPED = ModelConfig(
@@ -228,25 +228,28 @@ def test_experts_are_those_of_the_dequantised_stacks() -> None:
     assert torch.allclose(QuantExperts(gate_up, down)(x, weights, indices), experts(x, weights, indices), atol=1e-5)
 
 
-def test_the_rule_takes_the_fewest_bits_whose_error_is_small_enough() -> None:
-    even = normal(128, 256)
-    spiky = even * torch.where(normal(128, 256, seed=1) > 2, 30.0, 0.1)  # a few numbers far larger than the others
-    tiny = normal(256, 256) * 1e-8  # scales that float16 does not reach
-    for weight, bits, chosen in ((even, 4, 4), (even, 8, 8), (tiny, 4, 32), (normal(4, 32), 4, 32)):
-        quantized, choice = choose("w", weight, bits)
-        assert choice.bits == chosen
-        assert choice.error <= ERROR.get(choice.bits, 0.0)
-        assert (quantized is None) == (chosen == 32)
-    assert choose("w", spiky, 4)[1].bits in (4, 8, 32)
+@pytest.mark.parametrize("group", GROUPS)
+def test_normal_weights_get_4_bits_and_long_tails_8(group: int) -> None:
+    normal_MK = normal(128, 512)
+    tailed_MK = normal_MK / normal(3, 128, 512, seed=1).square().mean(0).sqrt()  # Student's t, 3 degrees of freedom
+    for weight, asked, bits in ((normal_MK, 4, 4), (tailed_MK, 4, 8), (normal_MK, 8, 8)):
+        quantized, choice = choose("w", weight, asked, group)
+        assert quantized is not None
+        assert choice.bits == quantized.bits == bits
+        assert choice.error == pytest.approx(error(quantized, weight))
+        assert choice.error <= BOUNDS[bits][group]
+        assert choice.nbytes == quantized.nbytes
+    assert error(quantize(tailed_MK, 4, group), tailed_MK) > BOUNDS[4][group]
 
 
-def test_long_tails_get_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = normal(128, 256)
-    monkeypatch.setitem(ERROR, 4, 0.05)
+@pytest.mark.parametrize(
+    "weight", [normal(4, 32), normal(1024, 20), normal(256, 256) * 1e-8], ids=["small", "narrow", "tiny"]
+)
+def test_what_would_save_nothing_or_lose_all_stays_float(weight: Tensor) -> None:
+    """The tiny numbers need scales below those that float16 has."""
     quantized, choice = choose("w", weight, 4)
-    assert quantized is not None
-    assert choice.bits == quantized.bits == 8
-    assert choice.error == pytest.approx(error(quantized, weight))
+    assert quantized is None
+    assert (choice.bits, choice.error, choice.nbytes) == (32, 0.0, weight.nbytes)
 
 
 @pytest.mark.parametrize("config", [GROUPED, LATENT], ids=["grouped", "latent"])

@@ -24,8 +24,8 @@ GROUPS = (32, 64, 128)
 BLOCK = 32  # numbers that are packed together, and llama.cpp's group
 GGUF_KINDS = {"Q8_0": (2, 32), "Q4_0": (2, 16), "Q4_1": (4, 16)}  # bytes of a block's scale and minimum, its numbers
 HALF_MAX = 65504.0
-SHRINKS = (1.0, 0.93, 0.86, 0.79)  # ranges tried for 4 bits: clipping the ends can make the steps between them finer
-AT_ONCE = 1 << 17  # numbers quantised at once: what is computed on the way stays in the cache
+SHRINKS = (1.0, 0.9, 0.8)  # ranges tried for 4 bits: clipping the ends can make the steps between them finer
+AT_ONCE = 1 << 18  # numbers quantised at once: what is computed on the way stays in the cache
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -10,17 +10,17 @@ What is multiplied is always the same float32 number, decoded on the way for few
 more. */
 #include "vector.h"
 
-#include <math.h>
 #include <stdlib.h>
 
 enum { FLOAT32, BFLOAT16, INT8, INT4 };
 enum { IDENTITY, NORM, NORM_BFLOAT16, SWIGLU };
 #ifdef AVX512
-enum { ROWS = 3, OUTPUTS = 8 };
+enum { ROWS = 3, TOGETHER = 8 }; /* 24 sums and what they are made of, in 32 registers */
 #else
-enum { ROWS = 1, OUTPUTS = 8 };
+enum { ROWS = 1, TOGETHER = 4 }; /* 8 sums in 16 registers, or 16 in 32 */
 #endif
 enum {
+    OUTPUTS = 8,    /* of a tile; TOGETHER of them have their sums in registers */
     SPAN = 768,     /* of K: a decoded tile of 24 KiB stays in the first cache */
     BATCH = 32,     /* rows whose sums are kept at once */
     FEWEST = 32,    /* numbers in a group, at the least */
@@ -49,86 +49,95 @@ typedef struct {
     float scale[OUTPUTS][SPAN / FEWEST], minimum[OUTPUTS][SPAN / FEWEST];
 } Groups;
 
-/* Sixteen weights from number k of a row on; of INT4 those whose nibbles are `high` or low in their sixteen bytes. */
-INLINE f32x16 weights(const int kind, const char *row, ptrdiff_t k, float scale, float minimum, int high)
+/* Part `part` of sixteen weights from number k of a row on; of INT4 those whose nibbles are `high` or low. */
+INLINE vec weights(const int kind, const char *row, ptrdiff_t k, int part, float scale, float minimum, int high)
 {
+    k += part * WIDTH;
     if (kind == FLOAT32)
         return load(row + 4 * k);
     if (kind == BFLOAT16)
         return load_bf16((const uint16_t *)row + k);
     if (kind == INT8)
         return load_int8((const int8_t *)row + k) * scale;
-    u8x16 bytes;
-    memcpy(&bytes, row + k / 2, sizeof bytes);
-#ifdef AVX512
-    /* The sixteen values a nibble can mean, looked up sixteen times in one instruction, which ignores higher bits. */
-    const f32x16 count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const __m512i wide = _mm512_cvtepu8_epi32((__m128i)bytes);
-    return (f32x16)_mm512_permutexvar_ps(high ? _mm512_srli_epi32(wide, 4) : wide, (__m512)(count * scale + minimum));
-#else
-    bytes = high ? bytes >> 4 : bytes & 15;
-    return __builtin_convertvector(__builtin_convertvector(bytes, i32x16), f32x16) * scale + minimum;
-#endif
+    return load_int4((const uint8_t *)row + (k - part * WIDTH) / 2 + part * WIDTH, high, scale, minimum);
 }
 
-/* sums[row][output] += x . w over n numbers, whole vectors. `kind` and `rows` are constants where this is inlined. */
-INLINE void dot(const int kind, const int rows, f32x16 (*sums)[OUTPUTS], const float *x, ptrdiff_t x_stride,
-                const char *const *w, const Groups *groups, int shift, ptrdiff_t n)
+/* sums[row][output] += x . w over n numbers, whole sixteens, for TOGETHER outputs. `kind` and `rows` are constants where
+this is inlined. */
+INLINE void dot(const int kind, const int rows, float (*sums)[OUTPUTS][LANES], const float *x, ptrdiff_t x_stride,
+                const char *const *w, const float (*scales)[SPAN / FEWEST], const float (*minima)[SPAN / FEWEST],
+                int shift, ptrdiff_t n)
 {
-    const int halves = kind == INT4 ? 2 : 1; /* of a byte, which are vectors apart */
-    f32x16 s[ROWS][OUTPUTS], v[2][ROWS];
+    const int nibbles = kind == INT4 ? 2 : 1; /* of a byte; they are sixteen numbers apart */
+    vec s[ROWS][TOGETHER][PARTS], v[2][ROWS][PARTS];
     UNROLL
     for (int r = 0; r < rows; r++)
         UNROLL
-        for (int o = 0; o < OUTPUTS; o++)
-            s[r][o] = sums[r][o];
-    for (ptrdiff_t k = 0; k < n; k += halves * LANES) {
-        for (int high = 0; high < halves; high++)
-            for (int r = 0; r < rows; r++)
-                v[high][r] = load(x + r * x_stride + k + high * LANES);
+        for (int o = 0; o < TOGETHER; o++)
+            UNROLL
+            for (int p = 0; p < PARTS; p++)
+                s[r][o][p] = load(sums[r][o] + p * WIDTH);
+    for (ptrdiff_t k = 0; k < n; k += nibbles * LANES) {
         UNROLL
-        for (int o = 0; o < OUTPUTS; o++) {
-            const float scale = kind >= INT8 ? groups->scale[o][k >> shift] : 0;
-            const float minimum = kind == INT4 ? groups->minimum[o][k >> shift] : 0;
-            for (int high = 0; high < halves; high++) {
-                f32x16 weight = weights(kind, w[o], k, scale, minimum, high);
-                if (rows > 1)
-                    keep(&weight); /* else GCC loads it anew for each row */
-                for (int r = 0; r < rows; r++)
-                    s[r][o] += v[high][r] * weight;
-            }
+        for (int high = 0; high < nibbles; high++)
+            for (int r = 0; r < rows; r++)
+                for (int p = 0; p < PARTS; p++)
+                    v[high][r][p] = load(x + r * x_stride + k + high * LANES + p * WIDTH);
+        UNROLL
+        for (int o = 0; o < TOGETHER; o++) {
+            const float scale = kind >= INT8 ? scales[o][k >> shift] : 0;
+            const float minimum = kind == INT4 ? minima[o][k >> shift] : 0;
+            UNROLL
+            for (int high = 0; high < nibbles; high++)
+                UNROLL
+                for (int p = 0; p < PARTS; p++) {
+                    vec weight = weights(kind, w[o], k, p, scale, minimum, high);
+                    if (rows > 1)
+                        keep(&weight); /* else GCC loads it anew for each row */
+                    for (int r = 0; r < rows; r++)
+                        s[r][o][p] += v[high][r][p] * weight;
+                }
         }
     }
     UNROLL
     for (int r = 0; r < rows; r++)
         UNROLL
-        for (int o = 0; o < OUTPUTS; o++)
-            sums[r][o] = s[r][o];
+        for (int o = 0; o < TOGETHER; o++)
+            UNROLL
+            for (int p = 0; p < PARTS; p++)
+                store(sums[r][o] + p * WIDTH, s[r][o][p]);
 }
 
+#define DOT(KIND, N)                                                                                                   \
+    for (int o = 0; o < OUTPUTS; o += TOGETHER)                                                                        \
+        dot(KIND, N, (float (*)[OUTPUTS][LANES])sums[0][o], x, x_stride, w + o, groups->scale + o,                     \
+            groups->minimum + o, shift, n)
 #define DOTS(KIND)                                                                                                     \
-    static void dot_##KIND(int rows, f32x16 (*sums)[OUTPUTS], const float *x, ptrdiff_t x_stride,                      \
+    static void dot_##KIND(int rows, float (*sums)[OUTPUTS][LANES], const float *x, ptrdiff_t x_stride,                \
                            const char *const *w, const Groups *groups, int shift, ptrdiff_t n)                         \
     {                                                                                                                  \
         for (; rows >= ROWS; rows -= ROWS, sums += ROWS, x += ROWS * x_stride)                                         \
-            dot(KIND, ROWS, sums, x, x_stride, w, groups, shift, n);                                                   \
+            DOT(KIND, ROWS);                                                                                           \
         if (rows == 2)                                                                                                 \
-            dot(KIND, ROWS < 2 ? ROWS : 2, sums, x, x_stride, w, groups, shift, n);                                    \
+            DOT(KIND, ROWS < 2 ? ROWS : 2);                                                                            \
         if (rows == 1)                                                                                                 \
-            dot(KIND, 1, sums, x, x_stride, w, groups, shift, n);                                                      \
+            DOT(KIND, 1);                                                                                              \
     }
 DOTS(FLOAT32)
 DOTS(BFLOAT16)
 DOTS(INT8)
 DOTS(INT4)
 
-/* n numbers of a row, whole vectors, as float32. */
+/* n numbers of a row, whole sixteens, as float32. */
 INLINE void decode(const int kind, float *to, const char *row, const float *scales, const float *minima, int shift,
                    ptrdiff_t n)
 {
-    for (ptrdiff_t k = 0; k < n; k += kind == INT4 ? 2 * LANES : LANES)
-        for (int high = 0; high < (kind == INT4 ? 2 : 1); high++)
-            store(to + k + high * LANES, weights(kind, row, k, scales[k >> shift], minima[k >> shift], high));
+    const int nibbles = kind == INT4 ? 2 : 1;
+    for (ptrdiff_t k = 0; k < n; k += nibbles * LANES)
+        for (int high = 0; high < nibbles; high++)
+            for (int p = 0; p < PARTS; p++)
+                store(to + k + high * LANES + p * WIDTH,
+                      weights(kind, row, k, p, scales[k >> shift], minima[k >> shift], high));
 }
 
 /* OUTPUTS outputs of all rows, from output m on. */
@@ -137,7 +146,7 @@ static void tile(const Product *p, ptrdiff_t m)
     const Matrix *w = p->w;
     const ptrdiff_t here = w->M - m < OUTPUTS ? w->M - m : OUTPUTS;
     const ptrdiff_t bytes_of_8 = w->kind == FLOAT32 ? 32 : w->kind == BFLOAT16 ? 16 : w->kind == INT8 ? 8 : 4;
-    f32x16 sums[BATCH][OUTPUTS];
+    float sums[BATCH][OUTPUTS][LANES] __attribute__((aligned(64)));
     float panel[OUTPUTS][SPAN] __attribute__((aligned(64)));
     Groups groups;
     for (ptrdiff_t first = 0; first < p->N; first += BATCH) {
@@ -180,15 +189,18 @@ static void tile(const Product *p, ptrdiff_t m)
                 dot_INT4(rows, sums, x, p->x_stride, row, &groups, w->shift, n);
             if (n < left) {
                 for (int o = 0; o < OUTPUTS; o++) {
-                    store(panel[o], w->kind == FLOAT32 ? load_some((const float *)end[o], left - n)
-                                                       : load_some_bf16((const uint16_t *)end[o], left - n));
+                    for (ptrdiff_t i = 0; i < LANES; i++)
+                        panel[o][i] = i >= left - n           ? 0
+                                      : w->kind == BFLOAT16 ? bf16_to_float(((const uint16_t *)end[o])[i])
+                                                            : ((const float *)end[o])[i];
                     row[o] = (const char *)panel[o];
                 }
                 dot_FLOAT32(rows, sums, x + n, p->x_stride, row, &groups, 0, LANES);
             }
         }
         for (int r = 0; r < rows; r++) {
-            const f32x16 y = sums_of_8(sums[r]);
+            float y[OUTPUTS];
+            sums_of_8(y, sums[r]);
             const ptrdiff_t at = (first + r) * w->M + m;
             for (ptrdiff_t o = 0; o < here; o++) {
                 float value = y[o];
@@ -202,31 +214,34 @@ static void tile(const Product *p, ptrdiff_t m)
     }
 }
 
-/* f(x) of one row, followed by zeros up to `padded` numbers, whole vectors. */
-static void prepare(float *to, const float *x, ptrdiff_t padded, const Matrix *w)
+/* f(x) of one row, followed by zeros up to `padded` numbers. */
+static void prepare(float *restrict to, const float *restrict x, ptrdiff_t padded, const Matrix *w)
 {
-    const ptrdiff_t K = w->K, whole = K / LANES * LANES, rest = K - whole;
-    float r = 1;
-    if (w->f == NORM || w->f == NORM_BFLOAT16) {
-        const f32x16 last = load_some(x + whole, rest);
-        f32x16 squares = last * last;
-        for (ptrdiff_t k = 0; k < whole; k += LANES)
-            squares += load(x + k) * load(x + k);
-        r = 1 / sqrtf(sum(squares) / (float)K + w->eps);
-    }
+    const ptrdiff_t K = w->K;
     const float *norm = w->norm;
     const uint16_t *norm_bf16 = w->norm;
-    for (ptrdiff_t k = 0; k < padded; k += LANES) {
-        const ptrdiff_t n = k < K ? K - k : 0;
-        f32x16 v = n < LANES ? load_some(x + k, n) : load(x + k);
-        if (w->f == NORM)
-            v = v * r * (n < LANES ? load_some(norm + k, n) : load(norm + k));
-        else if (w->f == NORM_BFLOAT16)
-            v = v * r * (n < LANES ? load_some_bf16(norm_bf16 + k, n) : load_bf16(norm_bf16 + k));
-        else if (w->f == SWIGLU)
-            v = silu(v) * (n < LANES ? load_some(x + K + k, n) : load(x + K + k));
-        store(to + k, v);
+    float squares[LANES] = {0}, r = 1;
+    if (w->f == NORM || w->f == NORM_BFLOAT16) {
+        ptrdiff_t k = 0;
+        for (; k + LANES <= K; k += LANES)
+            for (int l = 0; l < LANES; l++)
+                squares[l] += x[k + l] * x[k + l];
+        for (int l = 0; k + l < K; l++)
+            squares[l] += x[k + l] * x[k + l];
+        r = 1 / sqrtf(sum(squares) / (float)K + w->eps);
     }
+    if (w->f == NORM)
+        for (ptrdiff_t k = 0; k < K; k++)
+            to[k] = x[k] * r * norm[k];
+    else if (w->f == NORM_BFLOAT16)
+        for (ptrdiff_t k = 0; k < K; k++)
+            to[k] = x[k] * r * bf16_to_float(norm_bf16[k]);
+    else if (w->f == SWIGLU)
+        for (ptrdiff_t k = 0; k < K; k++)
+            to[k] = silu(x[k]) * x[K + k];
+    else
+        memcpy(to, x, K * sizeof *to);
+    memset(to + K, 0, (padded - K) * sizeof *to);
 }
 
 /* Memory for f(x), kept for the next call of the same thread; NULL where there is none. */
