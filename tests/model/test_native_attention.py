@@ -220,6 +220,26 @@ def test_a_table_that_leads_outside_is_refused(case: Mla | Gqa, field: str) -> N
         case.run(True, case.inputs(2), torch.zeros(64, case.width), step)
 
 
+@needs_kernels
+@pytest.mark.parametrize("case", [CASES[0], CASES[5]])
+def test_shapes_that_do_not_fit_are_refused(case: Mla | Gqa) -> None:
+    step, x = step_of([5, 7], [1, 1], 16, case.turned, 64), case.inputs(2)
+    for wrong in [step_of([5], [1], 16, case.turned, 64), step_of([5, 7], [1, 1], 16, case.turned + 2, 64)]:
+        with pytest.raises(ValueError, match="of one layer and step"):
+            case.run(True, x, torch.zeros(64, case.width), wrong)
+    with pytest.raises(ValueError, match="of one layer and step"):
+        case.run(True, x, torch.zeros(64, case.width + 1), step)
+
+
+@pytest.mark.parametrize("field", ["rows_N", "positions_N", "table_RM", "cos"])
+def test_a_step_of_other_types_is_refused(field: str) -> None:
+    step = step_of([5, 7], [1, 1], 16, 8, 64)
+    with pytest.raises(ValueError, match=rf"step.{field}: torch.float64 .* must be"):
+        replace(step, **{field: getattr(step, field).double()})
+    with pytest.raises(ValueError, match="same shape"):
+        replace(step, rows_N=torch.zeros(3).int())
+
+
 DECODERS = {
     "mla": {"q_lora_rank": None, "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12},
     "gqa": {"num_key_value_heads": 2, "head_dim": 16},

@@ -147,6 +147,23 @@ def test_rows_may_stand_apart() -> None:
     assert torch.equal(moe(wide_NX[:, 20:276], layer, norm)[0], moe(wide_NX[:, 20:276].contiguous(), layer, norm)[0])
 
 
+@torch.no_grad()
+def test_the_formula_takes_weights_of_another_type_than_the_tokens() -> None:
+    layer, norm = layer_of(6, **V3)
+    _, _, scores_NE = moe_formula(tokens(3, 256), layer, norm)
+    half_ND, _, half_NE = moe_formula(tokens(3, 256), layer.bfloat16(), norm)
+    assert half_ND.dtype is half_NE.dtype is torch.float32
+    torch.testing.assert_close(half_NE, scores_NE, rtol=0.05, atol=0.05)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_hidden_states_of_another_width_are_refused() -> None:
+    layer, norm = layer_of(7, **V3)
+    with pytest.raises(ValueError, match="x_ND: 200 numbers"):
+        moe(tokens(3, 200), layer, norm)
+
+
 def test_without_kernels_the_modules_run() -> None:
     program = """
 import torch

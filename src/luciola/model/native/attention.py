@@ -47,6 +47,8 @@ class Step:
     block_size: int
     cos: Tensor
     sin: Tensor
+    tokens: int = field(init=False, repr=False)
+    turned: int = field(init=False, repr=False)
     native: int = field(init=False, repr=False)
     _paged: _Paged = field(init=False, repr=False)
 
@@ -66,8 +68,9 @@ class Step:
         tensors = (self.rows_N, self.positions_N, self.table_RM, self.cos, self.sin)
         sizes = (len(self.rows_N), *self.table_RM.shape, self.block_size, len(self.cos))
         paged = _Paged(*(x.data_ptr() for x in tensors), *sizes)
-        object.__setattr__(self, "_paged", paged)
-        object.__setattr__(self, "native", ctypes.addressof(paged))
+        known = {"tokens": len(self.rows_N), "turned": 2 * self.cos.shape[1], "_paged": paged}
+        for name, value in (known | {"native": ctypes.addressof(paged)}).items():
+            object.__setattr__(self, name, value)
 
 
 def mla_attend(
@@ -88,7 +91,7 @@ def mla_attend(
 
     `q_NHx`: (N, H, n + r) and `ckv_NC`: (N, rank + r), neither rotated nor normalised; `kv_b_weight`: (H (n + v),
     rank), float32 or bfloat16; `pool_PC`: (P, rank + r), float32 or bfloat16. Returns (N, H v) float32. Raises
-    ValueError where a table leads outside the pool. Source: `MLA.decode`.
+    ValueError where shapes do not fit or a table leads outside the pool. Source: `MLA.decode`.
     """
     native, kind, weight_kind = _library(), pool_PC.dtype, kv_b_weight.dtype
     (q_apart, head_apart, q_dense), (ckv_apart, ckv_dense) = q_NHx.stride(), ckv_NC.stride()
@@ -102,13 +105,24 @@ def mla_attend(
             q_NHx, ckv_NC, latent_norm, kv_b_weight, pool_PC, step,
             scale=scale, interleaved=interleaved, nope=nope, rope=rope, v=v,
         )  # fmt: skip
-    norm = float_weight(latent_norm)
-    (slots, width), (tokens, heads, _) = pool_PC.shape, q_NHx.shape
+    norm, (slots, width), (tokens, heads, _) = float_weight(latent_norm), pool_PC.shape, q_NHx.shape
+    rank = width - rope
+    if (
+        not tokens == step.tokens == ckv_NC.shape[0]
+        or step.turned != rope
+        or kv_b_weight.shape != (heads * (nope + v), rank)
+        or ckv_NC.shape[1] != width
+    ):
+        raise ValueError(
+            f"mla_attend: {step.tokens} tokens turned by {step.turned} numbers in the step, but q_NHx "
+            f"{tuple(q_NHx.shape)}, ckv_NC {tuple(ckv_NC.shape)}, kv_b_weight {tuple(kv_b_weight.shape)} and pool_PC "
+            f"{tuple(pool_PC.shape)}, for nope={nope}, rope={rope}, v={v}; pass tensors of one layer and step"
+        )
     o_NX = torch.empty(tokens, heads * v)
     failure = native.luciola_mla_attend(
         o_NX.data_ptr(), q_NHx.data_ptr(), q_apart, ckv_NC.data_ptr(), ckv_apart, norm.data_ptr(), latent_norm.eps,
         kv_b_weight.data_ptr(), weight_kind is torch.bfloat16, pool_PC.data_ptr(), kind is torch.bfloat16, slots,
-        step.native, heads, width - rope, nope, rope, v, scale, interleaved,
+        step.native, heads, rank, nope, rope, v, scale, interleaved,
     )  # fmt: skip
     if failure:
         raise _error(failure, step)
@@ -132,7 +146,7 @@ def gqa_attend(
 
     `qkv_NX`: (N, (H + 2 G) d), queries, keys, values, neither normalised nor rotated; `pool_PC`: (P, 2 G d), float32 or
     bfloat16, keys before values; with `window` a token sees itself and the window - 1 before it. Returns (N, H d)
-    float32. Raises ValueError where a table leads outside the pool. Source: `GQA.decode`.
+    float32. Raises ValueError where shapes do not fit or a table leads outside the pool. Source: `GQA.decode`.
     """
     native, kind, (apart, dense) = _library(), pool_PC.dtype, qkv_NX.stride()
     if (
@@ -146,11 +160,23 @@ def gqa_attend(
         )  # fmt: skip
     of_q = None if q_norm is None else float_weight(q_norm)
     of_k = None if k_norm is None else float_weight(k_norm)
-    o_NX = torch.empty(qkv_NX.shape[0], heads * width)
+    (tokens, numbers), (slots, kept) = qkv_NX.shape, pool_PC.shape
+    if (
+        tokens != step.tokens
+        or step.turned != width
+        or numbers != (heads + 2 * kv_heads) * width
+        or kept != 2 * kv_heads * width
+    ):
+        raise ValueError(
+            f"gqa_attend: {step.tokens} tokens turned by {step.turned} numbers in the step, but qkv_NX "
+            f"{tuple(qkv_NX.shape)} and pool_PC {tuple(pool_PC.shape)}, for heads={heads}, kv_heads={kv_heads}, "
+            f"width={width}; pass tensors of one layer and step"
+        )
+    o_NX = torch.empty(tokens, heads * width)
     failure = native.luciola_gqa_attend(
         o_NX.data_ptr(), qkv_NX.data_ptr(), apart, None if of_q is None else of_q.data_ptr(),
         None if of_k is None else of_k.data_ptr(), 0.0 if q_norm is None else q_norm.eps,
-        0.0 if k_norm is None else k_norm.eps, pool_PC.data_ptr(), kind is torch.bfloat16, pool_PC.shape[0],
+        0.0 if k_norm is None else k_norm.eps, pool_PC.data_ptr(), kind is torch.bfloat16, slots,
         step.native, heads, kv_heads, width, scale, window or 0,
     )  # fmt: skip
     if failure:

@@ -43,13 +43,15 @@ typedef uint16_t loose_half __attribute__((vector_size(2 * LANES), aligned(2), m
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
-/* LANES of a and b by number; the lists are written for 16, and narrower vectors take their beginning. */
+/* LANES of a and b by number; the lists are written for 16, and narrower vectors take their beginning (in the branches
+   that they never come to, numbers there are none of: % for clang's sake). */
 #if LANES == 16
 #define PICK SHUFFLE
 #elif LANES == 8
-#define PICK(a, b, i, j, k, l, m, n, o, p, ...) SHUFFLE(a, b, i, j, k, l, m, n, o, p)
+#define PICK(a, b, i, j, k, l, m, n, o, p, ...) \
+    SHUFFLE(a, b, i % 16, j % 16, k % 16, l % 16, m % 16, n % 16, o % 16, p % 16)
 #else
-#define PICK(a, b, i, j, k, l, ...) SHUFFLE(a, b, i, j, k, l)
+#define PICK(a, b, i, j, k, l, ...) SHUFFLE(a, b, i % 8, j % 8, k % 8, l % 8)
 #endif
 
 /* A tile of sums fits into the vector registers: TILE vectors on the left by ACROSS rows, or columns of rows. */
