@@ -42,6 +42,13 @@ def test_ours_and_transformers_generate_the_same_tokens_round_by_round(model: st
     assert [first["tokens"], second["tokens"]] == [theirs()["tokens"], theirs()["tokens"]]
 
 
+def test_a_precision_that_is_hopeless_here_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for bfloat16, expected in ((49.0, ["float32", "int8", "int4"]), (51.0, list(contenders.PRECISIONS))):
+        speeds = {"core_gflops": {"float32": 100.0, "bfloat16": bfloat16}}
+        monkeypatch.setattr(contenders.hardware, "measured", lambda speeds=speeds: speeds)
+        assert contenders.precisions() == expected
+
+
 def test_prompts_differ_from_round_to_round_and_not_from_run_to_run() -> None:
     prompts = random_prompts(1000, rows=2, length=8, rounds=3)
     assert prompts == random_prompts(1000, rows=2, length=8, rounds=3)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from luciola import hardware
-from luciola.bench.contenders import LLAMA_CPP, PRECISIONS, race
+from luciola.bench.contenders import LLAMA_CPP, precisions, race
 from luciola.bench.subjects import (
     SMOLLM2,
     SMOLLM2_VOCABULARY,
@@ -41,9 +41,7 @@ def run(against: str = PEERS[0]) -> dict[str, Any]:
             model = SMOLLM2
             prompts = random_prompts(SMOLLM2_VOCABULARY, 1, PROMPT, WARMUP + ROUNDS)
             files = {kind: smollm2_file(Path(folder), kind) for kind in ("f32", "q4_1")}
-            races = {
-                kind: race(model, list(PRECISIONS), against, file, prompts, 1, WARMUP) for kind, file in files.items()
-            }
+            races = {kind: race(model, precisions(), against, file, prompts, 1, WARMUP) for kind, file in files.items()}
             fastest = max(races, key=lambda kind: races[kind]["tokens_per_second"][against])
             result = {**races[fastest], "peer_file": fastest}
             result["peer_tokens_per_second"] = {kind: r["tokens_per_second"][against] for kind, r in races.items()}
