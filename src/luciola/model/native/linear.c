@@ -62,8 +62,8 @@ INLINE vec weights(const int kind, const char *row, ptrdiff_t k, int part, float
     return load_int4((const uint8_t *)row + (k - part * WIDTH) / 2 + part * WIDTH, high, scale, minimum);
 }
 
-/* sums[row][output] += x . w over n numbers, whole sixteens, for TOGETHER outputs. Fetches as much memory as it reads, from
-`ahead` on, unless that is NULL. `kind` and `rows` are constants where this is inlined. */
+/* sums[row][output] += x . w over n numbers, whole sixteens, for TOGETHER outputs. Fetches as much memory as it reads,
+from `ahead` on, unless that is NULL. `kind` and `rows` are constants where this is inlined. */
 INLINE void dot(const int kind, const int rows, float (*sums)[OUTPUTS][LANES], const float *x, ptrdiff_t x_stride,
                 const char *const *w, const float (*scales)[SPAN / FEWEST], const float (*minima)[SPAN / FEWEST],
                 int shift, ptrdiff_t n, const char *ahead)
@@ -176,7 +176,8 @@ static void tile(const Product *p, ptrdiff_t m)
                 if (w->minima != NULL)
                     halves(groups.minimum[o], w->minima + output * w->groups + (k >> w->shift), n >> w->shift);
             }
-            const char *ahead = rows > ROWS ? NULL : w->data + (m + OUTPUTS) * w->stride + TOGETHER * (k / 8 * bytes_of_8);
+            const char *next = w->data + (m + OUTPUTS) * w->stride + TOGETHER * (k / 8 * bytes_of_8);
+            const char *ahead = rows > ROWS ? NULL : next;
             int kind = w->kind;
             if (kind != FLOAT32 && rows > ROWS) {
                 for (int o = 0; o < OUTPUTS; o++) {
