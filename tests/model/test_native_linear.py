@@ -168,9 +168,13 @@ def test_without_a_compiler_the_formula_serves() -> None:
 import torch
 from luciola.model.native import build
 from luciola.model.native.linear import formula, linear
+from luciola.model.quant import quantize
 assert build.library() is None and "LUCIOLA_NATIVE" in build.reason()
 x, w = torch.ones(2, 6), torch.randn(3, 3)
 assert torch.equal(linear(x, w, swiglu=True), formula(x, w, swiglu=True))
+for bits in (4, 8):
+    q = quantize(w, bits)
+    assert torch.allclose(linear(x, q, swiglu=True, exact=True), formula(x, q.dequantize(), swiglu=True))
 """
     environment = {**os.environ, "LUCIOLA_NATIVE": "0"}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)

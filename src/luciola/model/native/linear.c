@@ -62,13 +62,14 @@ INLINE vec weights(const int kind, const char *row, ptrdiff_t k, int part, float
     return load_int4((const uint8_t *)row + (k - part * WIDTH) / 2 + part * WIDTH, high, scale, minimum);
 }
 
-/* sums[row][output] += x . w over n numbers, whole sixteens, for TOGETHER outputs. `kind` and `rows` are constants where
-this is inlined. */
+/* sums[row][output] += x . w over n numbers, whole sixteens, for TOGETHER outputs. Fetches as much memory as it reads,
+from `ahead` on, unless that is NULL. `kind` and `rows` are constants where this is inlined. */
 INLINE void dot(const int kind, const int rows, float (*sums)[OUTPUTS][LANES], const float *x, ptrdiff_t x_stride,
                 const char *const *w, const float (*scales)[SPAN / FEWEST], const float (*minima)[SPAN / FEWEST],
-                int shift, ptrdiff_t n)
+                int shift, ptrdiff_t n, const char *ahead)
 {
     const int nibbles = kind == INT4 ? 2 : 1; /* of a byte; they are sixteen numbers apart */
+    const int step = TOGETHER * (kind == FLOAT32 ? 64 : kind == BFLOAT16 ? 32 : 16); /* bytes */
     vec s[ROWS][TOGETHER][PARTS], v[2][ROWS][PARTS];
     UNROLL
     for (int r = 0; r < rows; r++)
@@ -78,6 +79,9 @@ INLINE void dot(const int kind, const int rows, float (*sums)[OUTPUTS][LANES], c
             for (int p = 0; p < PARTS; p++)
                 s[r][o][p] = load(sums[r][o] + p * WIDTH);
     for (ptrdiff_t k = 0; k < n; k += nibbles * LANES) {
+        if (ahead != NULL)
+            for (int line = 0; line < step; line += 64, ahead += 64)
+                __builtin_prefetch(ahead);
         UNROLL
         for (int high = 0; high < nibbles; high++)
             for (int r = 0; r < rows; r++)
@@ -111,10 +115,11 @@ INLINE void dot(const int kind, const int rows, float (*sums)[OUTPUTS][LANES], c
 #define DOT(KIND, N)                                                                                                   \
     for (int o = 0; o < OUTPUTS; o += TOGETHER)                                                                        \
         dot(KIND, N, (float (*)[OUTPUTS][LANES])sums[0][o], x, x_stride, w + o, groups->scale + o,                     \
-            groups->minimum + o, shift, n)
+            groups->minimum + o, shift, n, ahead == NULL ? NULL : ahead + o * stride)
 #define DOTS(KIND)                                                                                                     \
     static void dot_##KIND(int rows, float (*sums)[OUTPUTS][LANES], const float *x, ptrdiff_t x_stride,                \
-                           const char *const *w, const Groups *groups, int shift, ptrdiff_t n)                         \
+                           const char *const *w, const Groups *groups, int shift, ptrdiff_t n, const char *ahead,      \
+                           ptrdiff_t stride)                                                                           \
     {                                                                                                                  \
         for (; rows >= ROWS; rows -= ROWS, sums += ROWS, x += ROWS * x_stride)                                         \
             DOT(KIND, ROWS);                                                                                           \
@@ -149,6 +154,13 @@ static void tile(const Product *p, ptrdiff_t m)
     float sums[BATCH][OUTPUTS][LANES] __attribute__((aligned(64)));
     float panel[OUTPUTS][SPAN] __attribute__((aligned(64)));
     Groups groups;
+    /* Rows are short, and the processor's own guesses of what comes next end with each: while a tile is read, the next
+    one is fetched. */
+    for (ptrdiff_t at = (m + OUTPUTS) * w->groups, end = at + OUTPUTS * w->groups; at < end; at += 32) {
+        __builtin_prefetch(w->scales + at);
+        if (w->minima != NULL)
+            __builtin_prefetch(w->minima + at);
+    }
     for (ptrdiff_t first = 0; first < p->N; first += BATCH) {
         const int rows = p->N - first < BATCH ? (int)(p->N - first) : BATCH;
         memset(sums, 0, rows * sizeof *sums);
@@ -164,6 +176,8 @@ static void tile(const Product *p, ptrdiff_t m)
                 if (w->minima != NULL)
                     halves(groups.minimum[o], w->minima + output * w->groups + (k >> w->shift), n >> w->shift);
             }
+            const char *next = w->data + (m + OUTPUTS) * w->stride + TOGETHER * (k / 8 * bytes_of_8);
+            const char *ahead = rows > ROWS ? NULL : next;
             int kind = w->kind;
             if (kind != FLOAT32 && rows > ROWS) {
                 for (int o = 0; o < OUTPUTS; o++) {
@@ -180,13 +194,13 @@ static void tile(const Product *p, ptrdiff_t m)
             }
             const float *x = p->x + first * p->x_stride + k;
             if (kind == FLOAT32)
-                dot_FLOAT32(rows, sums, x, p->x_stride, row, &groups, 0, n);
+                dot_FLOAT32(rows, sums, x, p->x_stride, row, &groups, 0, n, ahead, w->stride);
             else if (kind == BFLOAT16)
-                dot_BFLOAT16(rows, sums, x, p->x_stride, row, &groups, 0, n);
+                dot_BFLOAT16(rows, sums, x, p->x_stride, row, &groups, 0, n, ahead, w->stride);
             else if (kind == INT8)
-                dot_INT8(rows, sums, x, p->x_stride, row, &groups, w->shift, n);
+                dot_INT8(rows, sums, x, p->x_stride, row, &groups, w->shift, n, ahead, w->stride);
             else
-                dot_INT4(rows, sums, x, p->x_stride, row, &groups, w->shift, n);
+                dot_INT4(rows, sums, x, p->x_stride, row, &groups, w->shift, n, ahead, w->stride);
             if (n < left) {
                 for (int o = 0; o < OUTPUTS; o++) {
                     for (ptrdiff_t i = 0; i < LANES; i++)
@@ -195,7 +209,7 @@ static void tile(const Product *p, ptrdiff_t m)
                                                             : ((const float *)end[o])[i];
                     row[o] = (const char *)panel[o];
                 }
-                dot_FLOAT32(rows, sums, x + n, p->x_stride, row, &groups, 0, LANES);
+                dot_FLOAT32(rows, sums, x + n, p->x_stride, row, &groups, 0, LANES, NULL, 0);
             }
         }
         for (int r = 0; r < rows; r++) {

@@ -1,8 +1,8 @@
 /* Vectors of the processor's width, and sixteen lanes made of them.
 
-Sums are kept in sixteen lanes everywhere: one vector with AVX-512, two with AVX, four with NEON or SSE. Written with the
-vector types of GCC and Clang, which any processor has; where an instruction exists that the compilers do not find by
-themselves, it stands beside the portable form. Files that include this fix the order of every sum, so the compiler's
+Sums are kept in sixteen lanes everywhere: one vector with AVX-512, two with AVX, four with NEON or SSE. Written with
+the vector types of GCC and Clang, which any processor has; where an instruction exists that the compilers do not find
+by themselves, it stands beside the portable form. Files that include this fix the order of every sum, so the compiler's
 freedom to reorder (see build.py) ends here: results would depend on which loop a value went through. */
 #pragma once
 
