@@ -12,19 +12,22 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from luciola.engine.engine import Completion, Engine
-    from luciola.engine.sampler import SamplingParams
+    from luciola.engine.engine import Engine
+    from luciola.engine.grammar import Grammar
+    from luciola.engine.params import SamplingParams
+    from luciola.engine.sequence import Completion
     from luciola.model.language_model import LanguageModel, load
 
 _HOME = {
     "load": "luciola.model.language_model",
     "LanguageModel": "luciola.model.language_model",
     "Engine": "luciola.engine.engine",
-    "SamplingParams": "luciola.engine.sampler",
-    "Completion": "luciola.engine.engine",
+    "SamplingParams": "luciola.engine.params",
+    "Completion": "luciola.engine.sequence",
+    "Grammar": "luciola.engine.grammar",
 }
 
-__all__ = ["Completion", "Engine", "LanguageModel", "SamplingParams", "__version__", "load"]
+__all__ = ["Completion", "Engine", "Grammar", "LanguageModel", "SamplingParams", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:

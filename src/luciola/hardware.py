@@ -101,6 +101,12 @@ def gemm_peak(dtype: str) -> float:
     return 1e9 * max(kept, _gemm_gflops(dtype))
 
 
+def bandwidth() -> float:
+    """Fastest reading of memory seen on this machine, in bytes a second: the limit of decoding one sequence."""
+    kept: float = measured()["bandwidth_gb_per_s"]
+    return 1e9 * max(kept, _bandwidth())
+
+
 def cache_folder() -> Path:
     """Where Luciola keeps what it can make again: $XDG_CACHE_HOME/luciola, or ~/.cache/luciola."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luciola"

@@ -1,5 +1,6 @@
 """generate, evaluate and chat with a tiny random model, and the showing of thoughts with scripted replies."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -53,6 +54,52 @@ def test_generate_names_a_model_that_is_not_there() -> None:
     result = CliRunner().invoke(app, ["generate", "nowhere", "1+1"])
     assert result.exit_code == 1
     assert "nowhere does not exist" in result.stderr
+
+
+def test_evaluate_scores_a_text(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import luciola
+
+    path = tmp_path / "text"
+    path.write_text("What is 1+1? " * 30)
+    options = ("evaluate", model, "--perplexity", str(path), "--dtype", "float32")
+    scored = json.loads(luciola_says(*options, "--json").stdout)
+    assert list(scored) == ["float32"] and scored["float32"]["tokens"] == 13 * 30 - 1
+    assert luciola_says(*options).stdout.splitlines()[1].split()[0] == "perplexity"
+
+    class Rounding(luciola.Engine):
+        """An engine whose quantised weights are rounded to a hundredth."""
+
+        def __init__(self, lm: Any, dtype: str, quantize: str | None = None) -> None:
+            super().__init__(lm, dtype)
+            if quantize is not None:
+                self.model = copy.deepcopy(self.model)
+                for parameter in self.model.parameters():
+                    parameter.data = parameter.data.mul(100).round().div(100)
+
+    monkeypatch.setattr("luciola.engine.engine.Engine", Rounding)
+    both = json.loads(luciola_says(*options, "--quantize", "int8", "--json").stdout)
+    assert both["float32"] == scored["float32"]
+    expected = both["int8"]["perplexity"] / both["float32"]["perplexity"] - 1
+    assert both["change"]["perplexity"] == pytest.approx(expected) and expected != 0
+    heading, line = luciola_says(*options, "--quantize", "int8").stdout.splitlines()[:2]
+    assert heading.split() == ["float32", "int8", "change"] and line.split()[-1] == f"{expected:+.2%}"
+
+
+def test_evaluate_names_what_does_not_go_with_a_text(model: str, tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    for content, options, sentence in (
+        (None, ("--perplexity", str(path)), "No such file"),
+        (b"", ("--perplexity", str(path)), "is empty; give a text"),
+        (b"a\xff", ("--perplexity", str(path)), "is not UTF-8 text (byte 1)"),
+        (b"1+1", ("--perplexity", str(path), "--window", "97"), "window=97 must be between 2 and the model's context"),
+        (b"1+1", ("task.name=countdown", "--perplexity", str(path)), "task.name=countdown is a task setting"),
+        (b"1+1", ("--quantize", "int8"), "--quantize goes with --perplexity FILE"),
+        (b"1+1", ("--window", "8"), "--window goes with --perplexity FILE"),
+    ):
+        if content is not None:
+            path.write_bytes(content)
+        result = CliRunner().invoke(app, ["evaluate", model, *options, "--dtype", "float32"])
+        assert result.exit_code == 1 and sentence in result.stderr, result.output
 
 
 def test_evaluate_takes_the_task_from_overrides_or_the_run(model: str, tmp_path: Path) -> None:

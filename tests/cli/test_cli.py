@@ -203,6 +203,24 @@ def test_bench_runs_what_stands_in_its_folder(
     assert "  other  1.25" in luciola("bench", "decode_cli_test", "--against", "other").stdout
     fails(luciola("bench", "nothing"), 1, "there is no comparison nothing; there are decode_cli_test")
     assert "cannot be compared with nobody; it knows peer, other" in luciola("bench", "--against", "nobody").stderr
+    several = luciola("bench", "--against", "other,peer", "--output", "out.json").stdout
+    assert "  peer.peer    1.25" in several
+    assert json.loads(Path("out.json").read_text()) == {
+        "decode_cli_test": {"other": {"other": 1.25}, "peer": {"peer": 1.25}}
+    }
+
+
+def test_of_several_peers_a_comparison_runs_those_it_has() -> None:
+    from luciola.cli.look import _peers
+
+    known = {"decode": ("transformers", "llama.cpp"), "grpo": ("trl",), "cache": ()}
+    assert _peers(known, None) == {"decode": ("transformers",), "grpo": ("trl",), "cache": ()}
+    assert _peers(known, "trl, llama.cpp") == {"decode": ("llama.cpp",), "grpo": ("trl",), "cache": ()}
+    with pytest.raises(ValueError, match=r"grpo cannot be compared with transformers, llama.cpp; it knows trl"):
+        _peers(known, "transformers,llama.cpp")
+    with pytest.raises(ValueError, match=r"decode cannot be compared with nobody; it knows transformers, llama.cpp"):
+        _peers(known, "trl,llama.cpp,nobody")
+    assert _peers({"cache": ()}, "trl") == {"cache": ()}
 
 
 def test_the_version_is_printed(luciola: Callable[..., Result]) -> None:

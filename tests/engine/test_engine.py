@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luciola.engine import engine as engine_module
-from luciola.engine.engine import Completion, Engine
-from luciola.engine.sampler import SamplingParams
+from luciola.engine.engine import Engine
+from luciola.engine.params import SamplingParams
+from luciola.engine.sequence import Completion
 from luciola.model.language_model import LanguageModel
 from luciola.model.logprobs import token_logprobs
 from luciola.text.bpe import train_bpe
@@ -112,44 +112,6 @@ def test_seeds(lm: LanguageModel) -> None:
     assert tokens(5) == tokens(5)
     assert tokens(5) != tokens(6)
     assert tokens(None) != tokens(None)
-
-
-@pytest.mark.parametrize("room", [1, 60, 150])
-def test_waves_change_nothing(lm: LanguageModel, room: int) -> None:
-    """A cache too small for all requests: they are worked off one batch after the other."""
-    asked, params = prompts(3, 20, 1, 7, 7), [params_of(i) for i in range(5)]
-    whole = Engine(lm, dtype="model").generate(asked, params)
-    waves = Engine(lm, dtype="model", max_cached_tokens=room).generate(asked, params)
-    same(waves, whole)
-
-
-@pytest.mark.parametrize(("name", "value"), [("PREFILL_TOKENS", 12), ("KEEP_SHARE", 0.0), ("KEEP_SHARE", 1.1)])
-def test_how_the_work_is_cut_changes_nothing(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, name: str, value: float
-) -> None:
-    """Prompts read in several passes; finished rows dropped at once or never. Longer than a block of random numbers."""
-    asked = prompts(3, 20, 1, 7, 7)
-    params = [*(params_of(i) for i in range(4)), SamplingParams(max_tokens=80, n=2, seed=9, ignore_eos=True)]
-    usual = Engine(lm, dtype="model").generate(asked, params)
-    assert {len(c.token_ids) for c in usual[4]} == {80}
-    monkeypatch.setattr(engine_module, name, value)
-    same(Engine(lm, dtype="model").generate(asked, params), usual)
-    assert ids(Engine(lm, dtype="model").generate(asked[4:], params[4:])) == ids(usual[4:])
-
-
-def test_the_cache_stays_within_its_limit(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-
-    class Cache(engine_module.Cache):
-        def __init__(self, config: Any, rows: int, columns: int, *more: Any) -> None:
-            sizes.append((rows, rows * columns))
-            super().__init__(config, rows, columns, *more)
-
-    monkeypatch.setattr(engine_module, "Cache", Cache)
-    Engine(lm, dtype="model", max_cached_tokens=100).generate(prompts(3, 9, 20), SamplingParams(max_tokens=10, n=6))
-    assert sum(rows for rows, _ in sizes) == 18
-    assert max(tokens for _, tokens in sizes) <= 100
-    assert len(sizes) < 18
 
 
 @given(st.lists(st.integers(1, 16), min_size=1, max_size=5), st.floats(0.3, 2.0), st.integers(0, 99))
@@ -338,8 +300,8 @@ def test_params_are_one_for_all_or_one_each(lm: LanguageModel) -> None:
 def test_the_cache_takes_exactly_what_is_announced(lm: LanguageModel, dtype: str, size: int) -> None:
     engine = Engine(lm, dtype=dtype)
     assert engine.cache_bytes_per_token == (8 + 4) * 3 * size  # (kv_lora_rank + qk_rope_head_dim) * layers * bytes
-    cache = engine_module.Cache(lm.config, 5, 7, engine.dtype, engine.device)
-    assert sum(layer.nbytes for layer in cache.layers) == 5 * 7 * engine.cache_bytes_per_token
+    pools = Engine(lm, dtype=dtype, max_cached_tokens=70, block_size=7)._cache.pools
+    assert sum(pool.nbytes for pool in pools) == 70 * engine.cache_bytes_per_token
     grouped = Engine(LanguageModel.create(GQA), dtype=dtype)
     assert grouped.cache_bytes_per_token == 2 * 2 * 4 * 2 * size
 

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from luciola.model import attention
-from luciola.model.attention import Context, Step, attend, segment_mask
+from luciola.model.attention import Context, Extend, attend, segment_mask
 from luciola.model.config import ModelConfig
 from luciola.model.gqa import GQA
 from luciola.model.mla import MLA
+from luciola.model.native.attention import Step
+from luciola.model.norm import RMSNorm
 from luciola.model.rope import Rope, Rotation, rotate
 
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
@@ -66,53 +68,89 @@ def module(settings: dict[str, Any], seed: int) -> tuple[MLA | GQA, ModelConfig]
     return attention, config
 
 
+class Paged:
+    """One layer's paged cache for rows of up to `longest` tokens, in blocks of 3 dealt out at random."""
+
+    def __init__(self, shape: ModelConfig, rows: int, longest: int, seed: int) -> None:
+        self.rope, blocks = Rope(shape), -(-longest // 3)
+        order = torch.randperm(rows * blocks, generator=torch.Generator().manual_seed(seed))
+        self.table = order.to(torch.int32).view(rows, blocks)
+        self.pool = torch.full((rows * blocks * 3, shape.cached_per_token_and_layer), 1e3)
+
+    def step(self, rows: list[int], positions: list[int]) -> Step:
+        rotation = self.rope(max(positions) + 1, self.pool.device)
+        rows_N, positions_N = (torch.tensor(x, dtype=torch.int32) for x in (rows, positions))
+        return Step(rows_N, positions_N, self.table, 3, rotation.cos, rotation.sin)
+
+    def extend(self, row: int, start: int) -> Extend:
+        """For `forward` on the tokens of a row from `start` on."""
+
+        def extend(entries: Tensor) -> Tensor:
+            at = torch.arange(start + entries.shape[1])
+            slots = self.table[row, at // 3].long() * 3 + at % 3
+            self.pool[slots[start:]] = entries[0]
+            return self.pool[slots].unsqueeze(0)
+
+        return extend
+
+
 @given(
     st.one_of(mla(), gqa()), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 4), st.integers(0, 99)
 )
 @SETTINGS
 @torch.no_grad()
-def test_decode_with_left_padding_equals_forward(
+def test_pieces_and_single_tokens_equal_whole_rows(
     config: dict[str, Any], prompts: list[int], steps: int, seed: int
 ) -> None:
-    """Rows of different lengths are aligned at the right; what lies left of them is rubbish that is masked."""
+    """A prompt read in two pieces, then tokens one step at a time and two at once, of rows of different lengths."""
     attention, shape = module(config, seed)
-    rope = Rope(shape)
+    norm = RMSNorm(shape.hidden_size)
+    attention.prepare(norm)
     generator = torch.Generator().manual_seed(seed + 1)
-    longest = max(prompts)
-    rows = [torch.randn(1, n + steps, shape.hidden_size, generator=generator) for n in prompts]
-    cache = 1e3 * torch.randn(len(rows), longest + steps, shape.cached_per_token_and_layer, generator=generator)
-    mask = torch.zeros(len(rows), longest + steps)
+    rows = [torch.randn(1, n + steps + 2, shape.hidden_size, generator=generator) for n in prompts]
+    paged = Paged(shape, len(rows), max(prompts) + steps + 2, seed)
+    rope = paged.rope
     whole = []
     for b, (row, n) in enumerate(zip(rows, prompts, strict=True)):
-        pad = longest - n
-        attention(row[:, :n], Context(rope(n, row.device)), cache[b : b + 1, pad:longest])
-        mask[b, :pad] = -torch.inf
-        whole.append(attention(row, Context(rope(n + steps, row.device))))
+        full = attention(norm(row), Context(rope(row.shape[1], row.device)))
+        whole.append((row + full)[0])
+        cut = n // 2
+        for start, end in ((0, cut), (cut, n)):
+            if end > start:
+                angles = rope(end, row.device)
+                context = Context(Rotation(angles.cos[start:], angles.sin[start:]))
+                y = attention(norm(row[:, start:end]), context, paged.extend(b, start))
+                close(y, full[:, start:end])
     for i in range(steps):
-        columns = longest + i + 1
-        positions = torch.tensor([[n + i] for n in prompts])
-        step = Step(rope(columns, cache.device, positions), mask[:, :columns])
+        step = paged.step(list(range(len(rows))), [n + i for n in prompts])
         x = torch.cat([row[:, n + i] for row, n in zip(rows, prompts, strict=True)])
-        y = attention.decode(x, step, cache[:, :columns])
-        expected = torch.cat([all_[:, n + i] for all_, n in zip(whole, prompts, strict=True)])
-        scale = max(1.0, float(expected.abs().max()))
-        torch.testing.assert_close(y, expected, atol=TOLERANCE * scale, rtol=0)
+        expected = torch.stack([all_[n + i] for all_, n in zip(whole, prompts, strict=True)])
+        close(attention.decode(x, step, paged.pool), expected)
+    two = [(b, n + steps + i) for b, n in enumerate(prompts) for i in range(2)]
+    x = torch.stack([rows[b][0, t] for b, t in two])
+    y = attention.decode(x, paged.step([b for b, _ in two], [t for _, t in two]), paged.pool)
+    close(y, torch.stack([whole[b][t] for b, t in two]))
 
 
-@given(mla(), st.integers(1, 12), st.integers(0, 99))
+def close(found: Tensor, expected: Tensor) -> None:
+    scale = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, atol=TOLERANCE * scale, rtol=0)
+
+
+@given(st.one_of(mla(), gqa()), st.integers(1, 12), st.integers(0, 99))
 @SETTINGS
 @torch.no_grad()
 def test_prefill_and_decode_write_the_same_cache(config: dict[str, Any], length: int, seed: int) -> None:
     """What a token leaves in the cache (normed latent, rotated shared key) does not depend on how it was processed."""
     attention, shape = module(config, seed)
-    rope = Rope(shape)
-    x = torch.randn(2, length, shape.hidden_size, generator=torch.Generator().manual_seed(seed))
-    at_once, one_by_one = (torch.zeros(2, length, shape.cached_per_token_and_layer) for _ in range(2))
-    attention(x, Context(rope(length, x.device)), at_once)
+    norm = RMSNorm(shape.hidden_size)
+    attention.prepare(norm)
+    x = torch.randn(1, length, shape.hidden_size, generator=torch.Generator().manual_seed(seed))
+    at_once, one_by_one = (Paged(shape, 1, length, seed) for _ in range(2))
+    attention(norm(x), Context(at_once.rope(length, x.device)), at_once.extend(0, 0))
     for t in range(length):
-        step = Step(rope(t + 1, x.device, torch.full((2, 1), t)))
-        attention.decode(x[:, t], step, one_by_one[:, : t + 1])
-    torch.testing.assert_close(at_once, one_by_one, atol=1e-5, rtol=1e-5)
+        attention.decode(x[:, t], one_by_one.step([0], [t]), one_by_one.pool)
+    torch.testing.assert_close(at_once.pool, one_by_one.pool, atol=1e-5, rtol=1e-5)
 
 
 @given(mla(), st.integers(1, 9), st.integers(0, 99))

@@ -68,27 +68,6 @@ def test_packed_documents_are_read_as_if_alone(kind: str, lengths: list[int], se
 
 
 @BOTH
-@torch.no_grad()
-def test_prefill_and_one_decode_equal_a_longer_prefill(config: dict[str, Any]) -> None:
-    """With padding at the right of prompts and at the left of cached rows, as the engine lays them out."""
-    model, rows = create(config), [tokens(1, 5), tokens(1, 9, seed=2)]
-    C, layers = model.config.cached_per_token_and_layer, len(model.layers)
-    prompts = torch.zeros(2, 8, dtype=torch.long)
-    prompts[0, :4], prompts[1] = rows[0][0, :4], rows[1][0, :8]
-    filled = [torch.empty(2, 8, C) for _ in range(layers)]
-    model.hidden(prompts, caches=filled)
-    caches = [torch.zeros(2, 9, C) for _ in range(layers)]
-    for cache, layer in zip(caches, filled, strict=True):
-        cache[0, 4:8], cache[1, :8] = layer[0, :4], layer[1]
-    mask = torch.zeros(2, 9)
-    mask[0, :4] = -torch.inf
-    last = torch.stack([rows[0][0, 4], rows[1][0, 8]])
-    states = model.decode(last, torch.tensor([4, 8]), caches, mask).states
-    expected = torch.cat([model.hidden(row).states[:, -1] for row in rows])
-    torch.testing.assert_close(states, expected, atol=2e-5, rtol=1e-5)
-
-
-@BOTH
 def test_activation_checkpointing_changes_memory_only(config: dict[str, Any]) -> None:
     gradients = []
     for checkpointing in (False, True):

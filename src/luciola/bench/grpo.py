@@ -43,10 +43,10 @@ def run(against: str = PEERS[0]) -> dict[str, Any]:
         for new_tokens in NEW_TOKENS:
             arguments = {"model": str(Path(folder) / "model"), "new_tokens": new_tokens}
             theirs = arguments | {"settings": SAME_ARITHMETIC if against == "trl" else {}}
-            seconds = take_turns(
+            turns = take_turns(
                 {"luciola": (f"{__name__}:luciola", arguments), against: (f"{__name__}:trl", theirs)}, ROUNDS, WARMUP
             )
-            result |= {f"{name}_at_{new_tokens}_tokens": v for name, v in compare(seconds, "luciola", against).items()}
+            result |= {f"{name}_at_{new_tokens}_tokens": v for name, v in compare(turns, "luciola", against).items()}
     facts = {"parameters": lm.model.num_parameters(), "prompts": PROMPTS, "samples_a_prompt": GROUP}
     return {**result, **facts, **machine("trl", "transformers")}
 

@@ -41,10 +41,8 @@ SHAPE: dict[str, Any] = {
 
 def run(against: str = PEERS[0]) -> dict[str, Any]:
     """Tokens a second of both, their ratio, and the share of the measured GEMM peak that each reaches."""
-    seconds = take_turns(
-        {"luciola": (f"{__name__}:luciola", {}), against: (f"{__name__}:{against}", {})}, ROUNDS, WARMUP
-    )
-    result = compare(seconds, "luciola", against)
+    turns = take_turns({"luciola": (f"{__name__}:luciola", {}), against: (f"{__name__}:{against}", {})}, ROUNDS, WARMUP)
+    result = compare(turns, "luciola", against)
     model = Transformer(ModelConfig.model_validate(SHAPE))
     tokens = BATCH * LENGTH
     flops = tokens * training_flops(model, LENGTH)
@@ -93,7 +91,11 @@ def luciola() -> Step:
     optimizer = Optimizer(model, recipe.optim)
     tokens = _tokens()
     batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool), None)
-    return lambda: train_step(model, optimizer, [batch], recipe, 0)
+
+    def step() -> None:
+        train_step(model, optimizer, [batch], recipe, 0)
+
+    return step
 
 
 def transformers() -> Step:

@@ -9,20 +9,25 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 from luciola import hardware
 
 Step = Callable[[], Any]
 
 
-def take_turns(
-    contenders: Mapping[str, tuple[str, dict[str, Any]]], rounds: int, warmup: int
-) -> dict[str, list[float]]:
-    """Seconds of each contender's steps, `rounds` of them after `warmup` uncounted ones.
+class Turn(NamedTuple):
+    """One step of a contender: how long it took, and what it returned."""
+
+    seconds: float
+    said: Any
+
+
+def take_turns(contenders: Mapping[str, tuple[str, dict[str, Any]]], rounds: int, warmup: int) -> dict[str, list[Turn]]:
+    """Each contender's steps, `rounds` of them after `warmup` uncounted ones.
 
     Args:
         contenders: for each name, a factory as "module:function" and its arguments; what it returns is called for a
@@ -41,24 +46,24 @@ def take_turns(
         theirs.close()
         pipes[name] = ours
         processes.append(process)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    turns: dict[str, list[Turn]] = {name: [] for name in contenders}
     try:
         for number in range(warmup + rounds):
             for name, pipe in pipes.items():
                 try:
                     pipe.send("step")
-                    taken = pipe.recv()
+                    turn = Turn(*pipe.recv())
                 except (EOFError, BrokenPipeError) as error:
                     raise RuntimeError(f"{name} failed; its traceback stands above") from error
                 if number >= warmup:
-                    seconds[name].append(taken)
+                    turns[name].append(turn)
     finally:
         for pipe in pipes.values():
             pipe.close()
         for process in processes:
             process.join(timeout=10)
             process.kill()
-    return seconds
+    return turns
 
 
 def _contend(factory: str, arguments: dict[str, Any], pipe: Connection) -> None:
@@ -70,21 +75,26 @@ def _contend(factory: str, arguments: dict[str, Any], pipe: Connection) -> None:
         except EOFError:
             return
         began = time.perf_counter()
-        step()
-        pipe.send(time.perf_counter() - began)
+        said = step()
+        pipe.send((time.perf_counter() - began, said))
 
 
-def compare(seconds: dict[str, list[float]], ours: str, peer: str) -> dict[str, Any]:
+def compare(turns: Mapping[str, list[Turn]], ours: str, peer: str) -> dict[str, Any]:
     """Medians, and the ratio peer / ours turn by turn: above 1 is faster than the peer."""
-    ratios = [b / a for a, b in zip(seconds[ours], seconds[peer], strict=True)]
+    ratios = [b.seconds / a.seconds for a, b in zip(turns[ours], turns[peer], strict=True)]
     return {
-        f"{ours}_seconds": statistics.median(seconds[ours]),
-        f"{peer}_seconds": statistics.median(seconds[peer]),
+        f"{ours}_seconds": median_seconds(turns[ours]),
+        f"{peer}_seconds": median_seconds(turns[peer]),
         "ratio": statistics.median(ratios),
         "ratio_lowest": min(ratios),
         "ratio_highest": max(ratios),
         "rounds": len(ratios),
     }
+
+
+def median_seconds(turns: Sequence[Turn]) -> float:
+    """The usual time of a step."""
+    return statistics.median(turn.seconds for turn in turns)
 
 
 def machine(*packages: str) -> dict[str, Any]:

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luciola.cli.ask import Dtype, MaxTokens, Model, Seed, Temperature, TopK, TopP, run_settings
+from luciola.cli.ask import (
+    Dtype,
+    MaxTokens,
+    MinP,
+    Model,
+    Quantize,
+    Seed,
+    Speculate,
+    Temperature,
+    TopK,
+    TopP,
+    run_settings,
+)
 
 if TYPE_CHECKING:
     from luciola import Engine, LanguageModel, SamplingParams
@@ -38,8 +50,11 @@ def chat(
     temperature: Temperature = 0.6,
     top_p: TopP = 0.95,
     top_k: TopK = 0,
+    min_p: MinP = 0.0,
     seed: Seed = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    speculate: Speculate = None,
 ) -> None:
     """Talk to a model; its thinking is shown dim, then its answer.
 
@@ -58,8 +73,11 @@ def chat(
     if history is None:
         history = not task
     lm = load(model)
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    talk = Conversation(lm, Engine(lm, dtype=dtype), params, system, hide_thinking, history)
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
+    )
+    engine = Engine(lm, dtype=dtype, quantize=quantize, speculate=speculate)
+    talk = Conversation(lm, engine, params, system, hide_thinking, history)
     if sys.stdin.isatty():
         _talk_to_a_person(talk, model)
     else:

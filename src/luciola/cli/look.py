@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,7 +75,8 @@ def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Comparisons to run; left out: all.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
     against: Annotated[
-        str | None, typer.Option(help="The peer to compare with; left out: each comparison's first.")
+        str | None,
+        typer.Option(help="The peer to compare with, or several (a,b); left out: each comparison's first."),
     ] = None,
     list_only: Annotated[bool, typer.Option("--list", help="List the comparisons; run none.")] = False,
 ) -> None:
@@ -83,6 +85,7 @@ def bench(
     \b
     Examples: luciola bench train --against transformers
               luciola bench grpo --against trl --output grpo.json
+              luciola bench decode throughput --against transformers,llama.cpp
     """
     from importlib import import_module
     from pkgutil import iter_modules
@@ -90,26 +93,43 @@ def bench(
     from luciola import bench as room
     from luciola.run import atomic_write
 
-    known = sorted(module.name for module in iter_modules(room.__path__) if module.name != "turns")
+    known = sorted(module.name for module in iter_modules(room.__path__) if module.name not in room.SHARED)
     unknown = [name for name in names or () if name not in known]
     if unknown:
         raise ValueError(f"there is no comparison {unknown[0]}; there are {', '.join(known) or 'none'}")
+    modules = {name: import_module(f"{room.__name__}.{name}") for name in names or known}
+    peers = _peers({name: module.PEERS for name, module in modules.items()}, against)
     results: dict[str, Any] = {}
-    for name in names or known:
-        module = import_module(f"{room.__name__}.{name}")
+    for name, module in modules.items():
         subject = (module.__doc__ or name).strip().splitlines()[0]
         print(f"{name}: {subject}", flush=True)
-        if not list_only:
-            results[name] = module.run(_peer(name, module.PEERS, against))
-            print(aligned(figures(results[name]), indent="  "), flush=True)
+        if list_only:
+            continue
+        if not module.PEERS:
+            results[name] = module.run()
+        elif len(peers[name]) == 1:
+            results[name] = module.run(peers[name][0])
+        else:
+            results[name] = {peer: module.run(peer) for peer in peers[name]}
+        print(aligned(figures(results[name]), indent="  "), flush=True)
     if output is not None and results:
         atomic_write(output, json.dumps(results, indent=2) + "\n")
 
 
-def _peer(name: str, peers: tuple[str, ...], wanted: str | None) -> str:
-    if wanted is not None and wanted not in peers:
-        raise ValueError(f"{name} cannot be compared with {wanted}; it knows {', '.join(peers)}")
-    return wanted or peers[0]
+def _peers(known: Mapping[str, tuple[str, ...]], wanted: str | None) -> dict[str, tuple[str, ...]]:
+    """The peers of each comparison: of several wanted ones those it has, which must be one at the least."""
+    if wanted is None:
+        return {name: peers[:1] for name, peers in known.items()}
+    asked = tuple(dict.fromkeys(peer.strip() for peer in wanted.split(",")))
+    anywhere = {peer for peers in known.values() for peer in peers}
+    chosen = {}
+    for name, peers in known.items():
+        strange = [peer for peer in asked if peer not in (peers if len(asked) == 1 else anywhere)]
+        chosen[name] = tuple(peer for peer in asked if peer in peers)
+        if peers and (strange or not chosen[name]):
+            named = ", ".join(strange or asked)
+            raise ValueError(f"{name} cannot be compared with {named}; it knows {', '.join(peers)}")
+    return chosen
 
 
 def _row(run: RunInfo) -> tuple[str, ...]:
@@ -134,6 +154,7 @@ def _facts() -> dict[str, Any]:
     import shutil
 
     from luciola import __version__, hardware
+    from luciola.model.native import build as native
 
     speeds = hardware.measured()
     dtype, reason = hardware.choose_dtype("auto")
@@ -151,6 +172,7 @@ def _facts() -> dict[str, Any]:
         "memory bandwidth": f"{speeds['bandwidth_gb_per_s']:.1f} GB/s",
         "gpu": speeds.get("cuda", {}).get("name", "none"),
         "dtype auto": f"{dtype} ({reason})",
+        "native kernels": native.reason() or "compiled",
         "cache": str(hardware.cache_folder()),
     }
     missing = {extra: [name for name in packages if not _installed(name)] for extra, packages in OPTIONAL.items()}

@@ -1,62 +1,109 @@
-"""The key-value cache of a batch of rows: one tensor a layer, (rows, columns, C), allocated once.
+"""The tensors of the paged cache: one pool a layer, in which a token's entries lie at the slot that its block gives.
 
-C is all a token keeps in a layer: kv_lora_rank + qk_rope_head_dim numbers with MLA, keys and values with GQA. Rows are
-aligned at the right, so that every row's newest token is in the same column and one slice serves the whole batch;
-columns left of a row's first token are masked.
+C is all that a token keeps in a layer: kv_lora_rank + qk_rope_head_dim numbers with MLA, keys and values with GQA; one
+layout for both. Slot = block * block_size + place in the block. The block table says which blocks a running sequence
+has; `decode` reads the pool through it. Whole pieces of prompts write through `PromptCache`.
 
-Shapes: B rows, S columns.
+Shapes: B rows, T new tokens, P past tokens, C numbers a token, R rows of the table, M blocks a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Many
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from luciola.engine.sequence import Sequence
 from luciola.model.config import ModelConfig
 
 
-class Cache:
-    """Room for `rows` rows of `columns` tokens; `length` columns are in use."""
+class PagedCache:
+    """Room for `blocks` blocks of `block_size` tokens in each of `layers` layers, and a table of `rows` rows.
 
-    def __init__(self, config: ModelConfig, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (rows, columns, config.cached_per_token_and_layer)
-        self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.mask = torch.zeros(rows, columns, dtype=dtype, device=device)
-        self.masked = False
-        self.length = 0
+    The pools are zeros that take memory only where something has been written.
+    """
 
-    def fill(self, prompts: Sequence[Tensor], lengths: Sequence[int], copies: Sequence[int]) -> None:
-        """Copy prefilled prompts in: `prompts` is one (P, T, C) tensor a layer, prompt p goes to `copies[p]` rows."""
-        self.length = max(lengths)
-        row = 0
-        for p, (length, count) in enumerate(zip(lengths, copies, strict=True)):
-            rows, pad = slice(row, row + count), self.length - length
-            for layer, prompt in zip(self.layers, prompts, strict=True):
-                layer[rows, :pad] = 0.0  # masked, yet 0 * garbage could be NaN
-                layer[rows, pad : self.length] = prompt[p, :length]
-            self.mask[rows, :pad] = -torch.inf
-            self.masked |= pad > 0
-            row += count
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: int,
+        blocks: int,
+        block_size: int,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_size, self.device = block_size, device
+        shape = (blocks * block_size, config.cached_per_token_and_layer)
+        self.pools = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        longest = -(-min(config.max_position_embeddings, blocks * block_size) // block_size) + 1
+        self._table = np.zeros((rows, longest), dtype=np.int32)
+        self._on_device = torch.from_numpy(self._table) if device.type == "cpu" else None
 
-    def grow(self) -> None:
-        """Open the next column."""
-        self.length += 1
+    @property
+    def table_RM(self) -> Tensor:
+        """The block table, int32, on the cache's device."""
+        return self._on_device if self._on_device is not None else torch.from_numpy(self._table).to(self.device)
 
-    def views(self) -> list[Tensor]:
-        """The columns in use of every layer."""
-        return [layer[:, : self.length] for layer in self.layers]
+    def follow(self, sequence: Sequence) -> None:
+        """Write the blocks that the sequence has got since into its row of the table."""
+        known, blocks = sequence.tabled, sequence.blocks
+        if known < len(blocks):
+            self._table[sequence.row, known : len(blocks)] = blocks[known:]
+            sequence.tabled = len(blocks)
 
-    def mask_BS(self) -> Tensor | None:
-        """0 where a row may look and -inf where it may not; None when every row sees every column."""
-        return self.mask[:, : self.length] if self.masked else None
+    def copy(self, pairs: Many[tuple[int, int]]) -> None:
+        """Copy whole blocks, (from, to), in every layer."""
+        sources, targets = (torch.tensor(side, device=self.device) for side in zip(*pairs, strict=True))
+        for pool in self.pools:
+            blocks = pool.unflatten(0, (-1, self.block_size))
+            blocks.index_copy_(0, targets, blocks.index_select(0, sources))
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but `rows`."""
-        used = self.length
-        for i, layer in enumerate(self.layers):
-            smaller = layer.new_empty(len(rows), *layer.shape[1:])
-            torch.index_select(layer[:, :used], 0, rows, out=smaller[:, :used])
-            self.layers[i] = smaller
-        self.mask = self.mask.index_select(0, rows)
+    def slots(self, sequence: Sequence, start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Slots of the sequence's tokens from `start` to `stop`."""
+        positions = np.arange(start, stop)
+        blocks = np.asarray(sequence.blocks, dtype=np.int64)[positions // self.block_size]
+        return blocks * self.block_size + positions % self.block_size
+
+
+class Piece(NamedTuple):
+    """The next `length` tokens of a sequence's prompt, `start` of which are in the cache already."""
+
+    sequence: Sequence
+    start: int
+    length: int
+
+
+class PromptCache:
+    """What `Transformer.hidden` writes the entries of a batch of pieces into, layer by layer.
+
+    All pieces begin at the start of their sequence, or there is but one.
+    """
+
+    def __init__(self, cache: PagedCache, pieces: Many[Piece], width: int) -> None:
+        self._cache = cache
+        self.past = pieces[0].start
+        assert self.past == 0 or len(pieces) == 1
+        slots = [cache.slots(p.sequence, p.start, p.start + p.length) for p in pieces]
+        self._slots_N = torch.from_numpy(np.concatenate(slots)).to(cache.device)
+        self._tokens_N: Tensor | None = None  # which of the (B, T) tokens are real, where some are padding
+        if any(p.length < width for p in pieces):
+            real = [np.arange(p.length) + row * width for row, p in enumerate(pieces)]
+            self._tokens_N = torch.from_numpy(np.concatenate(real)).to(cache.device)
+        if self.past:
+            self._past_P = torch.from_numpy(cache.slots(pieces[0].sequence, 0, self.past)).to(cache.device)
+
+    def extend(self, layer: int, entries_BTC: Tensor) -> Tensor:
+        """Keep the new tokens' entries of a layer; returns past and new ones, (B, P + T, C)."""
+        pool = self._cache.pools[layer]
+        entries_NC = entries_BTC.flatten(0, 1).to(pool.dtype)
+        if self._tokens_N is not None:
+            entries_NC = entries_NC.index_select(0, self._tokens_N)
+        pool.index_copy_(0, self._slots_N, entries_NC)
+        if not self.past:
+            return entries_BTC
+        past_1PC = pool.index_select(0, self._past_P).to(entries_BTC.dtype).unsqueeze(0)
+        return torch.cat((past_1PC, entries_BTC), dim=1)

@@ -1,84 +1,74 @@
 """The engine: prompts in, completions out, from the very model object that training updates.
 
-A prompt is prefilled once, however many completions it gets; its cache rows are then copied to each of them. All rows
-of a wave decode together, one token a step, with absorbed MLA; finished rows are dropped when enough of them have
-gathered.
+One loop serves everybody: `generate` (wait for all), `stream` (read one as it grows), `stream_async` (many at once,
+from an event loop). Each call adds its sequences; whoever waits drives the loop, and every step continues all of them.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
+import itertools
 import operator
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import cached_property, partial
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from luciola import hardware
-from luciola.engine.cache import Cache
-from luciola.engine.sampler import BLOCK, SamplingParams, Settings, UniformStream, sample
-from luciola.model.moe import Routing
+from luciola.engine.blocks import BlockPool
+from luciola.engine.cache import PagedCache
+from luciola.engine.grammar import GrammarCompiler
+from luciola.engine.params import SamplingParams
+from luciola.engine.runner import Runner
+from luciola.engine.sampler import History, UniformStream
+from luciola.engine.scheduler import PATIENCE, Scheduler
+from luciola.engine.sequence import Completion, Delta
+from luciola.engine.sequence import Sequence as Row
+from luciola.engine.speculate import Speculator
+from luciola.engine.stopping import StopTexts
+from luciola.engine.writer import Writer
+from luciola.model.native import build
+from luciola.model.quant_layers import Report, quantize_model
 
 if TYPE_CHECKING:
     from luciola.model.language_model import LanguageModel
 
-PREFILL_TOKENS = 8192  # prompt tokens that go through the model in one pass
-KEEP_SHARE = 0.75  # rows are gathered anew once fewer than this share of them is still running
+BLOCK_SIZE = 16  # tokens of a block
+MAX_RUNNING = 1024  # sequences that run at once
+CHUNK = 8192  # prompt tokens that one step reads
+MOST_TOKENS = 1 << 20  # that the cache holds unless more are asked for
 
-FinishReason = Literal["stop", "length", "abort"]
-
-
-@dataclass(slots=True)
-class Completion:
-    """One continuation of a prompt.
-
-    Attributes:
-        text: the decoded tokens, without special tokens and without the stop text.
-        token_ids: every token generated, the end token included.
-        logprobs: log-probability of each token under the model at temperature 1 (with `logprobs=True`).
-        tempered_logprobs: the same at the sampling temperature: what a policy-gradient ratio needs.
-        finish_reason: "stop" (end token or stop text), "length" (max_tokens or the model's longest context), "abort".
-        routes: experts of each prompt and generated token but the last, (T - 1, MoE layers, K) int16 (with
-        `routes=True`).
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    logprobs: list[float] | None = None
-    tempered_logprobs: list[float] | None = None
-    routes: Tensor | None = field(default=None, repr=False, compare=False)
-
-
-@dataclass(slots=True)
-class _Row:
-    """One completion in the making."""
-
-    prompt: list[int]
-    params: SamplingParams
-    sample: int
-    max_tokens: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    tempered: list[float] = field(default_factory=list)
-    routes: list[Tensor] = field(default_factory=list)
-    finish: FinishReason | None = None
-    text: str | None = None
+Prompt = str | Sequence[int]
 
 
 class Engine:
     """Batched generation with a `LanguageModel`.
 
     Args:
-        lm: the model; it is used in place, not copied, unless `dtype` asks for another precision.
+        lm: the model; it is used in place, not copied, unless `dtype` or `quantize` ask for other weights.
         dtype: "auto" measures which precision this machine multiplies fastest; "float32", "bfloat16", or "model" to
             take the weights as they are.
-        quantize: None: weights as they are. This version has no quantised ones.
-        max_cached_tokens: most tokens the cache holds at once; more work is done in waves. None: a quarter of the
-            memory that is free now.
+        quantize: None: weights as they are. "int8" or "int4": matrices in groups of 8 or 4 bit numbers, each with the
+            fewest bits that a measured error allows (`engine.quantization` says which).
+        max_cached_tokens: tokens that the cache has room for; what does not fit waits. None: as many as fit into a
+            quarter of the memory that is free now, a million at the most.
+        speculate: None, "mtp" (guess with the model's multi-token prediction modules) or "ngram" (guess that what
+            followed the last tokens before will follow again). It changes the speed, never the tokens.
+        prefix_cache: keep what has been computed, for prompts that begin in the same way.
+        chunk: prompt tokens that one step reads, so that long prompts do not hold up those who are being answered.
+        max_running: sequences that are continued at once.
+        block_size: tokens of a block of the cache.
+        parity: compute every token, of prompts too, by the kernels whose result for a row never depends on other rows,
+            so that logits equal those of `lm.model.exact_logits` bit for bit (float32, CPU, C compiler).
+
+    Raises:
+        ValueError: an argument makes no sense or needs what this model or machine lacks.
     """
 
     def __init__(
@@ -87,93 +77,305 @@ class Engine:
         dtype: str = "auto",
         quantize: str | None = None,
         max_cached_tokens: int | None = None,
+        *,
+        speculate: str | None = None,
+        prefix_cache: bool = True,
+        chunk: int = CHUNK,
+        max_running: int = MAX_RUNNING,
+        block_size: int = BLOCK_SIZE,
+        parity: bool = False,
     ) -> None:
-        if quantize is not None:
-            raise ValueError(f"quantize={quantize!r} is not supported by this version; leave it None")
-        if max_cached_tokens is not None and max_cached_tokens < 1:
-            raise ValueError(f"max_cached_tokens={max_cached_tokens} must be at least 1, or None")
+        numbers = {
+            "max_cached_tokens": max_cached_tokens,
+            "chunk": chunk,
+            "max_running": max_running,
+            "block_size": block_size,
+        }
+        for name, number in numbers.items():
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+                raise ValueError(f"{name}={number!r} must be a whole number, at least 1")
+        if quantize not in (None, "int8", "int4"):
+            raise ValueError(f"quantize={quantize!r} is unknown; choose None, 'int8' or 'int4'")
         self.tokenizer, self.config = lm.tokenizer, lm.config
         self.model = lm.model
         parameter = next(self.model.parameters())
         wanted = parameter.dtype if dtype == "model" else getattr(torch, hardware.choose_dtype(dtype)[0])
-        if wanted != parameter.dtype:
+        if parity and (reason := _no_parity(wanted, parameter.device, quantize)):
+            raise ValueError(f"parity=True needs {reason}")
+        self.quantization: Report | None = None
+        if quantize is not None:
+            self.model, self.quantization = quantize_model(self.model, 8 if quantize == "int8" else 4)
+        elif wanted != parameter.dtype:
             self.model = copy.deepcopy(self.model).to(wanted)
         self.dtype, self.device = wanted, parameter.device
-        bytes_per_number = torch.finfo(wanted).bits // 8
-        self.cache_bytes_per_token = (
-            self.config.cached_per_token_and_layer * self.config.num_hidden_layers * bytes_per_number
-        )
+        self._speculator = Speculator(self.model, speculate) if speculate is not None else None
+        layers = self.config.num_hidden_layers + (self._speculator.layers if self._speculator else 0)
+        self.cache_bytes_per_token = self.config.cached_per_token_and_layer * layers * (torch.finfo(wanted).bits // 8)
         if max_cached_tokens is None:
-            max_cached_tokens = max(4096, hardware.available_memory_bytes() // 4 // self.cache_bytes_per_token)
-        self.max_cached_tokens = max_cached_tokens
-        self._eos = torch.tensor(_end_tokens(lm), dtype=torch.long, device=self.device)
+            fits = hardware.available_memory_bytes() // 4 // self.cache_bytes_per_token
+            max_cached_tokens = min(MOST_TOKENS, max(4096, fits))
+        blocks = -(-max_cached_tokens // block_size)
+        self.max_cached_tokens = blocks * block_size
+        max_running = min(max_running, blocks)
+        self._pool = BlockPool(blocks, block_size)
+        self._scheduler = Scheduler(self._pool, max_running, chunk)
+        self._cache = PagedCache(self.config, layers, blocks, block_size, max_running, wanted, self.device)
+        self._ends = frozenset(_end_tokens(lm))
+        self._runner = Runner(
+            self.model, lm.tokenizer, self._scheduler, self._cache, self._ends, self._speculator, prefix_cache, parity
+        )
+        self._numbers = itertools.count()
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._driving, self._starting = threading.Lock(), threading.Lock()
+        self._driver: threading.Thread | None = None
+        self._stamp: list[tuple[int, int]] = []  # of the weights that the cache's content was computed with
+
+    @property
+    def blocks_used(self) -> int:
+        """Blocks of the cache that running sequences hold."""
+        return self._pool.used
+
+    @property
+    def blocks_free(self) -> int:
+        """Blocks that can be had, those included that keep a prefix for later."""
+        return self._pool.free
+
+    @property
+    def stats(self) -> dict[str, int | float]:
+        """Counts since the engine was made: steps, tokens of prompts that were computed and that the cache saved,
+        generated tokens, preemptions; tokens that speculation has drafted and the model accepted; tokens drawn under a
+        grammar and the seconds that took; requests running and waiting now."""
+        return self._runner.counts() | {
+            "preemptions": self._scheduler.preemptions,
+            "running": len(self._scheduler.running),
+            "waiting": len(self._scheduler.waiting),
+        }
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        priority: int = 0,
     ) -> list[list[Completion]]:
         """Complete every prompt; result[i] holds the n completions of prompts[i].
 
         Args:
             prompts: texts, encoded as they are (use `lm.tokenizer.chat` for conversations), or lists of token ids.
             params: one for all prompts, or one for each.
+            priority: 0 or more; lower numbers are served first.
 
         Raises:
-            ValueError: a prompt is empty, has a token outside the vocabulary or leaves no room in the model's context.
+            ValueError: a prompt is empty, has a token outside the vocabulary or leaves no room in the model's context
+                or in the cache; a grammar cannot be satisfied.
+            NotFiniteError: the model's logits are infinite or NaN.
         """
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list; put the single prompt in brackets")
-        rows = self._rows(prompts, params or SamplingParams())
-        for wave in self._waves([row for group in rows for row in group]):
-            for _ in self._run(wave):
-                pass
-        return [[self._completion(row) for row in group] for group in rows]
+        groups = self._sequences(prompts, params or SamplingParams(), priority)
+        rows = [row for group in groups for row in group]
+        for _ in self._run(rows):
+            pass
+        for row in rows:
+            if row.error is not None:
+                raise row.error
+        return [[self._runner.completion(row) for row in group] for group in groups]
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
-        """Yield the text of one completion as it grows; a character is held back until it is whole."""
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0) -> Iterator[str]:
+        """Yield the text of one completion as it grows; a character is held back until it is whole, a text that may
+        become a stop text until it is known."""
+        params = params or SamplingParams()
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, so its tokens cannot be streamed as text; use generate")
-        if params is not None and params.n != 1:
+        if params.n != 1:
             raise ValueError(f"one completion can be streamed, not n={params.n}; use generate")
-        ((row,),) = self._rows([prompt], params or SamplingParams())
-        decoder = self.tokenizer.stream()
-        shown = 0
-        held = max((len(s) for s in row.params.stop), default=1) - 1  # a stop text may be arriving piece by piece
-        text = ""
+        ((row,),) = self._sequences([prompt], params, priority, streamed=True)
+        told: list[Delta | Exception] = []
+        row.listener = told.append
         for _ in self._run([row]):
-            text += decoder.push(row.tokens[-1])
-            end = len(text) - held if row.finish is None else shown
-            if end > shown:
-                yield text[shown:end]
-                shown = end
-        text = row.text if row.text is not None else text + decoder.flush()
-        if len(text) > shown:
-            yield text[shown:]
+            for message in told:
+                if isinstance(message, Exception):
+                    raise message
+                if message.text:
+                    yield message.text
+            told.clear()
 
-    def _rows(
-        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
-    ) -> list[list[_Row]]:
+    async def stream_async(
+        self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
+    ) -> AsyncIterator[Delta]:
+        """Yield what each step adds to the completions of a prompt; the last delta of each brings the whole.
+
+        Many of these may run at once, in one or several event loops: one thread of the engine serves them together.
+        Closing the iterator, or cancelling the task that reads it, ends the request and frees its blocks within a step.
+        """
+        (rows,) = self._sequences([prompt], params or SamplingParams(), priority, streamed=True)
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+
+        def tell(message: Delta | Exception) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(queue.put_nowait, message)
+
+        for row in rows:
+            row.listener = tell
+        self._drive_in_background(rows)
+        left = len(rows)
+        try:
+            while left:
+                message = await queue.get()
+                if isinstance(message, Exception):
+                    raise message
+                left -= message.completion is not None
+                yield message
+        finally:
+            if left:
+                self._inbox.put(partial(self._end, rows))
+
+    def abort(self) -> None:
+        """End every request at once; whoever waits for one gets what there is, with finish_reason "abort"."""
+        with self._driving:
+            self._take_in()
+            self._end([*self._scheduler.running, *self._scheduler.waiting])
+
+    def forget(self) -> None:
+        """Forget all prefixes. Needed only where weights were changed behind autograd's back (through `p.data`)."""
+        with self._driving:
+            self._pool.forget()
+
+    def _run(self, rows: list[Row]) -> Iterator[None]:
+        """Drive the loop until these have ended; yields after every step. Left early, they are ended."""
+        self._inbox.put(partial(self._begin, rows))
+        left = rows
+        try:
+            while left:
+                if self._driving.acquire(timeout=0.05):  # else another thread drives, and these with its own
+                    try:
+                        self._step()
+                    finally:
+                        self._driving.release()
+                left = [row for row in left if not row.ended]
+                yield
+        finally:
+            if left:
+                with self._driving:
+                    self._take_in()
+                    self._end(left)
+
+    def _drive_in_background(self, rows: list[Row]) -> None:
+        self._inbox.put(partial(self._begin, rows))
+        with self._starting:
+            if self._driver is None:
+                self._driver = threading.Thread(target=self._drive, name="luciola-engine", daemon=True)
+                self._driver.start()
+
+    def _drive(self) -> None:
+        """The background thread: steps until there is nothing to do."""
+        while True:
+            with self._driving:
+                self._step()
+            with self._starting:
+                if self._inbox.empty() and not self._scheduler.running and not self._scheduler.waiting:
+                    self._driver = None
+                    return
+
+    def _step(self) -> None:
+        self._take_in()
+        if not self._scheduler.running and not self._scheduler.waiting:
+            return
+        try:
+            self._runner.step()
+        except Exception as error:
+            # What fails for all at once (memory, say) ends those that ran; the engine itself goes on.
+            failed = list(self._scheduler.running)
+            for row in failed:
+                row.error = error
+            self._runner.finish(failed)
+        except BaseException:
+            # Broken off in the middle by Ctrl-C: what the books say of those that run may be half true.
+            for row in list(self._scheduler.running):
+                self._scheduler.preempt(row)
+            raise
+
+    def _take_in(self) -> None:
+        """Do what other threads have asked for since the last step."""
+        with contextlib.suppress(Empty):
+            while True:
+                self._inbox.get_nowait()()
+
+    def _begin(self, rows: list[Row]) -> None:
+        if self._stamp != _stamp(self.model):
+            self._pool.forget()  # what the cache keeps was computed with other weights
+            self.model.prepare()
+            self._stamp = _stamp(self.model)
+        for row in rows:
+            if row.leader is None:
+                self._scheduler.add(row)
+
+    def _end(self, rows: list[Row]) -> None:
+        ended = [row for row in rows if not row.ended]
+        for row in ended:
+            row.finish = "abort"
+        self._runner.finish(ended)
+
+    def _sequences(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        priority: int,
+        streamed: bool = False,
+    ) -> list[list[Row]]:
         settings = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if not all(isinstance(p, SamplingParams) for p in settings):
             raise ValueError("params must be SamplingParams, one for all prompts or one for each")
         if len(settings) != len(prompts):
             raise ValueError(f"{len(settings)} sampling params for {len(prompts)} prompts; give one, or one for each")
-        rows = []
+        if isinstance(priority, bool) or not isinstance(priority, int) or priority < 0:
+            raise ValueError(f"priority={priority!r} must be a whole number, 0 (first) or more")
+        groups = []
         for i, (prompt, p) in enumerate(zip(prompts, settings, strict=True)):
             ids = self._tokens(prompt, i)
+            room = self._room(ids, i)
             if p.stop and self.tokenizer is None:
                 raise ValueError("stop texts need a tokenizer, and this model has none")
-            room = self.config.max_position_embeddings - len(ids)
-            if room < 1:
-                raise ValueError(
-                    f"prompt {i} has {len(ids)} tokens; the model's context of "
-                    f"{self.config.max_position_embeddings} leaves no room to answer"
+            p.check_vocabulary(self.config.vocab_size)
+            stops = StopTexts(p.stop)
+            grammar = None if p.grammar is None else self._compiler.start(p.grammar)
+            rows = []
+            for j in range(p.n):
+                number = next(self._numbers)
+                row = Row(
+                    prompt_length=len(ids),
+                    params=p,
+                    index=j,
+                    max_tokens=min(p.max_tokens, room),
+                    tokens=list(ids),
+                    stream=UniformStream(p.seed, j, ids),
+                    order=(number + priority * PATIENCE, number),
                 )
-            rows.append([_Row(ids, p, j, min(p.max_tokens, room)) for j in range(p.n)])
-        return rows
+                row.grammar = None if grammar is None else grammar.fork()
+                row.history = History(ids) if p.needs_history else None
+                if self.tokenizer is not None and (p.stop or streamed):
+                    row.writer = Writer(self.tokenizer, stops)
+                rows.append(row)
+            for row in rows[1:]:
+                row.leader = rows[0]
+            rows[0].followers = rows[1:]
+            groups.append(rows)
+        return groups
 
-    def _tokens(self, prompt: str | Sequence[int], i: int) -> list[int]:
+    def _room(self, ids: list[int], i: int) -> int:
+        context = self.config.max_position_embeddings
+        if len(ids) >= context:
+            raise ValueError(
+                f"prompt {i} has {len(ids)} tokens; the model's context of {context} leaves no room to answer"
+            )
+        if len(ids) > self.max_cached_tokens:
+            raise ValueError(
+                f"prompt {i} has {len(ids)} tokens; the cache has room for {self.max_cached_tokens}: "
+                "give the engine more max_cached_tokens"
+            )
+        return min(context - len(ids), self.max_cached_tokens - len(ids) + 1)
+
+    def _tokens(self, prompt: Prompt, i: int) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("this model has no tokenizer; give prompts as lists of token ids")
@@ -190,135 +392,39 @@ class Engine:
             raise ValueError(f"prompt {i} has token {bad}, outside the vocabulary of {self.config.vocab_size}")
         return ids
 
-    def _waves(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        """Cut the rows, in order, into batches whose cache fits."""
-        wave: list[_Row] = []
-        longest_prompt = longest_answer = 0
-        for row in rows:
-            prompt, answer = max(longest_prompt, len(row.prompt)), max(longest_answer, row.max_tokens)
-            if wave and (len(wave) + 1) * (prompt + answer) > self.max_cached_tokens:
-                yield wave
-                wave, prompt, answer = [], len(row.prompt), row.max_tokens
-            wave.append(row)
-            longest_prompt, longest_answer = prompt, answer
-        if wave:
-            yield wave
+    @cached_property
+    def _compiler(self) -> GrammarCompiler:
+        if self.tokenizer is None:
+            raise ValueError("a grammar needs a tokenizer, and this model has none")
+        return GrammarCompiler(self.tokenizer, self.config.vocab_size, sorted(self._ends))
 
-    @torch.inference_mode()
-    def _run(self, rows: list[_Row]) -> Iterator[None]:
-        """Generate all rows of a wave to their end; yields after every step."""
-        cache, states_BD = self._prefill(rows)
-        settings = Settings.of([row.params for row in rows])
-        streams = [UniformStream(row.params.seed, row.sample, row.prompt) for row in rows]
-        positions_B = torch.tensor([len(row.prompt) for row in rows], device=self.device)
-        logprobs, routes = any(row.params.logprobs for row in rows), any(row.params.routes for row in rows)
-        uniforms_BX = torch.empty(0)
-        step = 0
-        while True:
-            if step % BLOCK == 0:
-                uniforms_BX = torch.from_numpy(np.stack([s.block() for s in streams])).to(self.device)
-            logits_BV = self.model.lm_head(states_BD).float()
-            drawn = sample(logits_BV, settings, uniforms_BX[:, step % BLOCK], logprobs)
-            self._record(rows, drawn.tokens, drawn.logprobs, drawn.tempered_logprobs)
-            yield
-            running = [b for b, row in enumerate(rows) if row.finish is None]
-            if not running:
-                return
-            tokens_B = drawn.tokens
-            if len(running) < KEEP_SHARE * len(rows):
-                kept = torch.tensor(running, device=self.device)
-                cache.keep(kept)
-                rows, streams = [rows[b] for b in running], [streams[b] for b in running]
-                settings, uniforms_BX = settings.keep(kept), uniforms_BX[kept]
-                tokens_B, positions_B = tokens_B[kept], positions_B[kept]
-            cache.grow()
-            states_BD, routings = self.model.decode(tokens_B, positions_B, cache.views(), cache.mask_BS())
-            if routes and routings:
-                self._record_routes(rows, routings)
-            positions_B = positions_B + 1
-            step += 1
 
-    def _prefill(self, rows: list[_Row]) -> tuple[Cache, Tensor]:
-        """Run each distinct prompt once; returns the filled cache and every row's last state (B, D)."""
-        groups: list[list[_Row]] = []
-        for row in rows:
-            if groups and groups[-1][0].prompt is row.prompt:
-                groups[-1].append(row)
-            else:
-                groups.append([row])
-        prompts = [group[0].prompt for group in groups]
-        longest = max(map(len, prompts))
-        columns = longest + max(row.max_tokens for row in rows)
-        C, layers = self.config.cached_per_token_and_layer, self.config.num_hidden_layers
-        filled = [torch.empty(len(prompts), longest, C, dtype=self.dtype, device=self.device) for _ in range(layers)]
-        states = []
-        per_pass = max(1, PREFILL_TOKENS // longest)
-        for start in range(0, len(prompts), per_pass):
-            part = slice(start, start + per_pass)
-            tokens_BT = torch.zeros(len(prompts[part]), longest, dtype=torch.long, device=self.device)
-            for i, prompt in enumerate(prompts[part]):
-                tokens_BT[i, : len(prompt)] = torch.tensor(prompt)
-            states_BTD, routings = self.model.hidden(tokens_BT, caches=[layer[part] for layer in filled])
-            last = torch.tensor([len(prompt) - 1 for prompt in prompts[part]], device=self.device)
-            states.append(states_BTD[torch.arange(len(last), device=self.device), last])
-            self._record_prompt_routes(groups[part], routings)
-        cache = Cache(self.config, len(rows), columns, self.dtype, self.device)
-        copies = [len(group) for group in groups]
-        cache.fill(filled, [len(prompt) for prompt in prompts], copies)
-        return cache, torch.cat(states).repeat_interleave(torch.tensor(copies, device=self.device), dim=0)
+_optimizer_steps = itertools.count(1)
+_last_optimizer_step = 0
 
-    def _record(self, rows: list[_Row], tokens: Tensor, logprobs: Tensor | None, tempered: Tensor | None) -> None:
-        ended = torch.isin(tokens, self._eos).tolist()
-        ids = tokens.tolist()
-        plain = logprobs.tolist() if logprobs is not None else None
-        warm = tempered.tolist() if tempered is not None else None
-        for b, row in enumerate(rows):
-            if row.finish is not None:
-                continue
-            row.tokens.append(ids[b])
-            if plain is not None and warm is not None and row.params.logprobs:
-                row.logprobs.append(plain[b])
-                row.tempered.append(warm[b])
-            if (ended[b] and not row.params.ignore_eos) or (row.params.stop and self._stopped(row)):
-                row.finish = "stop"
-            elif len(row.tokens) >= row.max_tokens:
-                row.finish = "length"
 
-    def _stopped(self, row: _Row) -> bool:
-        """Whether the newest token completed a stop text; if so, fixes the row's text."""
-        assert self.tokenizer is not None
-        text = self.tokenizer.decode(row.tokens)
-        places = [place for stop in row.params.stop if (place := text.find(stop)) >= 0]
-        if places:
-            row.text = text[: min(places)]
-        return bool(places)
+def _count_optimizer_step(*_: object) -> None:
+    global _last_optimizer_step
+    _last_optimizer_step = next(_optimizer_steps)
 
-    def _record_prompt_routes(self, groups: list[list[_Row]], routings: list[Routing]) -> None:
-        if not routings or not any(row.params.routes for group in groups for row in group):
-            return
-        indices_BTLK = torch.stack([r.indices_BTK for r in routings], dim=2).short()
-        for i, group in enumerate(groups):
-            for row in group:
-                if row.params.routes:
-                    row.routes.append(indices_BTLK[i, : len(row.prompt)])
 
-    def _record_routes(self, rows: list[_Row], routings: list[Routing]) -> None:
-        indices_BLK = torch.stack([r.indices_BTK[:, 0] for r in routings], dim=1).short()
-        for row, indices_LK in zip(rows, indices_BLK, strict=True):
-            if row.finish is None and row.params.routes:
-                row.routes.append(indices_LK.unsqueeze(0))
+# Fused optimizers change weights without raising their version.
+register_optimizer_step_post_hook(_count_optimizer_step)
 
-    def _completion(self, row: _Row) -> Completion:
-        if row.text is None:
-            row.text = "" if self.tokenizer is None else self.tokenizer.decode(row.tokens)
-        return Completion(
-            text=row.text,
-            token_ids=row.tokens,
-            finish_reason=row.finish or "abort",
-            logprobs=row.logprobs if row.params.logprobs else None,
-            tempered_logprobs=row.tempered if row.params.logprobs else None,
-            routes=torch.cat(row.routes) if row.routes else None,
-        )
+
+def _stamp(model: torch.nn.Module) -> list[tuple[int, int]]:
+    """Changes whenever weights may have changed: by an optimizer's step, any operation in place, or a move."""
+    return [
+        (0, _last_optimizer_step),
+        *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()),
+    ]
+
+
+def _no_parity(dtype: torch.dtype, device: torch.device, quantize: str | None) -> str:
+    """What parity lacks here; empty if nothing."""
+    if dtype != torch.float32 or device.type != "cpu" or quantize is not None:
+        return "float32 weights on a CPU, not quantised"
+    return build.reason() and f"the native kernels ({build.reason()})"
 
 
 def _end_tokens(lm: LanguageModel) -> list[int]:

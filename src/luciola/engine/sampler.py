@@ -1,93 +1,68 @@
-"""From logits to the next token: temperature, top-k, top-p, and randomness that belongs to the request alone.
+"""From logits to the next token, and randomness that belongs to the request alone.
 
-A sample draws by inverse transform from one uniform number a step. The numbers of sample j of a request come from a
-Philox stream keyed by (seed, j, prompt), so a request's randomness does not depend on what else is in the batch, and
-different prompts of one call do not share their luck.
+    logits -> -inf where the grammar or min_tokens forbids a token
+           -> logit bias -> repetition, presence and frequency penalty        (of the rows that ask for any)
+           -> / temperature -> softmax -> top-k -> top-p -> min-p
+           -> inverse transform, in order of token ids, of one uniform number a step
 
-Shapes: B rows (samples being generated), V vocabulary.
+Recorded log-probabilities are those of the model itself, before any of this; the tempered ones know the temperature and
+nothing else.
+
+The numbers of sample j of a request come from a Philox stream keyed by (seed, j, prompt), so a request's randomness
+does not depend on what else is in the batch, and different prompts of one call do not share their luck. Nor does
+anything else of a row: every float32 result is the same bit for bit whatever its neighbours are. Hence no `sum` over
+the vocabulary here, which PyTorch splits among threads when there is one row and not when there are many; `softmax`,
+`cumsum`, `topk` and maxima go row by row.
+
+Shapes: B rows (samples being generated), C rows of some kind, V vocabulary, K candidates.
 """
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from numbers import Integral, Real
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from luciola.engine.params import SamplingParams as SamplingParams
+
 BLOCK = 64  # uniform numbers drawn from a stream at a time
 COLD = 1e-6  # temperatures below are taken as 0: logits divided by them can overflow
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How to continue one prompt.
-
-    Args:
-        max_tokens: most new tokens of a completion, at least 1.
-        temperature: 0 takes the likeliest token; 1 samples from the model as it is.
-        top_p: sample among the likeliest tokens that together reach this probability; 1 keeps all.
-        top_k: sample among this many likeliest tokens; 0 keeps all.
-        n: completions of each prompt.
-        seed: same seed, same completions; None draws a fresh one.
-        stop: texts that end a completion; they are not part of its `text`.
-        logprobs: record the log-probability of every token.
-        ignore_eos: go on past the model's end token (for timing).
-        routes: record the experts of every token (for replay in a GRPO update).
-    """
-
-    max_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    n: int = 1
-    seed: int | None = None
-    stop: Sequence[str] = field(default=())
-    logprobs: bool = False
-    ignore_eos: bool = False
-    routes: bool = False
-
-    def __post_init__(self) -> None:
-        if self.stop is None or isinstance(self.stop, str):
-            object.__setattr__(self, "stop", () if self.stop is None else (self.stop,))
-        checks: list[tuple[bool, str, str]] = [
-            (_whole(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "a whole number, at least 1"),
-            (
-                _number(self.temperature) and 0.0 <= self.temperature < float("inf"),
-                "temperature",
-                "0 or a finite positive number",
-            ),
-            (_number(self.top_p) and 0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1"),
-            (_whole(self.top_k) and self.top_k >= 0, "top_k", "0 (all tokens) or a positive whole number"),
-            (_whole(self.n) and self.n >= 1, "n", "a whole number, at least 1"),
-            (self.seed is None or _whole(self.seed), "seed", "a whole number or None"),
-            (all(isinstance(s, str) and s for s in self.stop), "stop", "a list of texts, none empty"),
-        ]
-        for ok, name, expected in checks:
-            if not ok:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {expected}")
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+SMALL = 1e-30  # smaller top_p could round to 0, which keeps nothing; the likeliest token alone reaches either
+CANDIDATES = 256  # likeliest tokens that top-k, top-p and min-p look at first
+HEIGHT = 16  # of the table in which the largest of many numbers are looked for
+MORE = 16  # times as many when those were too few
 
 
 class NotFiniteError(ValueError):
-    """The model's logits are infinite or NaN, so that there is nothing to sample from."""
+    """The model's logits are infinite or NaN, so that there is nothing to sample from.
 
-    def __init__(self) -> None:
+    Attributes:
+        rows: the rows of the batch for which this is so.
+    """
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = tuple(rows)
         super().__init__(
             "the model's logits are not finite numbers: its weights are damaged, or their training went astray"
         )
+
+
+class NothingAllowedError(ValueError):
+    """The grammar or min_tokens leaves no token to draw.
+
+    Attributes:
+        rows: the rows of the batch for which this is so.
+    """
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = tuple(rows)
+        super().__init__("no token may come next: the grammar, or min_tokens with its stop tokens, forbids all of them")
 
 
 def derived_seed(*parts: int) -> int:
@@ -97,97 +72,322 @@ def derived_seed(*parts: int) -> int:
 
 
 class UniformStream:
-    """The uniform numbers of one sample, in [0, 1)."""
+    """The uniform numbers of one sample, float32 in [0, 1)."""
 
     def __init__(self, seed: int | None, sample: int, prompt: Sequence[int]) -> None:
         digest = hashlib.blake2b(np.asarray(prompt, dtype=np.int64).tobytes(), digest_size=8).digest()
         entropy = secrets.randbits(64) if seed is None else seed % 2**64
         key = np.random.SeedSequence((entropy, sample, int.from_bytes(digest, "little")))
         self._generator = np.random.Generator(np.random.Philox(key))
+        self._numbers: list[float] = []
+
+    def number(self, i: int) -> float:
+        """Number i of the stream, however often and in whatever order it is asked for."""
+        while i >= len(self._numbers):
+            self.block()
+        return self._numbers[i]
 
     def block(self) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        """The next BLOCK numbers."""
-        return self._generator.random(BLOCK, dtype=np.float32)
+        """The next BLOCK numbers that nobody has seen."""
+        block = self._generator.random(BLOCK, dtype=np.float32)
+        self._numbers += block.tolist()
+        return block
 
 
-class Settings(NamedTuple):
-    """The sampling parameters of a batch as columns, each (B, 1); None where no row uses the feature."""
+class History:
+    """What penalties and min_tokens need to know of a sequence: its distinct tokens, how often each was generated.
 
-    temperature: Tensor
-    greedy: Tensor | None
-    top_k: Tensor | None
-    top_p: Tensor | None
+    Attributes:
+        length: tokens generated so far.
+    """
+
+    def __init__(self, prompt: Iterable[int]) -> None:
+        self.length = 0
+        self._slots = {token: slot for slot, token in enumerate(dict.fromkeys(prompt))}
+        self._tokens = np.zeros(2 * len(self._slots) + 64, dtype=np.int64)
+        self._tokens[: len(self._slots)] = list(self._slots)
+        self._counts = np.zeros(len(self._tokens), dtype=np.float32)
+
+    def push(self, token: int) -> None:
+        """Add one generated token."""
+        slot = self._slots.setdefault(token, len(self._slots))
+        if slot == len(self._tokens):
+            self._tokens = np.concatenate([self._tokens, np.zeros_like(self._tokens)])
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+        self._tokens[slot] = token
+        self._counts[slot] += 1
+        self.length += 1
+
+    def followed_by(self, tokens: Iterable[int]) -> History:
+        """A copy that has generated `tokens` besides: what a position behind drafted tokens sees."""
+        copy = History(())
+        copy.length, copy._slots = self.length, self._slots.copy()
+        copy._tokens, copy._counts = self._tokens.copy(), self._counts.copy()
+        for token in tokens:
+            copy.push(token)
+        return copy
+
+    def columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The distinct tokens of prompt and completion, int64, and how often each was generated, float32."""
+        used = len(self._slots)
+        tokens, counts = torch.from_numpy(self._tokens[:used]), torch.from_numpy(self._counts[:used])
+        return tokens.to(device), counts.to(device)
+
+
+class _Edit:
+    """What one request changes about its logits before the temperature."""
+
+    def __init__(self, params: SamplingParams, ends: Sequence[int], device: torch.device) -> None:
+        self.params = params
+        bias = dict(params.logit_bias)
+        barred = {*params.stop_token_ids, *(() if params.ignore_eos else ends)} if params.min_tokens else ()
+        self.barred = torch.tensor(sorted(barred), dtype=torch.long, device=device)
+        self.biased = torch.tensor(list(bias), dtype=torch.long, device=device)
+        self.bias = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
+
+    def apply(self, logits_V: Tensor, history: History | None) -> None:
+        """Change one row in place, touching only the tokens concerned."""
+        params = self.params
+        if history is None and params.needs_history:
+            raise ValueError("a row with penalties or min_tokens needs its History; give `histories`, one for each row")
+        if history is not None and history.length < params.min_tokens:
+            logits_V[self.barred] = -torch.inf
+        if len(self.biased):
+            logits_V[self.biased] += self.bias
+        if history is not None and params.penalises:
+            tokens, counts = history.columns(logits_V.device)
+            logits = logits_V[tokens]
+            if params.repetition_penalty != 1.0:
+                penalty = float(params.repetition_penalty)
+                logits = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits -= float(params.presence_penalty) * (counts > 0) + float(params.frequency_penalty) * counts
+            logits_V[tokens] = logits
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The sampling parameters of a batch, gathered once and used until the batch changes.
+
+    Every row is in one of three kinds: greedy (the likeliest token), plain (drawn from all tokens), or cut (drawn from
+    those that top-k, top-p and min-p leave).
+    """
+
+    rows: tuple[SamplingParams, ...]
+    ends: tuple[int, ...]
+    temperature_B1: Tensor | None  # None: 1 everywhere
+    greedy: Tensor
+    plain: Tensor
+    cut: Tensor
+    top_k_C1: Tensor  # of the cut rows
+    top_p_C1: Tensor
+    min_p_C1: Tensor
+    edits: tuple[tuple[int, _Edit], ...]
+    top_logprobs: tuple[tuple[int, int], ...]  # (row, how many)
 
     @classmethod
-    def of(cls, rows: Sequence[SamplingParams]) -> Settings:
-        """Gather the settings of each row."""
-        greedy = torch.tensor([p.temperature < COLD for p in rows])[:, None]
-        top_k = torch.tensor([p.top_k for p in rows])[:, None]
-        top_p = torch.tensor([p.top_p for p in rows])[:, None]
+    def of(
+        cls, rows: Sequence[SamplingParams], ends: Sequence[int] = (), device: torch.device | str = "cpu"
+    ) -> Settings:
+        """Gather the settings of each row; `ends` are the model's end tokens."""
+        device = torch.device(device)
+        kinds: dict[str, list[int]] = {"greedy": [], "plain": [], "cut": []}
+        for b, p in enumerate(rows):
+            whole = p.top_k == 0 and p.top_p >= 1.0 and p.min_p <= 0.0
+            kinds["greedy" if p.temperature < COLD else "plain" if whole else "cut"].append(b)
+        temperatures = [float(p.temperature) if p.temperature >= COLD else 1.0 for p in rows]
+        cut = [rows[b] for b in kinds["cut"]]
+        edits: dict[int, _Edit] = {}  # by identity: the samples of a request share one
+        for p in rows:
+            if id(p) not in edits and (p.needs_history or p.logit_bias):
+                edits[id(p)] = _Edit(p, ends, device)
         return cls(
-            torch.tensor([p.temperature if p.temperature >= COLD else 1.0 for p in rows])[:, None],
-            greedy if bool(greedy.any()) else None,
-            top_k if bool((top_k > 0).any()) else None,
-            top_p if bool((top_p < 1).any()) else None,
+            rows=tuple(rows),
+            ends=tuple(ends),
+            temperature_B1=None if set(temperatures) <= {1.0} else torch.tensor(temperatures, device=device)[:, None],
+            **{kind: torch.tensor(members, dtype=torch.long, device=device) for kind, members in kinds.items()},
+            top_k_C1=torch.tensor([int(p.top_k) for p in cut], dtype=torch.long, device=device)[:, None],
+            top_p_C1=torch.tensor([max(float(p.top_p), SMALL) for p in cut], device=device)[:, None],
+            min_p_C1=torch.tensor([float(p.min_p) for p in cut], device=device)[:, None],
+            edits=tuple((b, edits[id(p)]) for b, p in enumerate(rows) if id(p) in edits),
+            top_logprobs=tuple((b, int(p.top_logprobs)) for b, p in enumerate(rows) if p.top_logprobs),
         )
 
     def keep(self, rows: Tensor) -> Settings:
-        """The settings of a subset of rows."""
-        return Settings(*(None if column is None else column[rows] for column in self))  # type: ignore[arg-type]
+        """The settings of these rows, in this order; a row may come several times."""
+        return Settings.of([self.rows[b] for b in rows.tolist()], self.ends, self.greedy.device)
 
 
 class Sampled(NamedTuple):
-    """The tokens drawn, (B,) int64; their log-probability under the model, and at the sampling temperature, (B,) or
-    None."""
+    """The tokens drawn, (B,) int64; their log-probability under the model, and at the sampling temperature, (B,)
+    float32; and by row the likeliest tokens with theirs, the likeliest first, for the rows that ask. All but the tokens
+    are None where nothing is recorded."""
 
     tokens: Tensor
-    logprobs: Tensor | None
-    tempered_logprobs: Tensor | None
+    logprobs: Tensor | None = None
+    tempered_logprobs: Tensor | None = None
+    top_logprobs: dict[int, list[tuple[int, float]]] | None = None
 
 
-def truncate(p_BV: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
-    """Zero all but the top k tokens, then all but the smallest head of the distribution that reaches top_p."""
-    V = p_BV.shape[-1]
-    most = V if top_k is None or bool((top_k == 0).any()) else int(top_k.max())
-    sorted_p, order = p_BV.topk(min(most, V), dim=-1)
-    if top_k is not None:
-        rank = torch.arange(sorted_p.shape[-1], device=p_BV.device)
-        sorted_p = sorted_p.masked_fill((rank >= top_k) & (top_k > 0), 0.0)
-    if top_p is not None:
-        before = sorted_p.cumsum(-1) - sorted_p
-        sorted_p = sorted_p.masked_fill(before >= top_p * sorted_p.sum(-1, keepdim=True), 0.0)
-    return torch.zeros_like(p_BV).scatter_(-1, order, sorted_p)
+def sample(
+    logits_BV: Tensor,
+    settings: Settings,
+    uniform_B: Tensor,
+    logprobs: bool = False,
+    histories: Sequence[History | None] = (),
+    allowed: Mapping[int, Tensor] | None = None,
+) -> Sampled:
+    """Draw one token a row.
 
-
-def sample(logits_BV: Tensor, settings: Settings, uniform_B: Tensor, logprobs: bool) -> Sampled:
-    """Draw one token a row. Log-probabilities are of the whole vocabulary, before top-k and top-p cut it.
+    Args:
+        logits_BV: float32; not changed.
+        settings: of these rows.
+        uniform_B: a number in [0, 1) for each row.
+        logprobs: record log-probabilities, and the likeliest tokens of rows that ask for them.
+        histories: what each row has generated; None for rows without penalties and min_tokens, or () without any.
+        allowed: by row, the tokens its grammar allows, (V,) bool; rows without a grammar are not in it.
 
     Raises:
         NotFiniteError: a row's logits are infinite or NaN.
+        NothingAllowedError: a row's logits are fine, but it may draw no token.
     """
-    tempered = logits_BV / settings.temperature
-    p_BV = tempered.softmax(-1)
-    kept_BV = p_BV
-    if settings.top_k is not None or settings.top_p is not None:
-        kept_BV = truncate(p_BV, settings.top_k, settings.top_p)
-    cumulative_BV = kept_BV.cumsum(-1)
-    total_B1 = cumulative_BV[:, -1:]
-    if not bool(total_B1.isfinite().all()):
-        raise NotFiniteError
-    # Rounding can lift the product onto the total, above which nothing lies.
-    threshold_B1 = torch.minimum(uniform_B.unsqueeze(1) * total_B1, total_B1.nextafter(total_B1.new_zeros(())))
-    tokens_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True)
-    if settings.greedy is not None:
-        tokens_B1 = torch.where(settings.greedy, logits_BV.argmax(-1, keepdim=True), tokens_B1)
+    scores_BV = _edited(logits_BV, settings, histories, allowed or {})
+    if not logprobs and len(settings.greedy) == len(logits_BV):
+        best = scores_BV.max(-1)
+        _check(best.values.isfinite(), logits_BV, scores_BV)
+        return Sampled(best.indices)
+    p_BV = _softmax(scores_BV, settings.temperature_B1)
+    _check(p_BV[:, 0].isfinite(), logits_BV, scores_BV)  # one bad number makes the whole row NaN
+    tokens_B = torch.empty(len(logits_BV), dtype=torch.long, device=logits_BV.device)
+    if len(rows := settings.greedy):
+        tokens_B[rows] = _rows(scores_BV, rows).max(-1).indices  # argmax takes twice the time
+    if len(rows := settings.plain):
+        tokens_B[rows] = _draw(_rows(p_BV, rows), uniform_B[rows])
+    if len(rows := settings.cut):
+        p_CV, limits = _rows(p_BV, rows), (settings.top_k_C1, settings.top_p_C1, settings.min_p_C1)
+        tokens_B[rows] = _draw_from_head(p_CV, *limits, uniform_B[rows])
     if not logprobs:
-        return Sampled(tokens_B1.squeeze(1), None, None)
-    warm = _logprobs(tempered, p_BV, tokens_B1)
-    if bool((settings.temperature == 1.0).all()):
-        return Sampled(tokens_B1.squeeze(1), warm, warm)
-    return Sampled(tokens_B1.squeeze(1), _logprobs(logits_BV, logits_BV.softmax(-1), tokens_B1), warm)
+        return Sampled(tokens_B)
+    if scores_BV is not logits_BV:
+        p_BV = _softmax(logits_BV, settings.temperature_B1)
+    plain_B = tempered_B = _logprobs(logits_BV, p_BV, tokens_B[:, None], settings.temperature_B1).squeeze(1)
+    if settings.temperature_B1 is not None:
+        p_BV = logits_BV.softmax(-1)
+        plain_B = _logprobs(logits_BV, p_BV, tokens_B[:, None]).squeeze(1)
+    top = {b: _likeliest(logits_BV[b], p_BV[b], k) for b, k in settings.top_logprobs}
+    return Sampled(tokens_B, plain_B, tempered_B, top)
 
 
-def _logprobs(logits_BV: Tensor, p_BV: Tensor, tokens_B1: Tensor) -> Tensor:
-    """Log-probability of each row's token, by the same arithmetic as `luciola.model.logprobs`."""
-    above_B1 = logits_BV.gather(1, tokens_B1) - logits_BV.amax(-1, keepdim=True)
-    return (above_B1 + p_BV.amax(-1, keepdim=True).log()).squeeze(1)
+def _edited(
+    logits_BV: Tensor, settings: Settings, histories: Sequence[History | None], allowed: Mapping[int, Tensor]
+) -> Tensor:
+    """The logits after masks, bias and penalties; the very same tensor where no row has any."""
+    if not settings.edits and not allowed:
+        return logits_BV
+    scores_BV = logits_BV.clone()
+    for b, allowed_V in allowed.items():
+        scores_BV[b].masked_fill_(~allowed_V, -torch.inf)
+    for b, edit in settings.edits:
+        edit.apply(scores_BV[b], histories[b] if histories else None)
+    return scores_BV
+
+
+def _softmax(logits_BV: Tensor, temperature_B1: Tensor | None) -> Tensor:
+    if temperature_B1 is None:
+        return logits_BV.softmax(-1)
+    p_BV = logits_BV / temperature_B1
+    return torch.softmax(p_BV, -1, out=p_BV)  # another tensor of this size would cost as much as the arithmetic
+
+
+def _rows(x_BV: Tensor, rows: Tensor) -> Tensor:
+    """Some rows, in ascending order; no copy where they are all."""
+    return x_BV if len(rows) == len(x_BV) else x_BV[rows]
+
+
+def _check(fine_B: Tensor, logits_BV: Tensor, scores_BV: Tensor) -> None:
+    if bool(fine_B.all()):
+        return
+    bad = (~fine_B).nonzero().squeeze(1)
+    forbidden = logits_BV[bad].amax(-1).isfinite() & (scores_BV[bad].amax(-1) == -torch.inf)
+    if bool(forbidden.all()):
+        raise NothingAllowedError(bad.tolist())
+    raise NotFiniteError(bad[~forbidden].tolist())
+
+
+def _draw(p_CK: Tensor, uniform_C: Tensor) -> Tensor:
+    """Inverse transform: the first place at which the cumulative sum exceeds the number's share of the total."""
+    cumulative_CK = p_CK.cumsum(-1)
+    total_C1 = cumulative_CK[:, -1:]
+    # Rounding can lift the product onto the total, above which nothing lies.
+    threshold_C1 = torch.minimum(uniform_C[:, None] * total_C1, total_C1.nextafter(total_C1.new_zeros(())))
+    return torch.searchsorted(cumulative_CK, threshold_C1, right=True).squeeze(1)
+
+
+def _draw_from_head(
+    p_CV: Tensor, top_k_C1: Tensor, top_p_C1: Tensor, min_p_C1: Tensor, uniform_C: Tensor, most: int = CANDIDATES
+) -> Tensor:
+    """Draw from the likeliest tokens that top-k (of these) top-p (of these) min-p leave.
+
+    Tokens are ranked by probability, equal ones by id. What is left is a head of that ranking, so its first few tokens
+    tell it, and only rows for which they do not are ranked further.
+    """
+    V = p_CV.shape[1]
+    K = min(most, V)
+    top_CK, ids_CK = _topk(p_CV, K)
+    rank_K = torch.arange(K, device=p_CV.device)
+    in_k_CK = (rank_K < top_k_C1) | (top_k_C1 == 0)
+    cumulative_CK = torch.where(in_k_CK, top_CK, 0.0).cumsum(-1)
+    before_CK = torch.cat([cumulative_CK.new_zeros(len(p_CV), 1), cumulative_CK[:, :-1]], dim=1)
+    whole_C1 = torch.where(top_k_C1 == 0, 1.0, cumulative_CK[:, -1:])
+    reach_C1 = torch.where(top_p_C1 < 1.0, top_p_C1 * whole_C1, torch.inf)
+    kept_CK = in_k_CK & (before_CK < reach_C1) & (top_CK >= min_p_C1 * top_CK[:, :1])
+    count_C1 = kept_CK.sum(-1, keepdim=True)
+    least_C1 = top_CK.gather(1, count_C1 - 1)
+    next_C1 = top_CK.gather(1, count_C1.clamp(max=K - 1))
+    # topk picks among equals as it likes; where only some of them are kept, they must be those of the lowest ids.
+    for c in ((next_C1 == least_C1) & (count_C1 < K)).squeeze(1).nonzero().flatten().tolist():
+        above, count, equal = (top_CK[c] > least_C1[c]).sum(), count_C1[c], (p_CV[c] == least_C1[c]).nonzero()
+        ids_CK[c, above:count] = equal[: count - above].squeeze(1)
+    ids_CK, _ = ids_CK.masked_fill(~kept_CK, V).sort(dim=-1)
+    p_CK = p_CV.gather(1, ids_CK.clamp(max=V - 1)).masked_fill(ids_CK == V, 0.0)
+    tokens_C = ids_CK.gather(1, _draw(p_CK, uniform_C)[:, None]).squeeze(1)
+    short_C1 = (count_C1 == K) | (top_k_C1 >= K)
+    if K < V and bool(short_C1.any()):
+        short = short_C1.squeeze(1).nonzero().squeeze(1)
+        limits = (top_k_C1[short], top_p_C1[short], min_p_C1[short])
+        tokens_C[short] = _draw_from_head(p_CV[short], *limits, uniform_C[short], most * MORE)
+    return tokens_C
+
+
+def _topk(p_CV: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """`p_CV.topk(K)` in half the time where V is much larger than K: the K largest numbers stand in those K columns of
+    a table whose maxima are the largest, and maxima are cheap."""
+    C, V = p_CV.shape
+    width = V // HEIGHT
+    if width < 4 * K:
+        return p_CV.topk(K, dim=-1)
+    table_CHW = p_CV[:, : HEIGHT * width].view(C, HEIGHT, width)
+    columns_C1K = table_CHW.amax(1).topk(K, dim=-1, sorted=False).indices.unsqueeze(1)
+    ids_CN = (columns_C1K + torch.arange(0, HEIGHT * width, width, device=p_CV.device)[:, None]).flatten(1)
+    rest_CR = torch.arange(HEIGHT * width, V, device=p_CV.device).expand(C, -1)
+    ids_CN = torch.cat([ids_CN, rest_CR], dim=1)
+    top_CK, at_CK = p_CV.gather(1, ids_CN).topk(K, dim=-1)
+    return top_CK, ids_CN.gather(1, at_CK)
+
+
+def _logprobs(logits_BV: Tensor, p_BV: Tensor, tokens_BK: Tensor, temperature_B1: Tensor | None = None) -> Tensor:
+    """Log-probability of each row's tokens, by the same arithmetic as `luciola.model.logprobs`."""
+    logits_BK, most_B1 = logits_BV.gather(1, tokens_BK), logits_BV.amax(-1, keepdim=True)
+    if temperature_B1 is not None:
+        logits_BK, most_B1 = logits_BK / temperature_B1, most_B1 / temperature_B1
+    return logits_BK - most_B1 + p_BV.amax(-1, keepdim=True).log()
+
+
+def _likeliest(logits_V: Tensor, p_V: Tensor, k: int) -> list[tuple[int, float]]:
+    """The k likeliest tokens and their log-probabilities, equal ones in order of ids."""
+    (top,), (tokens,) = _topk(logits_V[None], min(k + 1, len(logits_V)))
+    if len(top) > k and top[k] == top[k - 1]:  # which of the equal ones are among the k, topk does not promise
+        tokens = (logits_V >= top[k]).nonzero().squeeze(1)
+    else:
+        tokens = tokens[:k].sort().values
+    tokens = tokens[logits_V[tokens].sort(descending=True, stable=True).indices[:k]]
+    return list(zip(tokens.tolist(), _logprobs(logits_V[None], p_V[None], tokens[None])[0].tolist(), strict=True))

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from luciola.engine.engine import Completion, Engine
-from luciola.engine.sampler import SamplingParams, derived_seed
+from luciola.engine.engine import Engine
+from luciola.engine.params import SamplingParams
+from luciola.engine.sampler import derived_seed
+from luciola.engine.sequence import Completion
 from luciola.evaluate.metrics import maj_at_k, pass_at_k, wilson_interval
 from luciola.model.language_model import LanguageModel
 from luciola.tasks.base import Problem, Task

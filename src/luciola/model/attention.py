@@ -1,11 +1,13 @@
-"""Softmax attention over whole sequences and over a cache, for both kinds of attention module.
+"""Softmax attention over whole sequences, or over pieces of them whose past is cached, for both kinds of attention
+module. (New tokens, a few a sequence, go through `native.attention`.)
 
-Shapes: B batch, T time, S cached positions, H query heads, G key-value heads, D features a head.
+Shapes: B batch, T time, S keys: past and new ones, H query heads, G key-value heads, D features a head.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +29,18 @@ class Context(NamedTuple):
     layout: Layout | None = None
 
 
-class Step(NamedTuple):
-    """What one decoding step shares among all layers: the angles (B, 1, d/2), and which cached positions each row
-    sees."""
+# What an attention module does with the cache entries (B, T, C) of new tokens: it hands them over to be kept, and gets
+# past and new ones, (B, S, C).
+Extend = Callable[[Tensor], Tensor]
 
-    rotation: Rotation
-    mask_BS: Tensor | None = None
+
+class PromptCache(Protocol):
+    """Where the entries of prompts are kept: `past` tokens of each row are there already."""
+
+    past: int
+
+    def extend(self, layer: int, entries_BTC: Tensor) -> Tensor:
+        """Keep a layer's entries of the new tokens; returns past and new ones, (B, S, C)."""
 
 
 def segment_mask(segments_BT: Tensor) -> Tensor:
@@ -43,51 +51,55 @@ def segment_mask(segments_BT: Tensor) -> Tensor:
     return same & torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril()
 
 
-def window_mask(length: int, window: int, mask_BTT: Tensor | None, device: torch.device) -> Tensor:
-    """Causal mask, or `mask_BTT`, without keys that lie `window` tokens or more before the query."""
-    seen_TT = torch.ones(length, length, dtype=torch.bool, device=device).triu(1 - window)
-    return seen_TT.tril().unsqueeze(0) if mask_BTT is None else mask_BTT & seen_TT
+def causal_mask(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
+    """(1, T, S), True where a query may see a key: the T queries are the last of S tokens, and keys that lie `window`
+    tokens or more before a query are out of its sight."""
+    seen_TS = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    return (seen_TS if window is None else seen_TS.triu(S - T + 1 - window)).unsqueeze(0)
 
 
 def attend(
-    q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, context: Context, window: int | None = None
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float, context: Context, window: int | None = None
 ) -> Tensor:
     """Causal attention, or attention under the context's mask; returns (B, T, H, width of v).
+
+    Where there are more keys than queries, the queries are those of the last tokens.
 
     With `window` a token sees itself and the window - 1 tokens before it (Mistral 7B, section 2).
 
     PyTorch's fused kernel serves long rows and GPUs. On a CPU it works head by head on products too small to be fast
     when rows are short; there the scores of all heads are formed at once instead.
     """
-    layout, mask_BTT = context.layout, context.mask_BTT
+    layout, mask_BTS = context.layout, context.mask_BTT
     if layout is not None:
-        q_BHTD, k_BGTD, v_BGTD = layout.spread(q_BHTD), layout.spread(k_BGTD), layout.spread(v_BGTD)
-    B, H, T, _ = q_BHTD.shape
-    if window is not None and window < T:
-        mask_BTT = window_mask(T, window, mask_BTT, q_BHTD.device)
-    if B * H * T * T <= KEPT_NUMBERS and q_BHTD.dtype == torch.float32 and q_BHTD.device.type == "cpu":
-        o_BHTD = _ShortFunction.apply(q_BHTD, k_BGTD, v_BGTD, scale, mask_BTT)
+        q_BHTD, k_BGSD, v_BGSD = layout.spread(q_BHTD), layout.spread(k_BGSD), layout.spread(v_BGSD)
+    (B, H, T, _), S = q_BHTD.shape, k_BGSD.shape[2]
+    if S > T or (window is not None and window < S):
+        seen_1TS = causal_mask(T, S, window, q_BHTD.device)
+        mask_BTS = seen_1TS if mask_BTS is None else mask_BTS & seen_1TS
+    if S == T and B * H * T * T <= KEPT_NUMBERS and q_BHTD.dtype == torch.float32 and q_BHTD.device.type == "cpu":
+        o_BHTD = _ShortFunction.apply(q_BHTD, k_BGSD, v_BGSD, scale, mask_BTS)
     else:
-        o_BHTD = _fused(q_BHTD, k_BGTD, v_BGTD, scale, mask_BTT)
+        o_BHTD = _fused(q_BHTD, k_BGSD, v_BGSD, scale, mask_BTS)
     return o_BHTD.transpose(1, 2) if layout is None else layout.collect(o_BHTD)
 
 
-def _fused(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, mask_BTT: Tensor | None) -> Tensor:
+def _fused(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float, mask_BTS: Tensor | None) -> Tensor:
     # The kernel on CPU wants one width for queries, keys and values; MLA's differ, so the narrower side is padded with
     # zeros, which changes no product, and the result is cut back: half the time of the general path.
-    repeats, v_width, q_width = q_BHTD.shape[1] // k_BGTD.shape[1], v_BGTD.shape[-1], q_BHTD.shape[-1]
+    repeats, v_width, q_width = q_BHTD.shape[1] // k_BGSD.shape[1], v_BGSD.shape[-1], q_BHTD.shape[-1]
     if repeats > 1:
-        k_BGTD, v_BGTD = (x.repeat_interleave(repeats, dim=1) for x in (k_BGTD, v_BGTD))
+        k_BGSD, v_BGSD = (x.repeat_interleave(repeats, dim=1) for x in (k_BGSD, v_BGSD))
     if v_width < q_width:
-        v_BGTD = F.pad(v_BGTD, (0, q_width - v_width))
+        v_BGSD = F.pad(v_BGSD, (0, q_width - v_width))
     elif v_width > q_width:
-        q_BHTD, k_BGTD = (F.pad(x, (0, v_width - q_width)) for x in (q_BHTD, k_BGTD))
+        q_BHTD, k_BGSD = (F.pad(x, (0, v_width - q_width)) for x in (q_BHTD, k_BGSD))
     o_BHTD = F.scaled_dot_product_attention(
         q_BHTD,
-        k_BGTD,
-        v_BGTD,
-        attn_mask=None if mask_BTT is None else mask_BTT.unsqueeze(1),
-        is_causal=mask_BTT is None,
+        k_BGSD,
+        v_BGSD,
+        attn_mask=None if mask_BTS is None else mask_BTS.unsqueeze(1),
+        is_causal=mask_BTS is None,
         scale=scale,
     )
     return o_BHTD[..., :v_width]
@@ -149,14 +161,3 @@ class _ShortFunction(torch.autograd.Function):
         B, G = ctx.shape
         dk_BGTD, dv_BGTD = (x.unflatten(0, (B, G)) for x in (dk_XTD, dv_XTD))
         return dq_XRTD.view(B, -1, T, dq_XRTD.shape[-1]), dk_BGTD, dv_BGTD, None, None
-
-
-def attend_cache(q_BGRD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, scale: float, mask_BS: Tensor | None) -> Tensor:
-    """One new token a row against the cache: R query heads share each of the G cached heads. Returns (B, G, R, D).
-
-    The query heads of a group stand where the kernel expects time, so the cache is read once a group and never copied.
-    """
-    mask = None if mask_BS is None else mask_BS[:, None, None, :]
-    return F.scaled_dot_product_attention(
-        q_BGRD, k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2), attn_mask=mask, scale=scale
-    )

@@ -12,8 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from luciola.model.attention import Context, Step, attend, attend_cache
+from luciola.model.attention import Context, Extend, attend
 from luciola.model.config import ModelConfig
+from luciola.model.joined import joined, weight_of
+from luciola.model.native.attention import Step, gqa_attend
+from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
 from luciola.model.rope import Rotation, rotate
 
@@ -45,25 +48,33 @@ class GQA(nn.Module):
         q_BHTd, k_BGTd = (rotate(x.transpose(1, 2), rotation, False) for x in (q_BTHd, k_BTGd))
         return q_BHTd, k_BGTd, v_BTGd.transpose(1, 2)
 
-    def forward(self, x_BTD: Tensor, context: Context, cache_BTC: Tensor | None = None) -> Tensor:
-        """Whole sequences. Writes each token's keys and values (C = 2 G d numbers) into `cache_BTC` where it is
-        given."""
+    def forward(self, x_BTD: Tensor, context: Context, extend: Extend | None = None) -> Tensor:
+        """Whole sequences, or the next tokens of sequences whose past `extend` adds. What is cached of a token are
+        its keys and values, 2 G d numbers."""
         q_BHTd, k_BGTd, v_BGTd = self._qkv(x_BTD, context.rotation)
-        if cache_BTC is not None:
-            torch.cat([x.transpose(1, 2).flatten(2) for x in (k_BGTd, v_BGTd)], dim=-1, out=cache_BTC)
+        if extend is not None:
+            kv_BSC = extend(torch.cat([x.transpose(1, 2).flatten(2) for x in (k_BGTd, v_BGTd)], dim=-1))
+            k_BGTd, v_BGTd = kv_BSC.unflatten(-1, (2, self.kv_heads, self.width)).permute(2, 0, 3, 1, 4)
         o_BTHd = attend(q_BHTd, k_BGTd, v_BGTd, self.scale, context, self.window)
         return self.o_proj(o_BTHd.flatten(2))  # type: ignore[no-any-return]
 
-    def decode(self, x_BD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:
-        """One new token a row: its keys and values go into the last column of `cache_BSC`, then it attends to all of
-        them, or to the last `window` columns."""
-        q_BH1d, k_BG1d, v_BG1d = self._qkv(x_BD.unsqueeze(1), step.rotation)
-        cache_BS2Gd = cache_BSC.unflatten(-1, (2, self.kv_heads, self.width))
-        cache_BS2Gd[:, -1, 0] = k_BG1d[:, :, 0]
-        cache_BS2Gd[:, -1, 1] = v_BG1d[:, :, 0]
-        q_BGRd, mask_BS = q_BH1d[:, :, 0].unflatten(1, (self.kv_heads, -1)), step.mask_BS
-        if self.window is not None:
-            cache_BS2Gd = cache_BS2Gd[:, -self.window :]
-            mask_BS = None if mask_BS is None else mask_BS[:, -self.window :]
-        o_BGRd = attend_cache(q_BGRd, cache_BS2Gd[:, :, 0], cache_BS2Gd[:, :, 1], self.scale, mask_BS)
-        return self.o_proj(o_BGRd.flatten(1))  # type: ignore[no-any-return]
+    def prepare(self, norm: RMSNorm) -> None:
+        """Make ready for `decode`, where `norm` comes before the attention."""
+        self.inputs = joined([self.q_proj, self.k_proj, self.v_proj], norm)
+        self.output = Product(weight_of(self.o_proj), self.o_proj.bias)
+
+    def decode(self, x_ND: Tensor, step: Step, pool_PC: Tensor, exact: bool = False) -> Tensor:
+        """x + the attention of norm(x) for N new tokens; their keys and values go into the cache first."""
+        o_Nx = gqa_attend(
+            self.inputs(x_ND, exact=exact),
+            getattr(self, "q_norm", None),
+            getattr(self, "k_norm", None),
+            pool_PC,
+            step,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            width=self.width,
+            scale=self.scale,
+            window=self.window,
+        )
+        return self.output(o_Nx, x_ND, exact=exact)

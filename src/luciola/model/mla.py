@@ -20,8 +20,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from luciola.model.attention import Context, Step, attend, attend_cache
+from luciola.model.attention import Context, Extend, attend
 from luciola.model.config import ModelConfig
+from luciola.model.joined import joined, weight_of
+from luciola.model.native.attention import Step, mla_attend
+from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
 from luciola.model.rope import Rotation, rotate, turn
 
@@ -37,9 +40,13 @@ class _HeadsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_BTHx, kv_BTHx, kR_BTr, cos, sin, n, interleaved):  # type: ignore[no-untyped-def]
-        q_BHTx, kv_BHTx, r = q_BTHx.transpose(1, 2), kv_BTHx.transpose(1, 2), kR_BTr.shape[-1]
+        q_BHTx, kv_BHTx, r = (
+            q_BTHx.transpose(1, 2),
+            kv_BTHx.transpose(1, 2),
+            kR_BTr.shape[-1],
+        )  # S where a past is cached
         ctx.rotation, ctx.n, ctx.interleaved = Rotation(cos, sin), n, interleaved
-        qs, ks = (q_BTHx.new_empty((*q_BHTx.shape[:-1], n + r)) for _ in range(2))
+        qs, ks = (x.new_empty((*x.shape[:-1], n + r)) for x in (q_BHTx, kv_BHTx))
         qs[..., :n] = q_BHTx[..., :n]
         qs[..., n:] = turn(q_BHTx[..., n:], ctx.rotation, interleaved)
         ks[..., :n] = kv_BHTx[..., :n]
@@ -94,12 +101,13 @@ class MLA(nn.Module):
         c_BTC, kR_BTr = self.kv_a_proj_with_mqa(x_BTD).split((self.rank, self.r), dim=-1)
         return self.kv_a_layernorm(c_BTC), rotate(kR_BTr, rotation, self.interleaved)
 
-    def forward(self, x_BTD: Tensor, context: Context, cache_BTC: Tensor | None = None) -> Tensor:
-        """Whole sequences, expanded. Writes [c ; k_R] of each token into `cache_BTC` where it is given."""
+    def forward(self, x_BTD: Tensor, context: Context, extend: Extend | None = None) -> Tensor:
+        """Whole sequences, or the next tokens of sequences whose past `extend` adds, expanded. What is cached of a
+        token is [c ; k_R]."""
         q_BTHx = self._queries(x_BTD)
         c_BTC, kR_BTr = self._latents(x_BTD, context.rotation)
-        if cache_BTC is not None:
-            torch.cat((c_BTC, kR_BTr), dim=-1, out=cache_BTC)
+        if extend is not None:
+            c_BTC, kR_BTr = extend(torch.cat((c_BTC, kR_BTr), dim=-1)).split((self.rank, self.r), dim=-1)
         kv_BTHx = self.kv_b_proj(c_BTC).unflatten(-1, (self.heads, self.n + self.v))
         q_BHTx, k_BHTx, v_BHTv = _HeadsFunction.apply(
             q_BTHx, kv_BTHx, kR_BTr, *context.rotation, self.n, self.interleaved
@@ -107,22 +115,29 @@ class MLA(nn.Module):
         o_BTHv = attend(q_BHTx, k_BHTx, v_BHTv, self.scale, context)
         return self.o_proj(o_BTHv.flatten(2))  # type: ignore[no-any-return]
 
-    def decode(self, x_BD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:
-        """One new token a row, absorbed: its [c ; k_R] goes into the last column of `cache_BSC`, then it attends to
-        all."""
-        qC_BHn, qR_BHr = self._queries(x_BD).split((self.n, self.r), dim=-1)
-        qR_BHr = turn(qR_BHr.unsqueeze(2), step.rotation, self.interleaved).squeeze(2)
-        c_BTC, kR_BTr = self._latents(x_BD.unsqueeze(1), step.rotation)
-        cache_BSC[:, -1, : self.rank] = c_BTC[:, 0]
-        cache_BSC[:, -1, self.rank :] = kR_BTr[:, 0]
-        W_UK_HnC, W_UV_HvC = self.kv_b_proj.weight.unflatten(0, (self.heads, self.n + self.v)).split(
-            (self.n, self.v), dim=1
+    def prepare(self, norm: RMSNorm) -> None:
+        """Make ready for `decode`, where `norm` comes before the attention."""
+        compressed = hasattr(self, "q_a_proj")
+        self.inputs = joined([self.q_a_proj if compressed else self.q_proj, self.kv_a_proj_with_mqa], norm)
+        self.queries = Product(weight_of(self.q_b_proj), norm=self.q_a_layernorm) if compressed else None
+        self.output = Product(weight_of(self.o_proj), self.o_proj.bias)
+
+    def decode(self, x_ND: Tensor, step: Step, pool_PC: Tensor, exact: bool = False) -> Tensor:
+        """x + the attention of norm(x) for N new tokens, absorbed; their [c ; k_R] go into the cache first."""
+        q_Nx, ckR_NC = self.inputs(x_ND, exact=exact).tensor_split([-self.rank - self.r], dim=-1)
+        if self.queries is not None:
+            q_Nx = self.queries(q_Nx, exact=exact)
+        o_Nx = mla_attend(
+            q_Nx.unflatten(-1, (self.heads, self.n + self.r)),
+            ckR_NC,
+            self.kv_a_layernorm,
+            self.kv_b_proj.weight,
+            pool_PC,
+            step,
+            scale=self.scale,
+            interleaved=self.interleaved,
+            nope=self.n,
+            rope=self.r,
+            v=self.v,
         )
-        qC_HBC = torch.bmm(qC_BHn.transpose(0, 1), W_UK_HnC)
-        q_BHC = torch.cat((qC_HBC.transpose(0, 1), qR_BHr), dim=-1)
-        # The cache serves as keys and, whole, as values: the rotary columns of the result are cut off again, which is
-        # cheaper than giving the kernel values of another width than its keys.
-        cache_BS1C = cache_BSC.unsqueeze(2)
-        o_BHC = attend_cache(q_BHC.unsqueeze(1), cache_BS1C, cache_BS1C, self.scale, step.mask_BS)[:, 0, :, : self.rank]
-        o_HBv = torch.bmm(o_BHC.transpose(0, 1), W_UV_HvC.transpose(1, 2))
-        return self.o_proj(o_HBv.transpose(0, 1).flatten(1))  # type: ignore[no-any-return]
+        return self.output(o_Nx, x_ND, exact=exact)

@@ -14,9 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from luciola.model.attention import Context
+from luciola.model.attention import Context, Extend
 from luciola.model.config import ModelConfig
+from luciola.model.joined import weight_of
 from luciola.model.moe import Routing
+from luciola.model.native.attention import Step
+from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
 
 
@@ -38,7 +41,19 @@ class MTPModule(nn.Module):
         self.block = block
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, states_BTD: Tensor, embedded_BTD: Tensor, context: Context) -> MTPStates:
+    def forward(
+        self, states_BTD: Tensor, embedded_BTD: Tensor, context: Context, extend: Extend | None = None
+    ) -> MTPStates:
         """Join the previous depth's states with the embeddings of the tokens that came after them."""
         joined = torch.cat((self.enorm(embedded_BTD), self.hnorm(states_BTD)), dim=-1)
-        return MTPStates(*self.block(self.eh_proj(joined), context))
+        return MTPStates(*self.block(self.eh_proj(joined), context, extend))
+
+    def prepare(self, head: nn.Module) -> None:
+        """Make ready for `decode`; the head is the main model's."""
+        self.join_inputs, self.head = Product(weight_of(self.eh_proj)), Product(weight_of(head), norm=self.norm)
+
+    def decode(self, states_ND: Tensor, embedded_ND: Tensor, step: Step, pool_PC: Tensor) -> Tensor:
+        """The same for N new tokens of any sequences against a cache of its own; returns the states (N, D)."""
+        joined = torch.cat((self.enorm(embedded_ND), self.hnorm(states_ND)), dim=-1)
+        states_ND, _ = self.block.decode(self.join_inputs(joined), step, pool_PC)  # type: ignore[operator]
+        return states_ND

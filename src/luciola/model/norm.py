@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich, 2019): y = w * x / sqrt(mean(x^2) + eps), statistics in float32.
+"""RMSNorm (Zhang and Sennrich, 2019): y = w * x / sqrt(mean(x^2) + eps), statistics in float32 (or float64, if that is x's).
 
 The backward pass is written out: with r = 1 / sqrt(mean(x^2) + eps), D the width and g the gradient of y,
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        precision = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precision)
         r = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
         ctx.save_for_backward(x, r, weight)
         return (x * r).to(x.dtype).mul_(weight)
@@ -26,9 +27,9 @@ class _RMSNormFunction(torch.autograd.Function):
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         x, r, weight = ctx.saved_tensors
         width = x.shape[-1]
-        gx = (g * x).reshape(-1, width).float()
+        gx = (g * x).reshape(-1, width).to(r.dtype)
         dw = torch.mv(gx.T, r.view(-1)).to(weight.dtype)
-        mean = torch.mv(gx, weight.float()).view_as(r).mul_(r**3).div_(-width)
+        mean = torch.mv(gx, weight.to(r.dtype)).view_as(r).mul_(r**3).div_(-width)
         dx = torch.addcmul((g * weight).mul_(r), x, mean.to(x.dtype))
         return dx, dw, None
 

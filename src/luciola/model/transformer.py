@@ -4,28 +4,35 @@
 
 Parameter names are Hugging Face's without the leading "model." so that a checkpoint reads like this file.
 
-Shapes: B batch, T time, S cached positions, D hidden, V vocabulary, K experts a token.
+Shapes: B batch, T time, N new tokens of any sequences, P slots of the cache, C numbers in each, D hidden, V vocabulary,
+K experts a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from luciola.model.attention import Context, Step, segment_mask
+from luciola.model.attention import Context, Extend, PromptCache, segment_mask
 from luciola.model.config import ModelConfig
 from luciola.model.gqa import GQA
+from luciola.model.joined import weight_of
 from luciola.model.layout import Layout
 from luciola.model.mla import MLA
 from luciola.model.mlp import SwiGLU
 from luciola.model.moe import MoE, Routing
 from luciola.model.mtp import MTPModule, MTPStates
+from luciola.model.native.attention import Step
+from luciola.model.native.experts import moe
+from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
-from luciola.model.rope import Rope
+from luciola.model.rope import Rope, Rotation
 
 
 class Block(nn.Module):
@@ -50,17 +57,25 @@ class Block(nn.Module):
         return x_BTD + self.mlp(y_BTD), None
 
     def forward(
-        self, x_BTD: Tensor, context: Context, cache_BTC: Tensor | None = None, routes_BTK: Tensor | None = None
+        self, x_BTD: Tensor, context: Context, extend: Extend | None = None, routes_BTK: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
         """Whole sequences. Returns the new hidden states and, from an MoE layer, its routing."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context, cache_BTC)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context, extend)
         return self._feed_forward(x_BTD, routes_BTK)
 
-    def decode(self, x_BD: Tensor, step: Step, cache_BSC: Tensor) -> tuple[Tensor, Routing | None]:
-        """One new token a row against the cache."""
-        x_BD = x_BD + self.self_attn.decode(self.input_layernorm(x_BD), step, cache_BSC)
-        x_B1D, routing = self._feed_forward(x_BD.unsqueeze(1), None)
-        return x_B1D.squeeze(1), routing
+    def prepare(self) -> None:
+        """Make ready for `decode`."""
+        self.self_attn.prepare(self.input_layernorm)
+        if not isinstance(self.mlp, MoE):
+            self.mlp.prepare(self.post_attention_layernorm)
+
+    def decode(self, x_ND: Tensor, step: Step, pool_PC: Tensor, exact: bool = False) -> tuple[Tensor, Routing | None]:
+        """N new tokens, each against the cache of its sequence."""
+        x_ND = self.self_attn.decode(x_ND, step, pool_PC, exact)
+        if isinstance(self.mlp, MoE):
+            x_ND, indices_NK, scores_NE = moe(x_ND, self.mlp, self.post_attention_layernorm)
+            return x_ND, Routing(indices_NK, scores_NE)
+        return self.mlp.decode(x_ND, exact), None
 
 
 class Hidden(NamedTuple):
@@ -123,14 +138,17 @@ class Transformer(nn.Module):
                 total -= routed * (config.n_routed_experts - config.num_experts_per_tok) // config.n_routed_experts
         return total
 
-    def context(self, length: int, segments_BT: Tensor | None = None, layout: Layout | None = None) -> Context:
-        """Angles and mask of rows of `length` tokens; with `segments_BT` each document counts positions from 0, with
-        `layout` each token from the start of its row."""
+    def context(
+        self, length: int, segments_BT: Tensor | None = None, layout: Layout | None = None, past: int = 0
+    ) -> Context:
+        """Angles and mask of rows of `length` tokens that follow `past` others; with `segments_BT` each document counts
+        positions from 0, with `layout` each token from the start of its row."""
         device = self.embed_tokens.weight.device
         if layout is not None:
             return Context(self.rope(layout.shape[1], device, layout.positions_1N), layout=layout)
         if segments_BT is None:
-            return Context(self.rope(length, device))
+            rotation = self.rope(past + length, device)
+            return Context(Rotation(rotation.cos[past:], rotation.sin[past:]))
         positions = torch.arange(length, device=device).expand_as(segments_BT)
         starts = torch.ones_like(segments_BT, dtype=torch.bool)
         starts[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
@@ -143,7 +161,7 @@ class Transformer(nn.Module):
         *,
         segments_BT: Tensor | None = None,
         layout: Layout | None = None,
-        caches: Sequence[Tensor] | None = None,
+        cache: PromptCache | None = None,
         routes_BTLK: Tensor | None = None,
     ) -> Hidden:
         """Run the blocks over whole sequences.
@@ -152,39 +170,70 @@ class Transformer(nn.Module):
             tokens_BT: int64 token ids, right-padded (later tokens never influence earlier ones).
             segments_BT: document numbers of packed rows; tokens then see their own document only.
             layout: the rows that attention sees, where `tokens_BT` is a flat list (1, N); the states are then flat too.
-            caches: one (B, T, C) tensor a layer to fill with what `decode` will need.
+            cache: holds the past of the rows, and keeps what later tokens will need of these.
             routes_BTLK: experts to replay, one entry an MoE layer (L counts MoE layers).
         """
         x_BTD = self.embed_tokens(tokens_BT)
-        context = self.context(tokens_BT.shape[1], segments_BT, layout)
+        context = self.context(tokens_BT.shape[1], segments_BT, layout, 0 if cache is None else cache.past)
         routings: list[Routing] = []
         for layer, block in enumerate(self.layers):
             routes_BTK = None
             if routes_BTLK is not None and isinstance(block.mlp, MoE):
                 routes_BTK = routes_BTLK[:, :, len(routings)]
-            cache_BTC = None if caches is None else caches[layer]
+            extend = None if cache is None else partial(cache.extend, layer)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTD, routing = checkpoint(block, x_BTD, context, cache_BTC, routes_BTK, use_reentrant=False)
+                x_BTD, routing = checkpoint(block, x_BTD, context, extend, routes_BTK, use_reentrant=False)
             else:
-                x_BTD, routing = block(x_BTD, context, cache_BTC, routes_BTK)
+                x_BTD, routing = block(x_BTD, context, extend, routes_BTK)
             if routing is not None:
                 routings.append(routing)
         return Hidden(self.norm(x_BTD), routings)
 
-    def decode(self, tokens_B: Tensor, positions_B: Tensor, caches: Sequence[Tensor], mask_BS: Tensor | None) -> Hidden:
-        """One new token a row at `positions_B`, against `caches` of S columns whose last is this token's own.
+    def prepare(self) -> None:
+        """Make ready for `decode`; to be done again when weights have changed. Weights that meet the same input come to
+        lie below each other in memory."""
+        # Parameters must come out as what they were: fit for training, unless they never were.
+        with torch.inference_mode(self.embed_tokens.weight.is_inference()), torch.no_grad():
+            for block in [*self.layers, *(module.block for module in self.mtp)]:
+                block.prepare()
+            for module in self.mtp:
+                module.prepare(self.lm_head)  # type: ignore[operator]
+            self.head = Product(weight_of(self.lm_head))
 
-        `mask_BS` is True (or 0 in float form) where a row may look. Returns states (B, D).
+    def decode(self, tokens_N: Tensor, step: Step, pools: Sequence[Tensor], exact: bool = False) -> Hidden:
+        """N new tokens of any sequences, several of one allowed, against `pools`, the cache of each layer (P, C).
+
+        `step` says to which sequence each token belongs, and at which position. Returns states (N, D), float32. With
+        `exact` no bit of a token's states depends on the other tokens of the step.
         """
-        x_BD = self.embed_tokens(tokens_B)
-        length = caches[0].shape[1]
-        step = Step(self.rope(length, x_BD.device, positions_B.unsqueeze(1)), mask_BS)
+        x_ND = F.embedding(tokens_N, self.embed_tokens.weight).float()
         routings: list[Routing] = []
-        for block, cache_BSC in zip(self.layers, caches, strict=True):
-            x_BD, routing = block.decode(x_BD, step, cache_BSC)  # type: ignore[operator]
+        for block, pool_PC in zip(self.layers, pools, strict=False):  # the MTP module's pool comes last
+            x_ND, routing = block.decode(x_ND, step, pool_PC, exact)  # type: ignore[operator]
             if routing is not None:
                 routings.append(routing)
-        return Hidden(self.norm(x_BD), routings)
+        return Hidden(self.norm(x_ND), routings)
+
+    @torch.no_grad()
+    def exact_logits(self, tokens_BT: Tensor) -> Tensor:
+        """`forward` by the kernels of `decode`: float32 logits (B, T, V), each position's the same bit for bit however
+        many tokens are computed with it. An engine made with `parity=True` draws from these very numbers.
+
+        The promise needs float32 weights, not quantised, on a CPU, and the native kernels; it holds from one run to the
+        next on the same machine, whatever the number of threads. It does not reach to `forward`, which a GEMM computes
+        in another order (float32 rounding apart, the same), nor to other processors.
+        """
+        self.prepare()
+        B, T = tokens_BT.shape
+        device = tokens_BT.device
+        shape = (B * T, self.config.cached_per_token_and_layer)
+        pools = [torch.zeros(shape, dtype=self.norm.weight.dtype, device=device) for _ in self.layers]
+        rows_B, positions_T = (torch.arange(n, dtype=torch.int32, device=device) for n in (B, T))
+        rotation = self.rope(T, device)
+        table_B1 = rows_B[:, None].clone()  # each row of tokens is a block
+        step = Step(rows_B.repeat_interleave(T), positions_T.repeat(B), table_B1, T, rotation.cos, rotation.sin)
+        states_ND = self.decode(tokens_BT.flatten(), step, pools, exact=True).states
+        return self.head(states_ND, exact=True).view(B, T, -1)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Float32 logits (B, T, V) of the next token at every position."""
@@ -204,3 +253,15 @@ class Transformer(nn.Module):
         segments = None if segments_BT is None else segments_BT[:, :length]
         embedded_BTD = self.embed_tokens(tokens_BT[:, depth + 1 :])
         return module(states_BTD[:, :length], embedded_BTD, self.context(length, segments))  # type: ignore[no-any-return]
+
+    def mtp_read(self, states_BTD: Tensor, next_BT: Tensor, cache: PromptCache) -> None:
+        """Let MTP module 0 keep what `mtp_decode` will need of a prompt: state i with the token that came after it."""
+        embedded_BTD = self.embed_tokens(next_BT)
+        context = self.context(next_BT.shape[1], past=cache.past)
+        self.mtp[0](states_BTD, embedded_BTD, context, partial(cache.extend, len(self.layers)))
+
+    def mtp_decode(self, states_ND: Tensor, next_N: Tensor, step: Step, pool_PC: Tensor) -> Tensor:
+        """States (N, D) of MTP module 0, which predict the token after `next_N`, from states of the main model or, for
+        guesses that reach further, its own."""
+        embedded_ND = F.embedding(next_N, self.embed_tokens.weight).float()
+        return self.mtp[0].decode(states_ND, embedded_ND, step, pool_PC)  # type: ignore[operator,no-any-return]

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luciola.engine.engine import Completion, Engine
-from luciola.engine.sampler import SamplingParams, derived_seed
+from luciola.engine.engine import Engine
+from luciola.engine.params import SamplingParams
+from luciola.engine.sampler import derived_seed
+from luciola.engine.sequence import Completion
 from luciola.recipe import GrpoRecipe
 from luciola.tasks.base import Problem
 from luciola.tasks.judge import judge

@@ -81,6 +81,12 @@ class Tokenizer:
         """What the `tokenizers` library makes of this tokenizer, to look at; a change to it would change this one."""
         return self._backend
 
+    @property
+    def thinks(self) -> bool:
+        """Whether replies of a model with this tokenizer begin with reasoning that `</think>` ends: its chat template
+        speaks of that, or its vocabulary has a token for it."""
+        return chat.END_THINK in (self.chat_template or "") or self.token_id(chat.END_THINK) is not None
+
     def token_id(self, token: str) -> int | None:
         """The id of one token given by name, such as "</think>"; None when the vocabulary lacks it."""
         token_id: int | None = self._backend.token_to_id(token)

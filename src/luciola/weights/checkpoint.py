@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from luciola.model.config import ModelConfig
+from luciola.model.quant import Quantized
 from luciola.model.transformer import Transformer
 from luciola.text.tokenizer import Tokenizer
 from luciola.weights.parts import Place, Shape, put
@@ -54,6 +55,7 @@ class Checkpoint:
         placement: the rule that says where each belongs.
         read: fetches one tensor, dequantised.
         load_tokenizer: reads the tokenizer; gives None where there is none.
+        blocks: fetches one tensor as it is quantised; gives None where it is not in 8 or 4 bits.
         shapes: of every parameter and buffer in memory.
         places: where each stored tensor belongs.
         parts: the stored tensors that make up each parameter; a tied head has none.
@@ -69,6 +71,7 @@ class Checkpoint:
     placement: Placement
     read: Callable[[str], Tensor]
     load_tokenizer: Callable[[], Tokenizer | None]
+    blocks: Callable[[str], Quantized | None] = lambda name: None
     shapes: dict[str, Shape] = field(init=False)
     places: dict[str, Place] = field(init=False)
     parts: dict[str, list[str]] = field(init=False)

@@ -19,6 +19,7 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from luciola.model.config import ModelConfig
+from luciola.model.quant import GGUF_KINDS, Quantized
 from luciola.text.tokenizer import Tokenizer
 from luciola.weights import names
 from luciola.weights.checkpoint import Checkpoint, Stored
@@ -62,7 +63,12 @@ def open_file(path: Path) -> Checkpoint:
     def read(name: str) -> Tensor:
         return torch.from_numpy(file.tensor(name))
 
-    return Checkpoint(path, "gguf", config, stored, names.gguf, read, tokenizer)
+    def blocks(name: str) -> Quantized | None:
+        info = file.tensors[name]
+        known = info.kind.name in GGUF_KINDS
+        return Quantized.from_gguf(info.kind.name, torch.from_numpy(file.raw(name)), info.shape) if known else None
+
+    return Checkpoint(path, "gguf", config, stored, names.gguf, read, tokenizer, blocks)
 
 
 def write(

@@ -170,15 +170,19 @@ class GGUFFile:
             raise DamagedError(f"tensor {name} has the unknown type {kind}")
         return name, shape, GGMLQuantizationType(kind), offset
 
+    def raw(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The bytes of one tensor, mapped; to be used before the next one is asked for."""
+        self._release()
+        info = self._last = self.tensors[name]
+        return np.frombuffer(self._bytes, np.uint8, info.size, info.start)
+
     def tensor(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         """One tensor as float32, of the shape in its TensorInfo; to be used before the next one is asked for.
 
         Raises:
             ValueError: it is quantised in a way the gguf package cannot undo.
         """
-        self._release()
-        info = self._last = self.tensors[name]
-        raw = np.frombuffer(self._bytes, np.uint8, info.size, info.start)
+        info, raw = self.tensors[name], self.raw(name)
         if info.kind in _PLAIN:
             values = raw.view(_PLAIN[info.kind]).reshape(info.shape).astype(np.float32, copy=False)
         else:

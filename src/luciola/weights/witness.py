@@ -20,16 +20,21 @@ from typing import Any, Self
 _START_SECONDS, _REPLY_SECONDS = 600.0, 600.0
 
 # llama.cpp ends its process where an assertion of its fails, so it has a process of its own, which lives for as long as
-# its standard input is open. Keys and values stay float32, for that is what this project compares.
+# its standard input is open. Where its numbers are compared, keys and values stay float32; where its speed is, it has
+# its own defaults (float16, its fused attention).
 _SERVE = """
 import sys, xllamacpp
+path, (context, threads, slots, exact) = sys.argv[1], map(int, sys.argv[2:])
 params = xllamacpp.CommonParams()
 params.verbosity = 1
-params.model.path, params.n_ctx, params.n_parallel = sys.argv[1], int(sys.argv[2]), 1
+params.model.path, params.n_ctx, params.n_parallel = path, context * slots, slots
 params.port, params.warmup = 0, False
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(sys.argv[3])
-params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+if exact:
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+else:
+    params.n_threads_http = slots + 2
 server = xllamacpp.Server(params)
 print("\\nlistening at", server.listening_address, flush=True)
 sys.stdin.read()
@@ -39,17 +44,22 @@ sys.stdin.read()
 class LlamaCpp:
     """llama.cpp's own server (PyPI: xllamacpp) for one GGUF file; use it in a `with` block.
 
+    Args:
+        context: longest sequence, in tokens.
+        slots: sequences that are continued together; more requests wait.
+        exact: compute in float32 throughout; otherwise as its users run it.
+
     Raises:
         ValueError: llama.cpp cannot load the file; its reason is in the sentence.
     """
 
-    def __init__(self, path: Path, context: int = 512, threads: int = 1) -> None:
+    def __init__(self, path: Path, context: int = 512, threads: int = 1, *, slots: int = 1, exact: bool = True) -> None:
         import xllamacpp  # noqa: F401  # so that a missing package is said by its name
 
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`
         self._path = path
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, str(path), str(context), str(threads)],
+            [sys.executable, "-c", _SERVE, str(path), *map(str, (context, threads, slots, int(exact)))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -113,9 +123,14 @@ class LlamaCpp:
 
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         """The likeliest token, `count` times; tokens that would end the text are never taken."""
-        options = {"n_predict": count, "temperature": 0, "return_tokens": True, "ignore_eos": True}
-        ids: list[int] = self._post("/completion", prompt=prompt, **options)["tokens"]
+        ids: list[int] = self.complete(prompt, count)["tokens"]
         return ids
+
+    def complete(self, prompt: list[int], count: int) -> dict[str, Any]:
+        """The server's whole reply to a greedy request from scratch: "tokens", and "timings" as it took them itself."""
+        options = {"n_predict": count, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+        reply: dict[str, Any] = self._post("/completion", prompt=prompt, cache_prompt=False, **options)
+        return reply
 
     def next_logprobs(self, prompt: list[int], count: int = 10) -> dict[int, float]:
         """Log-probabilities of the likeliest `count` next tokens; none if the likeliest is no whole character."""

@@ -1,0 +1,167 @@
+"""What a request may ask of sampling, each setting checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to continue one prompt. Numbers may be numpy's; sequences are copied to tuples.
+
+    Args:
+        max_tokens: most new tokens of a completion, at least 1.
+        min_tokens: before that many tokens neither an end token (unless `ignore_eos`) nor one of `stop_token_ids` is
+            drawn; at most `max_tokens`.
+        temperature: 0 takes the likeliest token; 1 samples from the model as it is.
+        top_p: sample among the likeliest tokens that together reach this probability; 1 keeps all.
+        top_k: sample among this many likeliest tokens; 0 keeps all.
+        min_p: sample among the tokens at least this times as likely as the likeliest; 0 keeps all.
+        repetition_penalty: positive logits of tokens of the prompt and the completion are divided by it, negative ones
+            multiplied; above 0, 1 is none (CTRL, section 4.1).
+        presence_penalty: subtracted from the logit of every token generated before; -2 to 2, 0 is none.
+        frequency_penalty: subtracted once for every time it was generated; -2 to 2, 0 is none.
+        logit_bias: token id -> what is added to its logit, -100 to 100; kept as (token, bias) pairs in order of tokens.
+        n: completions of each prompt.
+        seed: same seed, same completions; None draws a fresh one.
+        stop: texts that end a completion; they are not part of its `text`.
+        stop_token_ids: tokens that end a completion like the model's end token.
+        logprobs: record the log-probability of every token.
+        top_logprobs: record this many likeliest tokens of each position with their log-probabilities; implies
+            `logprobs`.
+        ignore_eos: go on past the model's end token (for timing).
+        routes: record the experts of every token (for replay in a GRPO update).
+        speculate: let the engine draft tokens ahead where it can; the distribution is the same either way.
+        grammar: what the text must follow, or None.
+
+    Raises:
+        ValueError: a setting out of its range, or two that contradict each other; the sentence names it.
+    """
+
+    max_tokens: int = 256
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    n: int = 1
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    logprobs: bool = False
+    top_logprobs: int = 0
+    ignore_eos: bool = False
+    routes: bool = False
+    speculate: bool = True
+    grammar: Any = None
+
+    def __post_init__(self) -> None:
+        if self.stop is None or isinstance(self.stop, str):
+            self._set("stop", () if self.stop is None else (self.stop,))
+        self._set("logit_bias", _pairs(self.logit_bias))
+        for name, kind in (("stop", "texts, none empty"), ("stop_token_ids", "token ids, whole numbers from 0")):
+            value = getattr(self, name)
+            if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+                raise ValueError(f"{name}={value!r} must be a list of {kind}")
+            self._set(name, tuple(value))
+        checks: list[tuple[bool, str, str]] = [
+            (_whole(self.max_tokens, 1), "max_tokens", "a whole number, at least 1"),
+            (_whole(self.min_tokens, 0), "min_tokens", "a whole number, at least 0"),
+            (_within(self.temperature, 0.0, math.inf), "temperature", "0 or a finite positive number"),
+            (_within(self.top_p, 0.0, 1.0) and self.top_p > 0, "top_p", "above 0 and at most 1"),
+            (_whole(self.top_k, 0), "top_k", "0 (all tokens) or a positive whole number"),
+            (_within(self.min_p, 0.0, 1.0), "min_p", "between 0 (all tokens) and 1"),
+            (
+                _within(self.repetition_penalty, 0.0, math.inf) and self.repetition_penalty > 0,
+                "repetition_penalty",
+                "a finite number above 0; 1 is none",
+            ),
+            (_within(self.presence_penalty, -2.0, 2.0), "presence_penalty", "between -2 and 2; 0 is none"),
+            (_within(self.frequency_penalty, -2.0, 2.0), "frequency_penalty", "between -2 and 2; 0 is none"),
+            (_whole(self.n, 1), "n", "a whole number, at least 1"),
+            (self.seed is None or _whole(self.seed), "seed", "a whole number or None"),
+            (all(isinstance(s, str) and s for s in self.stop), "stop", "a list of texts, none empty"),
+            (
+                all(_whole(t, 0) for t in self.stop_token_ids),
+                "stop_token_ids",
+                "a list of token ids, whole numbers from 0",
+            ),
+            (_whole(self.top_logprobs, 0), "top_logprobs", "0 (none) or a positive whole number"),
+            *(
+                (isinstance(getattr(self, flag), bool | np.bool_), flag, "True or False")
+                for flag in ("logprobs", "ignore_eos", "routes", "speculate")
+            ),
+        ]
+        for ok, name, expected in checks:
+            if not ok:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {expected}")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}")
+        self._set("stop_token_ids", tuple(dict.fromkeys(int(t) for t in self.stop_token_ids)))
+        self._set("logprobs", bool(self.logprobs or self.top_logprobs))
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a token's logit depends on the tokens before it."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether sampling must be told what was generated so far."""
+        return self.penalises or self.min_tokens > 0
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError when a token named here, or `top_logprobs`, goes beyond a model's vocabulary."""
+        named = (("logit_bias", tuple(dict(self.logit_bias))), ("stop_token_ids", self.stop_token_ids))
+        for name, tokens in named:
+            if tokens and max(tokens) >= vocab_size:
+                raise ValueError(f"{name} names token {max(tokens)}, outside the vocabulary of {vocab_size}")
+        if self.top_logprobs > vocab_size:
+            raise ValueError(f"top_logprobs={self.top_logprobs} must be at most the vocabulary's size, {vocab_size}")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
+    """A logit bias as (token, bias) pairs, ascending by token; pairs are taken too, so that `replace` works."""
+    complaint = f"logit_bias={bias!r} must map token ids, whole numbers from 0, to numbers between -100 and 100"
+    if bias is None:
+        return ()
+    if not isinstance(bias, Mapping | tuple | list):
+        raise ValueError(complaint)
+    entries = list(bias.items()) if isinstance(bias, Mapping) else list(bias)
+    pairs: dict[int, float] = {}
+    for entry in entries:
+        if not (isinstance(entry, tuple | list) and len(entry) == 2):
+            raise ValueError(complaint)
+        token, value = entry
+        if not _whole(token, 0):
+            raise ValueError(f"logit_bias has token {token!r}; tokens must be whole numbers, at least 0")
+        if not _within(value, -100.0, 100.0):
+            raise ValueError(f"logit_bias of token {token} is {value!r}; it must be a number between -100 and 100")
+        if int(token) in pairs:
+            raise ValueError(f"logit_bias names token {token} twice; give each token once")
+        pairs[int(token)] = float(value)
+    return tuple(sorted(pairs.items()))
+
+
+def _whole(value: object, least: int | None = None) -> bool:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and (least is None or int(value) >= least)  # type: ignore[call-overload]
+
+
+def _within(value: object, least: float, most: float) -> bool:
+    """Whether `value` is a finite number in [least, most]."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and math.isfinite(value) and least <= value <= most  # type: ignore[arg-type, operator]

@@ -1,0 +1,386 @@
+"""What one step of the engine does: run the model on what the scheduler has planned, draw tokens, take note of them.
+
+A step has up to two passes through the model. Pieces of prompts go through `Transformer.hidden`, whole sequences at a
+time; tokens that continue a sequence, with its drafts, and the short rests of prompts go through `Transformer.decode`,
+all in one flat list. The states that something is to be drawn from then meet the head together.
+
+Shapes: N tokens, B rows to draw for, D hidden, V vocabulary, L MoE layers, K experts a token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from luciola.engine.cache import PagedCache, Piece, PromptCache
+from luciola.engine.params import SamplingParams
+from luciola.engine.sampler import History, NotFiniteError, NothingAllowedError, Sampled, Settings, sample
+from luciola.engine.scheduler import Scheduler
+from luciola.engine.sequence import Completion, Delta, Sequence
+from luciola.model.native.attention import Step
+from luciola.model.transformer import Transformer
+from luciola.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from luciola.engine.speculate import Speculator
+
+
+_ANYTHING = SamplingParams()  # for a row that has failed: what is drawn for it is thrown away
+
+
+class Drawing(NamedTuple):
+    """A sequence that goes on: its states, one for its next token and one for each draft (k + 1, D)."""
+
+    sequence: Sequence
+    states_kD: Tensor
+
+
+class Runner:
+    """Runs steps of one model over one cache."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        scheduler: Scheduler,
+        cache: PagedCache,
+        ends: Iterable[int],
+        speculator: Speculator | None = None,
+        publish: bool = True,
+        exact: bool = False,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.scheduler, self.cache, self.speculator = scheduler, cache, speculator
+        self.ends, self.publishes, self.exact = tuple(ends), publish, exact
+        self.device = cache.device
+        self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.steps = 0
+        self.grammar_tokens, self.grammar_seconds = 0, 0.0
+        self._settings: tuple[list[Sequence], Settings] = ([], Settings.of([]))
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Continue every running sequence by a token or more, or by a piece of its prompt."""
+        began = time.perf_counter()
+        work = self.scheduler.plan()
+        for sequence in self.scheduler.running:
+            self.cache.follow(sequence)
+        drafts = any(sequence.drafts for sequence in work.short)
+        short = [(sequence, sequence.pending) for sequence in work.short]
+        pieces = work.pieces
+        if self.exact:  # prompts, too, by the kernels of decoding
+            short, pieces = [*short, *pieces], []
+        drawings = self._read(pieces) if pieces else []
+        if short:
+            drawings += self._continue(short)
+        touched = self._draw(drawings) if drawings else []
+        self.steps += 1
+        if self.speculator is not None and not work.pieces:
+            self.speculator.clock.note(len(work.short), drafts, time.perf_counter() - began)
+        ended = [sequence for sequence in touched if sequence.ended]
+        for sequence in touched:
+            if sequence.listener is not None and not sequence.ended:
+                self._tell(sequence)
+        if ended:
+            self.finish(ended)
+
+    def _read(self, pieces: Many[tuple[Sequence, int]]) -> list[Drawing]:
+        """Read pieces of prompts; returns what can be drawn from: those that have been read to their end."""
+        drawings = []
+        for batch in _batches([Piece(sequence, sequence.computed, count) for sequence, count in pieces]):
+            width = max(piece.length for piece in batch)
+            tokens_BT = torch.zeros(len(batch), width, dtype=torch.long)
+            for row, (sequence, start, count) in enumerate(batch):
+                tokens_BT[row, :count] = torch.tensor(sequence.tokens[start : start + count])
+            cache = PromptCache(self.cache, batch, width)
+            states_BTD, routings = self.model.hidden(tokens_BT.to(self.device), cache=cache)
+            if self.speculator is not None:
+                self.speculator.read(batch, states_BTD, cache)
+            for row, (sequence, _, count) in enumerate(batch):
+                self._record_routes(sequence, [r.indices_BTK[row] for r in routings], count)
+                self._advance(sequence, count)
+                if sequence.pending == 0:
+                    drawings += self._with_followers(sequence, states_BTD[row, count - 1 : count])
+            self.prompt_tokens += sum(piece.length for piece in batch)
+        return drawings
+
+    def _continue(self, work: Many[tuple[Sequence, int]]) -> list[Drawing]:
+        """One flat pass over so many tokens of each sequence, and over the drafts of those that are thereby read to
+        their end."""
+        fed: list[int] = []
+        rows: list[int] = []
+        positions: list[int] = []
+        for sequence, count in work:
+            start = sequence.computed
+            if count == 1 and not sequence.drafts:  # nearly everybody, nearly always
+                fed.append(sequence.tokens[start])
+                rows.append(sequence.row)
+                positions.append(start)
+                continue
+            tokens = sequence.tokens[start : start + count] + sequence.drafts
+            fed += tokens
+            rows += [sequence.row] * len(tokens)
+            positions += range(start, start + len(tokens))
+        step = self.flat_step(rows, positions)
+        tokens_N = torch.tensor(fed, device=self.device)
+        states_ND, routings = self.model.decode(tokens_N, step, self.cache.pools, self.exact)
+        drawings = []
+        place = 0
+        for sequence, count in work:
+            end = place + count + len(sequence.drafts)
+            if routings and sequence.params.routes:
+                self._record_routes(sequence, [r.indices_BTK[place:end] for r in routings], count)
+            self._advance(sequence, count)
+            self.prompt_tokens += count - (sequence.generated > 0)
+            if sequence.pending == 0:
+                drawings += self._with_followers(sequence, states_ND[place + count - 1 : end])
+            place = end
+        return drawings
+
+    def flat_step(self, rows: Many[int], positions: Many[int]) -> Step:
+        """What all layers share when tokens of these rows of the table, at these positions, are read."""
+        rotation = self.model.rope(max(positions) + 1, self.device)
+        rows_N, positions_N = (torch.tensor(x, dtype=torch.int32, device=self.device) for x in (rows, positions))
+        cache = self.cache
+        return Step(rows_N, positions_N, cache.table_RM, cache.block_size, rotation.cos, rotation.sin)
+
+    def _advance(self, sequence: Sequence, count: int) -> None:
+        sequence.computed += count
+        if self.publishes and sequence.computed // self.cache.block_size > len(sequence.keys):
+            self.scheduler.publish(sequence)
+
+    def _with_followers(self, sequence: Sequence, states_kD: Tensor) -> list[Drawing]:
+        """The drawing of a sequence and of those that waited for the same prompt to be read."""
+        drawings = [Drawing(sequence, states_kD)]
+        if sequence.followers:
+            copies = []
+            for follower in sequence.followers:
+                follower.leader, follower.cached_tokens = None, sequence.cached_tokens
+                pair = self.scheduler.fork(sequence, follower)
+                if pair is not None:
+                    copies.append(pair)
+                if follower.row >= 0:
+                    follower.routes, follower.routed = list(sequence.routes), sequence.routed
+                    self.cache.follow(follower)
+                    drawings.append(Drawing(follower, states_kD))
+            sequence.followers = []
+            if copies:
+                self.cache.copy(copies)
+        return drawings
+
+    def _draw(self, drawings: list[Drawing]) -> list[Sequence]:
+        """Draw the next tokens and take note of them; returns the sequences that got some."""
+        sequences = [drawing.sequence for drawing in drawings]
+        counts = [len(drawing.states_kD) for drawing in drawings]
+        states_BD = (
+            torch.cat([drawing.states_kD for drawing in drawings]) if len(drawings) > 1 else drawings[0].states_kD
+        )
+        logits_BV = self.model.head(states_BD, exact=self.exact)
+        rows = sequences
+        if len(logits_BV) > len(sequences):
+            rows = [sequence for sequence, count in zip(sequences, counts, strict=True) for _ in range(count)]
+        drawn = self._sample(logits_BV, rows)
+        news = self._record(sequences, counts, drawn)
+        if self.speculator is not None:
+            self._speculate(sequences, counts, news, states_BD)
+        return sequences
+
+    def _sample(self, logits_BV: Tensor, rows: list[Sequence]) -> Sampled:
+        """Draw a token from each row of logits; a sequence whose logits or grammar fail keeps that error, and what is
+        drawn for it counts for nothing."""
+        if self._settings[0] != rows:
+            self._settings = (rows, Settings.of([s.params for s in rows], self.ends, self.device))
+        settings = self._settings[1]
+        numbers: list[float] = []
+        histories: list[History | None] = []
+        allowed: dict[int, Tensor] = {}
+        before, offset = None, 0  # a sequence has further rows where its drafts are checked
+        for row, sequence in enumerate(rows):
+            offset = offset + 1 if sequence is before else 0
+            before = sequence
+            numbers.append(sequence.stream.number(sequence.generated + offset))
+            if settings.edits:
+                history = sequence.history
+                histories.append(history and history.followed_by(sequence.drafts[:offset]) if offset else history)
+            if sequence.grammar is not None:
+                try:
+                    allowed[row] = sequence.grammar.allowed_V()
+                except Exception as error:
+                    sequence.error = error
+        uniform_B = torch.tensor(numbers, device=self.device)
+        logprobs = any(sequence.params.logprobs for sequence in rows)
+        while True:
+            try:
+                return sample(logits_BV, settings, uniform_B, logprobs, histories, allowed)
+            except (NotFiniteError, NothingAllowedError) as error:
+                for row in error.rows:
+                    rows[row].error = type(error)([row])
+                    logits_BV[row] = 0.0
+                    allowed.pop(row, None)
+                    histories[row : row + 1] = [None] * len(histories[row : row + 1])
+                settings = Settings.of(
+                    [_ANYTHING if s.error is not None else s.params for s in rows], self.ends, self.device
+                )
+
+    def _record(self, sequences: list[Sequence], counts: list[int], drawn: Sampled) -> list[int]:
+        """Append what was drawn, drafts as far as they are right; returns the number of new tokens of each."""
+        ids = drawn.tokens.tolist()
+        plain = drawn.logprobs.tolist() if drawn.logprobs is not None else None
+        warm = drawn.tempered_logprobs.tolist() if drawn.tempered_logprobs is not None else None
+        news = []
+        place = 0
+        for sequence, count in zip(sequences, counts, strict=True):
+            params, drafts, new = sequence.params, sequence.drafts, 0
+            for number in range(place, place + count):
+                if sequence.error is not None:
+                    break
+                token = ids[number]
+                if plain is not None and warm is not None and params.logprobs:
+                    sequence.logprobs.append(plain[number])
+                    sequence.tempered.append(warm[number])
+                    if params.top_logprobs:
+                        assert drawn.top_logprobs is not None
+                        sequence.top.append(dict(drawn.top_logprobs[number]))
+                sequence.tokens.append(token)
+                new += 1
+                self._look(sequence, token)
+                if sequence.ended or new == count or drafts[new - 1] != token:
+                    break
+            place += count
+            self.generated_tokens += new
+            if new > 1:
+                self._advance(sequence, new - 1)
+            news.append(new)
+        return news
+
+    def _look(self, sequence: Sequence, token: int) -> None:
+        """Whether the newest token ends its sequence; everybody who follows the tokens is told of it."""
+        params = sequence.params
+        end = token in self.ends and not params.ignore_eos
+        try:
+            if sequence.history is not None:
+                sequence.history.push(token)
+            if sequence.grammar is not None and not end:
+                sequence.grammar.accept(token)
+            stopped = sequence.writer is not None and sequence.writer.push(token)
+        except Exception as error:
+            sequence.error = error
+            return
+        complete = sequence.grammar is not None and sequence.grammar.finished
+        if end or stopped or complete or token in params.stop_token_ids:
+            sequence.finish = "stop"
+        elif sequence.generated >= sequence.max_tokens:
+            sequence.finish = "length"
+
+    def _speculate(self, sequences: list[Sequence], counts: list[int], news: list[int], states_BD: Tensor) -> None:
+        """Judge the drafts of the step that is over; make those of the next one."""
+        assert self.speculator is not None
+        kept: list[int] = []
+        offset = 0
+        going, going_news = [], []
+        for sequence, count, new in zip(sequences, counts, news, strict=True):
+            if count > 1:
+                self.speculator.judge(sequence, count - 1, new - 1, len(sequences))
+            if not sequence.ended:
+                kept += range(offset, offset + new)
+                going.append(sequence)
+                going_news.append(new)
+            offset += count
+        if going:
+            self.speculator.draft(self, going, going_news, states_BD[kept])
+
+    def finish(self, sequences: Many[Sequence]) -> None:
+        """These have ended: their blocks come back, those who waited for their prompt read it themselves, whoever
+        listens is told."""
+        self.scheduler.leave(sequences)
+        for sequence in sequences:
+            if sequence.writer is not None and sequence.error is None:
+                sequence.writer.end()
+            if sequence.leader is not None:
+                sequence.leader.followers.remove(sequence)
+                sequence.leader = None
+            heirs = [follower for follower in sequence.followers if not follower.ended]
+            for follower in sequence.followers:
+                follower.leader = None
+            sequence.followers = []
+            if heirs:
+                heirs[0].followers = heirs[1:]
+                for follower in heirs[1:]:
+                    follower.leader = heirs[0]
+                self.scheduler.add(heirs[0])
+            self.cached_tokens += sequence.cached_tokens or 0
+            if sequence.grammar is not None:
+                self.grammar_tokens += sequence.grammar.tokens
+                self.grammar_seconds += sequence.grammar.seconds
+            if sequence.listener is not None:
+                self._tell(sequence)
+
+    def _tell(self, sequence: Sequence) -> None:
+        assert sequence.listener is not None
+        if sequence.error is not None:
+            sequence.listener(sequence.error)
+            return
+        start = sequence.prompt_length + sequence.told
+        tokens = sequence.tokens[start:]
+        sequence.told += len(tokens)
+        text = sequence.writer.take() if sequence.writer is not None else ""
+        whole = self.completion(sequence) if sequence.finish is not None else None
+        sequence.listener(Delta(sequence.index, text, tokens, whole))
+
+    def completion(self, sequence: Sequence) -> Completion:
+        """What a sequence that has ended has come to."""
+        params, tokens = sequence.params, sequence.tokens[sequence.prompt_length :]
+        if sequence.writer is not None:
+            text = sequence.writer.text
+        else:
+            text = "" if self.tokenizer is None else self.tokenizer.decode(tokens)
+        return Completion(
+            text=text,
+            token_ids=tokens,
+            finish_reason=sequence.finish or "abort",
+            logprobs=sequence.logprobs if params.logprobs else None,
+            tempered_logprobs=sequence.tempered if params.logprobs else None,
+            top_logprobs=sequence.top if params.top_logprobs else None,
+            routes=torch.cat(sequence.routes) if sequence.routes else None,
+            cached_tokens=sequence.cached_tokens or 0,
+        )
+
+    def counts(self) -> dict[str, int | float]:
+        """What has been done so far."""
+        speculator = self.speculator
+        return {
+            "steps": self.steps,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "generated_tokens": self.generated_tokens,
+            "drafted": speculator.drafted if speculator is not None else 0,
+            "accepted": speculator.accepted if speculator is not None else 0,
+            "grammar_tokens": self.grammar_tokens,
+            "grammar_seconds": self.grammar_seconds,
+        }
+
+    def _record_routes(self, sequence: Sequence, indices: list[Tensor], count: int) -> None:
+        """Keep the experts of `count` tokens from `computed` on, as far as they are not known (from before it gave
+        way)."""
+        if not indices or not sequence.params.routes:
+            return
+        new = sequence.computed + count - sequence.routed
+        if new > 0:
+            indices_TLK = torch.stack([layer_TK[count - new : count] for layer_TK in indices], dim=1).short()
+            sequence.routes.append(indices_TLK)
+            sequence.routed += new
+
+
+def _batches(pieces: list[Piece]) -> list[list[Piece]]:
+    """Whole prompts of like length together, as long as little is padded; pieces with a past alone."""
+    batches: list[list[Piece]] = []
+    for piece in sorted((p for p in pieces if p.start == 0), key=lambda p: -p.length):
+        if batches and 2 * piece.length >= batches[-1][0].length:
+            batches[-1].append(piece)
+        else:
+            batches.append([piece])
+    return batches + [[piece] for piece in pieces if piece.start > 0]

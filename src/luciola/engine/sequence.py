@@ -1,0 +1,117 @@
+"""A sequence is one completion in the making: its tokens, its blocks, and what has been recorded of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from luciola.engine.params import SamplingParams
+
+if TYPE_CHECKING:
+    from luciola.engine.grammar import GrammarState
+    from luciola.engine.sampler import History, UniformStream
+    from luciola.engine.speculate import Pace
+    from luciola.engine.writer import Writer
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(slots=True)
+class Completion:
+    """One continuation of a prompt.
+
+    Attributes:
+        text: the decoded tokens, without special tokens and without the stop text.
+        token_ids: every token generated, the end token included.
+        finish_reason: "stop" (end token, stop token or stop text, or a grammar that is complete), "length" (max_tokens,
+        or the end of the model's context or of the cache), "abort".
+        logprobs: log-probability of each token under the model at temperature 1 (with `logprobs=True`).
+        tempered_logprobs: the same at the sampling temperature: what a policy-gradient ratio needs.
+        top_logprobs: for each token the likeliest ones, id to log-probability (with `top_logprobs`).
+        routes: experts of each prompt and generated token but the last, (T - 1, MoE layers, K) int16 (with
+        `routes=True`).
+        cached_tokens: tokens of the prompt that a prefix in the cache saved from being computed.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[float] | None = None
+    tempered_logprobs: list[float] | None = None
+    top_logprobs: list[dict[int, float]] | None = None
+    routes: Tensor | None = field(default=None, repr=False, compare=False)
+    cached_tokens: int = field(default=0, compare=False)
+
+
+@dataclass(slots=True)
+class Delta:
+    """What a step added to completion number `index` of a request."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    completion: Completion | None = None  # with the last delta: the whole
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One completion of a request.
+
+    Attributes:
+        order: when it is its turn; lower comes first, and is preempted last.
+        tokens: prompt and generated tokens.
+        computed: how many of them the cache holds.
+        blocks: the blocks that hold them, first to last.
+        keys: keys of those blocks that are full and published.
+        drafts: tokens that speculation expects next, checked by the coming step.
+        row: its row in the block table while it runs, else -1; `tabled` of its blocks stand there.
+        leader: the sequence whose prompt is the same and is computed for this one, too, until it is.
+    """
+
+    prompt_length: int
+    params: SamplingParams
+    index: int
+    max_tokens: int
+    tokens: list[int]
+    stream: UniformStream
+    order: tuple[int, int]
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
+    row: int = -1
+    tabled: int = 0
+    leader: Sequence | None = None
+    followers: list[Sequence] = field(default_factory=list)
+    cached_tokens: int | None = None
+    logprobs: list[float] = field(default_factory=list)
+    tempered: list[float] = field(default_factory=list)
+    top: list[dict[int, float]] = field(default_factory=list)
+    routes: list[Tensor] = field(default_factory=list)
+    routed: int = 0
+    finish: FinishReason | None = None
+    error: Exception | None = None
+    writer: Writer | None = None  # where the text is looked at while it grows
+    history: History | None = None
+    grammar: GrammarState | None = None
+    pace: Pace | None = None
+    listener: Callable[[Delta | Exception], None] | None = None
+    told: int = 0  # tokens that the listener has been told of
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def pending(self) -> int:
+        """Tokens that the model has not read yet; 1 for one that is being continued."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is to be done for it any more."""
+        return self.finish is not None or self.error is not None
