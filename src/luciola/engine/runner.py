@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from luciola.engine.speculate import Speculator
 
 
+MOST_STEPS = 64  # tokens of a step that is kept
 _ANYTHING = SamplingParams()  # for a row that has failed: what is drawn for it is thrown away
 
 
@@ -61,6 +62,7 @@ class Runner:
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.steps = 0
         self.grammar_tokens, self.grammar_seconds = 0, 0.0
         self._settings: tuple[list[Sequence], Settings] = ([], Settings.of([]))
+        self._steps: dict[int, Step] = {}  # by number of tokens: making one checks every tensor, once is enough
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -143,10 +145,17 @@ class Runner:
 
     def flat_step(self, rows: Many[int], positions: Many[int]) -> Step:
         """What all layers share when tokens of these rows of the table, at these positions, are read."""
-        rotation = self.model.rope(max(positions) + 1, self.device)
+        cos, sin = self.model.rope.table(max(positions) + 1, self.device)
         rows_N, positions_N = (torch.tensor(x, dtype=torch.int32, device=self.device) for x in (rows, positions))
-        cache = self.cache
-        return Step(rows_N, positions_N, cache.table_RM, cache.block_size, rotation.cos, rotation.sin)
+        known = self._steps.get(len(rows))
+        if known is not None and known.cos is cos and self.device.type == "cpu":
+            known.rows_N.copy_(rows_N)
+            known.positions_N.copy_(positions_N)
+            return known
+        step = Step(rows_N, positions_N, self.cache.table_RM, self.cache.block_size, cos, sin)
+        if len(rows) <= MOST_STEPS:
+            self._steps[len(rows)] = step
+        return step
 
     def _advance(self, sequence: Sequence, count: int) -> None:
         sequence.computed += count
