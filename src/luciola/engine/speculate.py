@@ -124,6 +124,28 @@ class Speculator:
             next_BT[row, : len(following)] = torch.tensor(following)
         self.model.mtp_read(states_BTD, next_BT.to(states_BTD.device), cache)
 
+    def read_flat(self, runner: Runner, work: Many[tuple[Sequence, int]], states_ND: Tensor) -> None:
+        """The same for prompts that were read in a flat list: all tokens of each but those that are only drafts, or the
+        last, whose follower is still to be drawn."""
+        if self.method != "mtp":
+            return
+        kept: list[int] = []
+        rows: list[int] = []
+        positions: list[int] = []
+        tokens: list[int] = []
+        place = 0
+        for sequence, count in work:
+            start = sequence.computed
+            following = sequence.tokens[start + 1 : start + count + 1] if count > 1 else []
+            kept += range(place, place + len(following))
+            rows += [sequence.row] * len(following)
+            positions += range(start, start + len(following))
+            tokens += following
+            place += count + len(sequence.drafts)
+        step = runner.flat_step(rows, positions)
+        tokens_N = torch.tensor(tokens, device=states_ND.device)
+        self.model.mtp_decode(states_ND[kept], tokens_N, step, runner.cache.pools[-1])
+
     def draft(self, runner: Runner, sequences: Many[Sequence], news: Many[int], states_ND: Tensor) -> None:
         """Give drafts to sequences, each of which has just got `news` tokens, drawn from as many of the states."""
         for sequence in sequences:
