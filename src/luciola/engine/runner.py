@@ -86,6 +86,7 @@ class Runner:
             self.cache.follow(sequence)
         drafts = any(sequence.drafts for sequence in work.short)
         short = [(sequence, sequence.pending) for sequence in work.short]
+        decoding = not work.pieces and all(pending == 1 for _, pending in short)
         pieces = work.pieces
         if self.exact:  # prompts, too, by the kernels of decoding
             short, pieces = [*short, *pieces], []
@@ -98,7 +99,7 @@ class Runner:
         if touched:
             self._draw(ready)
         self.steps += 1
-        if self.speculator is not None and not work.pieces:
+        if self.speculator is not None and decoding:
             self.speculator.clock.note(len(work.short), drafts, time.perf_counter() - began)
         ended = [sequence for sequence in touched if sequence.ended]
         for sequence in touched:
@@ -322,7 +323,8 @@ class Runner:
                 going_news.append(new)
             offset += count
         if going:
-            self.speculator.draft(self, going, going_news, states_BD[kept])
+            states_ND = states_BD if len(kept) == offset else states_BD[kept]
+            self.speculator.draft(self, going, going_news, states_ND)
 
     def finish(self, sequences: Many[Sequence]) -> None:
         """These have ended: their blocks come back, those who waited for their prompt read it themselves, whoever
