@@ -337,3 +337,23 @@ def test_bfloat16_generates(lm: LanguageModel) -> None:
 def test_a_stream_leaves_its_reader_outside_of_inference_mode(lm: LanguageModel) -> None:
     for _ in Engine(lm, dtype="model").stream("abc", SamplingParams(max_tokens=5, seed=0)):
         assert not torch.is_inference_mode_enabled()
+
+
+def test_a_cache_takes_memory_only_where_it_is_written(forks: Any) -> None:
+    """Also in a process that keeps freed memory, as every training run does."""
+    process = forks.Process(target=_large_cache)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def _large_cache() -> None:
+    from luciola import hardware
+
+    hardware.keep_freed_memory()
+    lm = LanguageModel.create(GQA)
+    before = hardware.peak_memory_bytes()
+    engine = Engine(lm, dtype="model", max_cached_tokens=1 << 24)
+    assert engine.max_cached_tokens * engine.cache_bytes_per_token >= 1 << 30
+    engine.generate([[7, 8, 9]], SamplingParams(max_tokens=5))
+    assert hardware.peak_memory_bytes() - before < 600 << 20

@@ -109,6 +109,7 @@ def fill(config: ModelConfig, memory: int, context: int) -> dict[str, float]:
     Returns:
         `largest_batch`, the rows that fitted; `storage_bytes_per_token` and `resident_bytes_per_token` of all rows.
     """
+    allocate(config, 1, BLOCK_SIZE)  # what a first time takes besides
     before = resident_bytes()
     rows: list[list[Tensor]] = []
     while resident_bytes() - before <= memory:

@@ -24,7 +24,7 @@ from luciola.bench.subjects import (
 from luciola.bench.turns import machine
 
 PEERS = ("transformers", *LLAMA_CPP)
-ROUNDS, WARMUP = 5, 1
+ROUNDS, WARMUP = 4, 1
 PROMPT = 1200
 
 

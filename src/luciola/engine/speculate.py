@@ -5,8 +5,8 @@ the token is then drawn just as it would have been without drafts, from the same
 number; a draft counts if it is that very token, and what follows the first that is not is thrown away. So the tokens
 are the same as without speculation, whatever the drafts are; only the time depends on them.
 
-Drafts come from the model's multi-token prediction module (V3 report, section 2.2: it accepts 85 to 90 % of the second
-tokens), applied to its own output for more than one; or from the text so far: what followed the last tokens when they
+Drafts come from the model's multi-token prediction module (V3 report, section 5.4.3: 85 to 90 % of its tokens are
+accepted), one a step; or from the text so far: what followed the last tokens when they
 stood there before (prompt lookup).
 
 Shapes: N tokens, B sequences, D hidden.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -30,10 +29,10 @@ if TYPE_CHECKING:
     from luciola.engine.runner import Runner
 
 Method = Literal["mtp", "ngram"]
-MOST_DRAFTS = {"mtp": 4, "ngram": 8}
+MOST_DRAFTS = {"mtp": 1, "ngram": 8}  # a second token by the module's own output is right half as often as the first
 LONGEST_GRAM = 3  # tokens that must stand there again
 TRIAL = 8  # steps with drafts before it is judged whether they pay
-PLAIN = 3  # steps without drafts at the beginning of a request, to know what those take
+PLAIN = 3  # steps without drafts, until it is known what those take
 MEMORY = 0.9  # how much of the past a running mean keeps at each step
 
 
@@ -69,6 +68,10 @@ class Clock:
         key = (sequences.bit_length(), drafts)
         before = self._seconds.get(key, seconds)
         self._seconds[key] = MEMORY * before + (1 - MEMORY) * min(seconds, 4 * before)
+
+    def knows_plain(self, sequences: int) -> bool:
+        """Whether steps without drafts have been timed."""
+        return (sequences.bit_length(), False) in self._seconds
 
     def cost(self, sequences: int) -> float:
         """How many times longer a step takes with drafts; 1 while that is not known."""
@@ -124,62 +127,65 @@ class Speculator:
             next_BT[row, : len(following)] = torch.tensor(following)
         self.model.mtp_read(states_BTD, next_BT.to(states_BTD.device), cache)
 
-    def draft(self, runner: Runner, sequences: Many[Sequence], news: Many[int], states_ND: Tensor) -> None:
-        """Give drafts to sequences, each of which has just got `news` tokens, drawn from as many of the states."""
-        for sequence in sequences:
-            sequence.drafts = []
-        room = [s.max_tokens - s.generated - 1 for s in sequences]  # the last token needs no draft after it
-        ready = [self.wants(s) and s.generated > PLAIN and left > 0 for s, left in zip(sequences, room, strict=True)]
-        if self.method == "ngram":
-            for sequence, left, go in zip(sequences, room, ready, strict=True):
-                if go:
-                    sequence.drafts = look_up(sequence, min(self.most, left))
+    def read_flat(self, runner: Runner, work: Many[tuple[Sequence, int]], states_ND: Tensor) -> None:
+        """The same for prompts that were read in a flat list: all tokens of each but those that are only drafts, or the
+        last, whose follower is still to be drawn."""
+        if self.method != "mtp":
             return
-        speculating = [s for s in sequences if self.wants(s)]
-        if speculating:
-            self._mtp(runner, sequences, news, states_ND, room, ready)
-
-    def _mtp(
-        self,
-        runner: Runner,
-        sequences: Many[Sequence],
-        news: Many[int],
-        states_ND: Tensor,
-        room: Many[int],
-        ready: Many[bool],
-    ) -> None:
+        kept: list[int] = []
         rows: list[int] = []
         positions: list[int] = []
         tokens: list[int] = []
+        place = 0
+        for sequence, count in work:
+            start = sequence.computed
+            following = sequence.tokens[start + 1 : start + count + 1] if count > 1 else []
+            kept += range(place, place + len(following))
+            rows += [sequence.row] * len(following)
+            positions += range(start, start + len(following))
+            tokens += following
+            place += count + len(sequence.drafts)
+        step = runner.flat_step(rows, positions)
+        tokens_N = torch.tensor(tokens, device=states_ND.device)
+        self.model.mtp_decode(states_ND[kept], tokens_N, step, runner.cache.pools[-1])
+
+    def draft(self, runner: Runner, sequences: Many[Sequence], news: Many[int], states_ND: Tensor) -> None:
+        """Give drafts to sequences, each of which has just got `news` tokens, drawn from as many of the states."""
+        known = self.clock.knows_plain(len(sequences))
+        ready = []
+        for s in sequences:
+            s.drafts = []
+            left = s.max_tokens - s.generated - 1  # the last token needs no draft after it
+            go = self.wants(s) and left > 0 and (known or s.generated > PLAIN)
+            if go and self.method == "ngram":
+                s.drafts = look_up(s, min(self.most, left))
+            ready.append(go)
+        if self.method == "mtp" and any(self.wants(s) for s in sequences):
+            self._mtp(runner, sequences, news, states_ND, ready)
+
+    def _mtp(
+        self, runner: Runner, sequences: Many[Sequence], news: Many[int], states_ND: Tensor, ready: Many[bool]
+    ) -> None:
+        """The module reads the new states with the tokens that came after them; the last of each foretells the next."""
+        rows: list[int] = []
+        positions: list[int] = []
+        tokens: list[int] = []
+        last: list[int] = []
         for s, new in zip(sequences, news, strict=True):
             rows += [s.row] * new
             positions += range(s.computed - new, s.computed)
             tokens += s.tokens[s.computed - new + 1 : s.computed + 1]
-        last = list(accumulate(news))
-        pool = runner.cache.pools[-1]
+            last.append(len(rows) - 1)
         step = runner.flat_step(rows, positions)
-        states_ND = self.model.mtp_decode(states_ND, torch.tensor(tokens, device=states_ND.device), step, pool)
-        size = runner.cache.block_size
-        going = [i for i, go in enumerate(ready) if go]
-        states_BD = states_ND[[last[i] - 1 for i in going]]
-        for number in range(self.most):
-            if not going:
-                return
+        tokens_N = torch.tensor(tokens, device=states_ND.device)
+        states_ND = self.model.mtp_decode(states_ND, tokens_N, step, runner.cache.pools[-1])
+        going = [place for place, go in zip(last, ready, strict=True) if go]
+        if going:
+            states_BD = states_ND[going[0] : going[0] + 1] if len(going) == 1 else states_ND[going]
             drafts = self.model.mtp[0].head(states_BD).argmax(-1).tolist()  # type: ignore[operator]
-            kept = []
-            for place, (i, token) in enumerate(zip(going, drafts, strict=True)):
-                s = sequences[i]
-                s.drafts.append(token)
-                assert s.pace is not None
-                more = number + 1 < min(s.pace.drafts, room[i])
-                if more and s.computed + number < len(s.blocks) * size:
-                    kept.append((place, i))
-            going = [i for _, i in kept]
-            if going:
-                chosen = [sequences[i] for i in going]
-                step = runner.flat_step([s.row for s in chosen], [s.computed + number for s in chosen])
-                tokens_B = torch.tensor([s.drafts[-1] for s in chosen], device=states_BD.device)
-                states_BD = self.model.mtp_decode(states_BD[[p for p, _ in kept]], tokens_B, step, pool)
+            chosen = (s for s, go in zip(sequences, ready, strict=True) if go)
+            for s, token in zip(chosen, drafts, strict=True):
+                s.drafts = [token]
 
 
 def look_up(sequence: Sequence, most: int) -> list[int]:

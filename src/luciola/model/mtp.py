@@ -50,10 +50,12 @@ class MTPModule(nn.Module):
 
     def prepare(self, head: nn.Module) -> None:
         """Make ready for `decode`; the head is the main model's."""
-        self.join_inputs, self.head = Product(weight_of(self.eh_proj)), Product(weight_of(head), norm=self.norm)
+        W_token, W_state = self.eh_proj.weight.chunk(2, dim=1)
+        self.from_token, self.from_state = Product(W_token, norm=self.enorm), Product(W_state, norm=self.hnorm)
+        self.head = Product(weight_of(head), norm=self.norm)
 
     def decode(self, states_ND: Tensor, embedded_ND: Tensor, step: Step, pool_PC: Tensor) -> Tensor:
         """The same for N new tokens of any sequences against a cache of its own; returns the states (N, D)."""
-        joined = torch.cat((self.enorm(embedded_ND), self.hnorm(states_ND)), dim=-1)
-        states_ND, _ = self.block.decode(self.join_inputs(joined), step, pool_PC)  # type: ignore[operator]
+        joined_ND = self.from_state(states_ND, self.from_token(embedded_ND))
+        states_ND, _ = self.block.decode(joined_ND, step, pool_PC)  # type: ignore[operator]
         return states_ND

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich, 2019): y = w * x / sqrt(mean(x^2) + eps), statistics in float32 (or float64, if that is x's).
+"""RMSNorm (Zhang and Sennrich, 2019): y = w * x / sqrt(mean(x^2) + eps), statistics in float32 or better.
 
 The backward pass is written out: with r = 1 / sqrt(mean(x^2) + eps), D the width and g the gradient of y,
 

@@ -9,8 +9,9 @@ relative to that of W x itself, is |W' - W|^2 / |W|^2; its root is called the ma
 
 So what four bits serve worse than usual, for the sake of a few large weights, gets eight.
 
-Norms, routers and the embedding stay as they are, and so does MLA's up-projection of latents, which decoding multiplies
-from both sides. A tied head is quantised as a copy: the embedding is looked up, the head multiplied.
+Norms, routers and the embedding stay as they are, and so do MLA's up-projection of latents and the projection in front
+of a prediction module, of which decoding needs other views than their rows. A tied head is quantised as a copy: the
+embedding is looked up, the head multiplied.
 
 Shapes: N tokens, K experts a token or inputs, M outputs, D hidden.
 """
@@ -32,7 +33,7 @@ from luciola.model.transformer import Transformer
 
 BOUNDS = {8: dict.fromkeys(GROUPS, 0.02), 4: {32: 0.081, 64: 0.094, 128: 0.104}}  # of the error, by bits and group
 FEWEST = 1 << 14  # numbers of a matrix worth quantising
-BOTH_SIDES = "kv_b_proj"
+KEPT = ("kv_b_proj", "eh_proj")  # decoding multiplies the first from both sides, and halves of the second
 
 
 class QuantWeight(nn.Module):
@@ -196,7 +197,7 @@ def quantize_model(model: Transformer, bits: int, group: int = BLOCK) -> tuple[T
     choices: list[Choice] = []
     replaced: dict[int, Any] = {}  # a module's id, and what stands in its place when the model is copied
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not name.endswith(BOTH_SIDES):
+        if isinstance(module, nn.Linear) and not name.endswith(KEPT):
             weight, choice = choose(f"{name}.weight", module.weight, bits, group)
             choices.append(choice)
             if weight is not None:

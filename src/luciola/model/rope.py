@@ -122,7 +122,8 @@ class Rope:
         self.config = config
         self._table: Rotation | None = None
 
-    def _table_of(self, length: int, device: torch.device) -> Rotation:
+    def table(self, length: int, device: torch.device) -> Rotation:
+        """Rotation of positions 0 to at least length - 1; the same tensors as before while they reach."""
         if self._table is None or len(self._table.cos) < length or self._table.cos.device != device:
             length = max(256, 1 << (length - 1).bit_length())
             with (
@@ -136,7 +137,7 @@ class Rope:
 
     def __call__(self, length: int, device: torch.device, positions_BT: Tensor | None = None) -> Rotation:
         """Rotation of positions 0..length-1, or of `positions_BT` (all below `length`) where it is given."""
-        cos, sin = self._table_of(length, device)
+        cos, sin = self.table(length, device)
         if positions_BT is None:
             return Rotation(cos[:length], sin[:length])
         return Rotation(cos[positions_BT], sin[positions_BT])

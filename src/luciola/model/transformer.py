@@ -28,7 +28,7 @@ from luciola.model.mla import MLA
 from luciola.model.mlp import SwiGLU
 from luciola.model.moe import MoE, Routing
 from luciola.model.mtp import MTPModule, MTPStates
-from luciola.model.native.attention import Step
+from luciola.model.native.attention import Step, float_weight
 from luciola.model.native.experts import moe
 from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
@@ -212,7 +212,8 @@ class Transformer(nn.Module):
             x_ND, routing = block.decode(x_ND, step, pool_PC, exact)  # type: ignore[operator]
             if routing is not None:
                 routings.append(routing)
-        return Hidden(self.norm(x_ND), routings)
+        norm = self.norm
+        return Hidden(F.rms_norm(x_ND, norm.weight.shape, float_weight(norm), norm.eps), routings)
 
     @torch.no_grad()
     def exact_logits(self, tokens_BT: Tensor) -> Tensor:

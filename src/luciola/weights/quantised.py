@@ -7,7 +7,7 @@ from torch import nn
 
 from luciola.model.experts import Experts
 from luciola.model.quant import Quantized
-from luciola.model.quant_layers import BOTH_SIDES, QuantExperts, QuantLinear
+from luciola.model.quant_layers import KEPT, QuantExperts, QuantLinear
 from luciola.model.transformer import Transformer
 from luciola.weights.checkpoint import Blank, Checkpoint
 
@@ -25,7 +25,7 @@ def quantised_model(checkpoint: Checkpoint) -> Transformer:
         model = Transformer(checkpoint.config)  # the memory of what is replaced is never touched
     replaced: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not name.endswith(BOTH_SIDES):
+        if isinstance(module, nn.Linear) and not name.endswith(KEPT):
             tied = name == "lm_head" and checkpoint.config.tie_word_embeddings
             weight = _assembled(checkpoint, "embed_tokens.weight" if tied else f"{name}.weight")
             if weight is not None:

@@ -81,7 +81,7 @@ INLINE void dot(const int kind, const int rows, float (*sums)[OUTPUTS][LANES], c
     for (ptrdiff_t k = 0; k < n; k += nibbles * LANES) {
         if (ahead != NULL)
             for (int line = 0; line < step; line += 64, ahead += 64)
-                __builtin_prefetch(ahead);
+                __builtin_prefetch(ahead, 0, 2);
         UNROLL
         for (int high = 0; high < nibbles; high++)
             for (int r = 0; r < rows; r++)

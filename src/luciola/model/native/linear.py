@@ -151,7 +151,7 @@ class Product:
             return formula(x_NK, self.weight, self.bias, norm=self.norm, swiglu=self.swiglu, residual=residual)
         if x_NK.dtype is not torch.float32 or not x_NK.is_contiguous():
             x_NK = x_NK.float().contiguous()
-        y_NM = torch.empty(N, self.M)
+        y_NM = torch.empty(N, self.M, dtype=torch.float32)
         if residual is not None:
             residual = residual.float().contiguous()
             done = self._kernel(y_NM.data_ptr(), x_NK.data_ptr(), residual.data_ptr(), N, self._address)
