@@ -20,9 +20,8 @@ from luciola.engine.sequence import Sequence
 
 PATIENCE = 1000  # requests that one level of priority lets pass
 SHORT = 16  # pending tokens up to which a sequence goes with those that are being continued
-FLAT = (
-    64  # the same for as many sequences as together have no more than that: so few tokens are read faster in one list
-)
+# The same for as many sequences as together have no more than that: so few tokens are read faster in one list.
+FLAT = 64
 
 
 class Work(NamedTuple):
@@ -112,8 +111,7 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.row < 0:
                 continue  # it has given way to an older one in this very loop
-            pending = len(sequence.tokens) - sequence.computed
-            feed = pending if pending <= SHORT else min(pending, self.chunk)
+            feed = self._feed(sequence)
             tokens = sequence.computed + feed + len(sequence.drafts)
             if tokens <= len(sequence.blocks) * pool.block_size:  # nearly everybody, nearly always
                 continue
@@ -155,10 +153,14 @@ class Scheduler:
             sequence.computed = len(found) * pool.block_size
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = sequence.computed
-            feed = sequence.pending if sequence.pending <= SHORT else min(sequence.pending, self.chunk)
-            wanted = pool.needed(sequence.computed + feed) - len(found)
+            wanted = pool.needed(sequence.computed + self._feed(sequence)) - len(found)
             sequence.blocks += [pool.take() for _ in range(wanted)]
             self._enter(sequence)
+
+    def _feed(self, sequence: Sequence) -> int:
+        """The most tokens of it, drafts apart, that the coming step may read."""
+        pending = len(sequence.tokens) - sequence.computed
+        return pending if pending <= SHORT else min(pending, self.chunk)
 
     def _prefix(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
         """Blocks in the cache that begin as the sequence does. The last token is always left to compute: its state is
