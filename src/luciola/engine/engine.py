@@ -304,7 +304,7 @@ class Engine:
     def _begin(self, rows: list[Row]) -> None:
         if self._stamp != _stamp(self.model):
             self._pool.forget()  # what the cache keeps was computed with other weights
-            self.model.prepare()
+            self._runner.prepare()
             self._stamp = _stamp(self.model)
         for row in rows:
             if row.leader is None:

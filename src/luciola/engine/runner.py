@@ -12,8 +12,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,14 @@ if TYPE_CHECKING:
 
 MOST_STEPS = 64  # tokens of a step that is kept
 _ANYTHING = SamplingParams()  # for a row that has failed: what is drawn for it is thrown away
+
+
+class _Kept(NamedTuple):
+    """A step to be written anew, with arrays over the memory of its tensors."""
+
+    step: Step
+    rows_N: np.ndarray[tuple[int], np.dtype[np.int32]]
+    positions_N: np.ndarray[tuple[int], np.dtype[np.int32]]
 
 
 class Ready:
@@ -75,7 +84,7 @@ class Runner:
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.steps = 0
         self.grammar_tokens, self.grammar_seconds = 0, 0.0
         self._settings: tuple[list[Sequence], Settings] = ([], Settings.of([]))
-        self._steps: dict[int, Step] = {}  # by number of tokens: making one checks every tensor, once is enough
+        self._steps: dict[int, _Kept] = {}  # by number of tokens
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -193,16 +202,24 @@ class Runner:
     def flat_step(self, rows: Many[int], positions: Many[int]) -> Step:
         """What all layers share when tokens of these rows of the table, at these positions, are read."""
         cos, sin = self.model.rope.table(max(positions) + 1, self.device)
-        rows_N, positions_N = (torch.tensor(x, dtype=torch.int32, device=self.device) for x in (rows, positions))
         known = self._steps.get(len(rows))
-        if known is not None and known.cos is cos and self.device.type == "cpu":
-            known.rows_N.copy_(rows_N)
-            known.positions_N.copy_(positions_N)
-            return known
-        step = Step(rows_N, positions_N, self.cache.table_RM, self.cache.block_size, cos, sin)
-        if len(rows) <= MOST_STEPS:
-            self._steps[len(rows)] = step
+        if known is not None and known.step.cos is cos:
+            known.rows_N[:], known.positions_N[:] = rows, positions
+            return known.step
+        on_host = (np.array(rows, dtype=np.int32), np.array(positions, dtype=np.int32))
+        rows_N, positions_N = (torch.from_numpy(x).to(self.device) for x in on_host)
+        keep = len(rows) <= MOST_STEPS and self.device.type == "cpu"
+        step = Step(
+            rows_N, positions_N, self.cache.table_RM, self.cache.block_size, cos, sin, again={} if keep else None
+        )
+        if keep:
+            self._steps[len(rows)] = _Kept(step, *on_host)
         return step
+
+    def prepare(self) -> None:
+        """To be done when the model's weights have changed."""
+        self.model.prepare()
+        self._steps.clear()  # what they repeat refers to the weights of before
 
     def _advance(self, sequence: Sequence, count: int) -> None:
         sequence.computed += count

@@ -207,13 +207,17 @@ class Transformer(nn.Module):
         `exact` no bit of a token's states depends on the other tokens of the step.
         """
         x_ND = F.embedding(tokens_N, self.embed_tokens.weight).float()
+        x_ND, routings = step.run("blocks", partial(self._decode, step, pools, exact), x_ND)
+        norm = self.norm
+        return Hidden(F.rms_norm(x_ND, norm.weight.shape, float_weight(norm), norm.eps), routings)
+
+    def _decode(self, step: Step, pools: Sequence[Tensor], exact: bool, x_ND: Tensor) -> tuple[Tensor, list[Routing]]:
         routings: list[Routing] = []
         for block, pool_PC in zip(self.layers, pools, strict=False):  # the MTP module's pool comes last
             x_ND, routing = block.decode(x_ND, step, pool_PC, exact)  # type: ignore[operator]
             if routing is not None:
                 routings.append(routing)
-        norm = self.norm
-        return Hidden(F.rms_norm(x_ND, norm.weight.shape, float_weight(norm), norm.eps), routings)
+        return x_ND, routings
 
     @torch.no_grad()
     def exact_logits(self, tokens_BT: Tensor) -> Tensor:
@@ -265,4 +269,5 @@ class Transformer(nn.Module):
         """States (N, D) of MTP module 0, which predict the token after `next_N`, from states of the main model or, for
         guesses that reach further, its own."""
         embedded_ND = F.embedding(next_N, self.embed_tokens.weight).float()
-        return self.mtp[0].decode(states_ND, embedded_ND, step, pool_PC)  # type: ignore[operator,no-any-return]
+        module = partial(self.mtp[0].decode, step=step, pool_PC=pool_PC)  # type: ignore[operator,arg-type,misc]
+        return step.run("mtp", module, states_ND, embedded_ND)  # type: ignore[no-any-return]

@@ -85,16 +85,25 @@ static void attend_span(const Paged *c, const Heads *k, int64_t n, int64_t g, in
     int64_t q_stride = padded(k->key_width), o_stride = padded(k->value_width);
     float s[GROUP * CHUNK], keep[GROUP];
     const float *queries[GROUP];
-    const void *rows[CHUNK];
+    const void *rows[CHUNK + DEEP];
+    int across = heads % LANES == 0; /* enough of them to stand in the lanes */
+    vec lanes[across ? k->key_width * heads / LANES : 1];
+    float *q_T = (float *)lanes;
     for (int64_t h = 0; h < heads; h++) queries[h] = q + h * q_stride, max[h] = -INFINITY, sum[h] = 0;
+    for (int64_t i = 0; i < k->key_width && across; i++)
+        for (int64_t h = 0; h < heads; h++) q_T[i * heads + h] = queries[h][i];
     for (int64_t at = from; at < to;) {
         int64_t end = smaller(to, (at / CHUNK + 1) * CHUNK), count = end - at, first = at == from;
-        for (int64_t p = 0; p < count;) { /* a block's slots lie one after the other */
+        int64_t coming = smaller(DEEP, to - end), known = count + coming;
+        for (int64_t p = 0; p < known;) { /* a block's slots lie one after the other */
             const char *row = slot(c, n, at + p);
-            int64_t run = smaller(count, p + c->step->block - (at + p) % c->step->block);
+            int64_t run = smaller(known, p + c->step->block - (at + p) % c->step->block);
             for (; p < run; p++, row += c->width * (c->half ? 2 : 4)) rows[p] = row;
         }
-        dots(s, CHUNK, queries, heads, rows, count, g * k->key_width, k->key_width, c->half);
+        if (across)
+            dots_transposed(s, CHUNK, q_T, heads, rows, count, coming, g * k->key_width, k->key_width, c->half);
+        else
+            dots(s, CHUNK, queries, heads, rows, count, g * k->key_width, k->key_width, c->half);
         for (int64_t h = 0; h < heads; h++) {
             float *of = s + h * CHUNK;
             for (int64_t p = count; p < padded(count); p++) of[p] = -INFINITY;
@@ -209,11 +218,22 @@ static void turn_head(float *out, const float *x, const float *norm, float eps, 
     rotate(out, norm ? normed : x, step, n, width, 0);
 }
 
-/* See gqa_attend in attention.py. `q_norm` and `k_norm` may be NULL. */
-int luciola_gqa_attend(float *out, const float *qkv, int64_t qkv_stride, const float *q_norm, const float *k_norm,
-                       float q_eps, float k_eps, void *pool, int half, int64_t slots, const Step *step, int64_t heads,
-                       int64_t kv_heads, int64_t width, float scale, int64_t window) {
-    Paged c = {step, pool, half, slots, 2 * kv_heads * width, window};
+typedef struct { /* attention.py fills it; `q_norm` and `k_norm` may be NULL */
+    float *out;
+    const float *qkv, *q_norm, *k_norm;
+    void *pool;
+    const Step *step;
+    int64_t qkv_stride, slots, heads, kv_heads, width, window;
+    int32_t half;
+    float q_eps, k_eps, scale;
+} GroupedQuery;
+
+/* See gqa_attend in attention.py. */
+int luciola_gqa_attend(const GroupedQuery *a) {
+    const Step *step = a->step;
+    const float *qkv = a->qkv;
+    int64_t heads = a->heads, kv_heads = a->kv_heads, width = a->width, qkv_stride = a->qkv_stride;
+    Paged c = {step, a->pool, a->half, a->slots, 2 * kv_heads * width, a->window};
     Heads k = {heads, heads / kv_heads, width, kv_heads * width, width};
     if (!inside(&c)) return OUTSIDE;
     int64_t tokens = step->tokens, stride = padded(width);
@@ -232,24 +252,24 @@ int luciola_gqa_attend(float *out, const float *qkv, int64_t qkv_stride, const f
                     void *entry = slot(&c, n, step->positions[n]);
                     float turned[width];
                     for (int64_t g = 0; g < kv_heads; g++) {
-                        turn_head(turned, key + g * width, k_norm, k_eps, step, n, width);
-                        for (int64_t i = 0; i < width; i++) row_store(entry, g * width + i, turned[i], half);
+                        turn_head(turned, key + g * width, a->k_norm, a->k_eps, step, n, width);
+                        for (int64_t i = 0; i < width; i++) row_store(entry, g * width + i, turned[i], a->half);
                     }
                     for (int64_t i = 0; i < kv_heads * width; i++)
-                        row_store(entry, kv_heads * width + i, value[i], half);
+                        row_store(entry, kv_heads * width + i, value[i], a->half);
                 }
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < (to - from) * heads; i++) {
                 int64_t n = from + i / heads;
                 float *q = s.q + i * stride;
-                turn_head(q, qkv + n * qkv_stride + i % heads * width, q_norm, q_eps, step, n, width);
-                for (int64_t j = 0; j < width; j++) q[j] *= scale;
+                turn_head(q, qkv + n * qkv_stride + i % heads * width, a->q_norm, a->q_eps, step, n, width);
+                for (int64_t j = 0; j < width; j++) q[j] *= a->scale;
                 for (int64_t j = width; j < stride; j++) q[j] = 0;
             }
             attend(&s, &c, &k, from, to);
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < (to - from) * heads; i++)
-                memcpy(out + (from * heads + i) * width, join_spans(&s, &k, i / heads, i % heads), 4 * width);
+                memcpy(a->out + (from * heads + i) * width, join_spans(&s, &k, i / heads, i % heads), 4 * width);
         }
         free(s.memory);
     }
@@ -283,14 +303,28 @@ static void expand(float *out, int64_t out_stride, const float *o, int64_t o_str
     }
 }
 
+typedef struct { /* attention.py fills it */
+    float *out;
+    const float *q, *ckv, *norm;
+    const char *kv_b;
+    void *pool;
+    const Step *step;
+    int64_t q_stride, ckv_stride, slots, heads, rank, nope, rope, v;
+    int32_t kv_b_half, half, interleaved;
+    float eps, scale;
+} Latent;
+
 /* See mla_attend in attention.py. */
-int luciola_mla_attend(float *out, const float *q, int64_t q_stride, const float *ckv, int64_t ckv_stride,
-                       const float *norm, float eps, const char *kv_b, int kv_b_half, void *pool, int half,
-                       int64_t slots, const Step *step, int64_t heads, int64_t rank, int64_t nope, int64_t rope,
-                       int64_t v, float scale, int interleaved) {
+int luciola_mla_attend(const Latent *a) {
+    const Step *step = a->step;
+    const float *q = a->q, *ckv = a->ckv;
+    const char *kv_b = a->kv_b;
+    int64_t q_stride = a->q_stride, ckv_stride = a->ckv_stride, heads = a->heads, rank = a->rank, nope = a->nope;
+    int64_t rope = a->rope, v = a->v;
+    int kv_b_half = a->kv_b_half, half = a->half;
     int64_t tokens = step->tokens, width = rank + rope, stride = padded(width), o_stride = padded(rank);
     int64_t head_bytes = (nope + v) * rank * (kv_b_half ? 2 : 4), values_at = nope * rank * (kv_b_half ? 2 : 4);
-    Paged c = {step, pool, half, slots, width, 0};
+    Paged c = {step, a->pool, half, a->slots, width, 0};
     Heads k = {heads, heads, width, 0, rank};
     if (!inside(&c)) return OUTSIDE;
     int threads =
@@ -308,8 +342,8 @@ int luciola_mla_attend(float *out, const float *q, int64_t q_stride, const float
                 for (int64_t n = 0; n < tokens; n++) {
                     float entry[width];
                     void *to = slot(&c, n, step->positions[n]);
-                    rms_norm(entry, ckv + n * ckv_stride, norm, rank, eps);
-                    rotate(entry + rank, ckv + n * ckv_stride + rank, step, n, rope, interleaved);
+                    rms_norm(entry, ckv + n * ckv_stride, a->norm, rank, a->eps);
+                    rotate(entry + rank, ckv + n * ckv_stride + rank, step, n, rope, a->interleaved);
                     for (int64_t i = 0; i < width; i++) row_store(to, i, entry[i], half);
                 }
 #pragma omp for schedule(static)
@@ -319,8 +353,8 @@ int luciola_mla_attend(float *out, const float *q, int64_t q_stride, const float
                 float *made = s.q + (i * heads + h) * stride;
                 absorb(made, heads * stride, of, q_stride, count, kv_b + h * head_bytes, nope, rank, kv_b_half);
                 for (int64_t t = 0; t < count; t++, made += heads * stride) {
-                    rotate(made + rank, of + t * q_stride + nope, step, from + i + t, rope, interleaved);
-                    for (int64_t j = 0; j < width; j++) made[j] *= scale;
+                    rotate(made + rank, of + t * q_stride + nope, step, from + i + t, rope, a->interleaved);
+                    for (int64_t j = 0; j < width; j++) made[j] *= a->scale;
                     for (int64_t j = width; j < stride; j++) made[j] = 0;
                 }
             }
@@ -329,7 +363,7 @@ int luciola_mla_attend(float *out, const float *q, int64_t q_stride, const float
             for (int64_t piece = 0; piece < tiles * heads; piece++) {
                 int64_t h = piece / tiles, i = piece % tiles * TILE, count = smaller(TILE, to - from - i);
                 for (int64_t t = 0; t < count; t++) join_spans(&s, &k, i + t, h);
-                expand(out + ((from + i) * heads + h) * v, heads * v, s.joined + (i * heads + h) * o_stride,
+                expand(a->out + ((from + i) * heads + h) * v, heads * v, s.joined + (i * heads + h) * o_stride,
                        heads * o_stride, count, kv_b + h * head_bytes + values_at, v, rank, kv_b_half);
             }
         }

@@ -13,13 +13,14 @@ r, v: widths of a head's part without position, of its rotary part, of its value
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from luciola.model.native.build import library
+from luciola.model.native.repeat import Repeated, kernel
 from luciola.model.norm import RMSNorm
 from luciola.model.rope import Rotation, turn
 
@@ -35,11 +36,35 @@ class _Paged(ctypes.Structure):
     )
 
 
+class _MLA(ctypes.Structure):
+    """What `luciola_mla_attend` takes."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("out", "q", "ckv", "norm", "kv_b", "pool", "step")),
+        *((name, ctypes.c_int64) for name in ("q_stride", "ckv_stride", "slots")),
+        *((name, ctypes.c_int64) for name in ("heads", "rank", "nope", "rope", "v")),
+        *((name, ctypes.c_int32) for name in ("kv_b_half", "half", "interleaved")),
+        *((name, ctypes.c_float) for name in ("eps", "scale")),
+    )
+
+
+class _GQA(ctypes.Structure):
+    """What `luciola_gqa_attend` takes."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("out", "qkv", "q_norm", "k_norm", "pool", "step")),
+        *((name, ctypes.c_int64) for name in ("qkv_stride", "slots", "heads", "kv_heads", "width", "window")),
+        ("half", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("q_eps", "k_eps", "scale")),
+    )
+
+
 @dataclass(frozen=True)
 class Step:
     """What all layers share in one decoding step: token n is at `positions_N[n]` of sequence `rows_N[n]`, whose blocks
     are that row of the table (all int32, N and R at least 1); the angles of every position, (positions, d/2) float32.
-    Made once a step: the kernels read these tensors where they lie. Raises ValueError for other types or shapes."""
+    Made once a step, or written anew for the next one: the kernels read these tensors where they lie. With a dictionary
+    as `again` the next step of one model over one cache costs less. Raises ValueError for other types or shapes."""
 
     rows_N: Tensor
     positions_N: Tensor
@@ -47,10 +72,20 @@ class Step:
     block_size: int
     cos: Tensor
     sin: Tensor
+    again: dict[str, Repeated[Any]] | None = field(default=None, repr=False, compare=False)
     tokens: int = field(init=False, repr=False)
     turned: int = field(init=False, repr=False)
     native: int = field(init=False, repr=False)
     _paged: _Paged = field(init=False, repr=False)
+
+    def run(self, name: str, function: Callable[..., Any], *inputs: Tensor) -> Any:
+        """`function(*inputs)`; where `again` is a dictionary, by repeating the native calls that the function of this
+        name made the first time (see `Repeated`)."""
+        if self.again is None:
+            return function(*inputs)
+        if name not in self.again:
+            self.again[name] = Repeated(function)
+        return self.again[name](*inputs)
 
     def __post_init__(self) -> None:
         for name, axes, dtype in [
@@ -93,7 +128,7 @@ def mla_attend(
     rank), float32 or bfloat16; `pool_PC`: (P, rank + r), float32 or bfloat16. Returns (N, H v) float32. Raises
     ValueError where shapes do not fit or a table leads outside the pool. Source: `MLA.decode`.
     """
-    native, kind, weight_kind = _library(), pool_PC.dtype, kv_b_weight.dtype
+    native, kind, weight_kind = kernel("luciola_mla_attend"), pool_PC.dtype, kv_b_weight.dtype
     (q_apart, head_apart, q_dense), (ckv_apart, ckv_dense) = q_NHx.stride(), ckv_NC.stride()
     if (
         native is None
@@ -119,11 +154,11 @@ def mla_attend(
             f"{tuple(pool_PC.shape)}, for nope={nope}, rope={rope}, v={v}; pass tensors of one layer and step"
         )
     o_NX = torch.empty(tokens, heads * v)
-    failure = native.luciola_mla_attend(
-        o_NX.data_ptr(), q_NHx.data_ptr(), q_apart, ckv_NC.data_ptr(), ckv_apart, norm.data_ptr(), latent_norm.eps,
-        kv_b_weight.data_ptr(), weight_kind is torch.bfloat16, pool_PC.data_ptr(), kind is torch.bfloat16, slots,
-        step.native, heads, rank, nope, rope, v, scale, interleaved,
-    )  # fmt: skip
+    failure = native(_MLA(
+        o_NX.data_ptr(), q_NHx.data_ptr(), ckv_NC.data_ptr(), norm.data_ptr(), kv_b_weight.data_ptr(),
+        pool_PC.data_ptr(), step.native, q_apart, ckv_apart, slots, heads, rank, nope, rope, v,
+        weight_kind is torch.bfloat16, kind is torch.bfloat16, interleaved, latent_norm.eps, scale,
+    ), norm, kv_b_weight, pool_PC, step)  # fmt: skip
     if failure:
         raise _error(failure, step)
     return o_NX
@@ -148,7 +183,7 @@ def gqa_attend(
     bfloat16, keys before values; with `window` a token sees itself and the window - 1 before it. Returns (N, H d)
     float32. Raises ValueError where shapes do not fit or a table leads outside the pool. Source: `GQA.decode`.
     """
-    native, kind, (apart, dense) = _library(), pool_PC.dtype, qkv_NX.stride()
+    native, kind, (apart, dense) = kernel("luciola_gqa_attend"), pool_PC.dtype, qkv_NX.stride()
     if (
         native is None
         or not (kind in CACHED and qkv_NX.dtype is torch.float32)
@@ -173,12 +208,12 @@ def gqa_attend(
             f"width={width}; pass tensors of one layer and step"
         )
     o_NX = torch.empty(tokens, heads * width)
-    failure = native.luciola_gqa_attend(
-        o_NX.data_ptr(), qkv_NX.data_ptr(), apart, None if of_q is None else of_q.data_ptr(),
-        None if of_k is None else of_k.data_ptr(), 0.0 if q_norm is None else q_norm.eps,
-        0.0 if k_norm is None else k_norm.eps, pool_PC.data_ptr(), kind is torch.bfloat16, slots,
-        step.native, heads, kv_heads, width, scale, window or 0,
-    )  # fmt: skip
+    failure = native(_GQA(
+        o_NX.data_ptr(), qkv_NX.data_ptr(), None if of_q is None else of_q.data_ptr(),
+        None if of_k is None else of_k.data_ptr(), pool_PC.data_ptr(), step.native, apart, slots, heads, kv_heads,
+        width, window or 0, kind is torch.bfloat16, 0.0 if q_norm is None else q_norm.eps,
+        0.0 if k_norm is None else k_norm.eps, scale,
+    ), of_q, of_k, pool_PC, step)  # fmt: skip
     if failure:
         raise _error(failure, step)
     return o_NX
@@ -286,21 +321,3 @@ def _error(failure: int, step: Step) -> Exception:
         f"step: a token's row, position or block lies outside the table {tuple(step.table_RM.shape)}, the "
         f"{len(step.cos)} rotation angles or the pool; give each sequence the blocks that its positions need"
     )
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    """The kernels with the types of their arguments set."""
-    native = library()
-    if native is None:
-        return None
-    pointer, size, flag, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-    native.luciola_mla_attend.argtypes = [
-        *(pointer, pointer, size, pointer, size, pointer, real, pointer, flag),
-        *(pointer, flag, size, pointer, size, size, size, size, size, real, flag),
-    ]
-    native.luciola_gqa_attend.argtypes = [
-        *(pointer, pointer, size, pointer, pointer, real, real),
-        *(pointer, flag, size, pointer, size, size, size, real, size),
-    ]
-    return native

@@ -148,14 +148,30 @@ static char *cut(char **from, int64_t bytes) {
     return piece;
 }
 
-/* See moe in experts.py. `bias` may be NULL; without shared experts `shared_inner` is 0. */
-int luciola_moe(float *y, int64_t *indices, float *scores, const float *x, int64_t x_stride, int64_t N, int64_t D,
-                const float *norm, float eps, const char *gate, int gate_half, const float *bias, const char *gate_up,
-                const char *down, int half, int64_t inner, const char *shared_gate, const char *shared_up,
-                const char *shared_down, int shared_half, int64_t shared_inner, int64_t E, int64_t K, int64_t groups,
-                int64_t kept_groups, int sigmoid, int biased, int normalised, float scaling) {
-    Rule rule = {E, K, groups, kept_groups, sigmoid, biased, normalised, scaling};
-    int64_t M = N * K, wide = padded(D), number = half ? 2 : 4, works = 0, pieces = 0;
+typedef struct { /* experts.py fills it; `bias` may be NULL, without shared experts `shared_inner` is 0 */
+    float *y;
+    int64_t *indices;
+    float *scores;
+    const float *x, *norm;
+    const char *gate;
+    const float *bias;
+    const char *gate_up, *down, *shared_gate, *shared_up, *shared_down;
+    int64_t shared_inner;
+    int32_t shared_half;
+    int64_t x_stride, N, D, inner, E, K, groups, kept_groups;
+    int32_t gate_half, half, sigmoid, biased, normalised;
+    float eps, scaling;
+} Call;
+
+/* See moe in experts.py. */
+int luciola_moe(const Call *call) {
+    const Call c = *call;
+    Rule rule = {c.E, c.K, c.groups, c.kept_groups, c.sigmoid, c.biased, c.normalised, c.scaling};
+    const float *x = c.x;
+    float *y = c.y, *scores = c.scores;
+    int64_t *indices = c.indices, x_stride = c.x_stride, N = c.N, D = c.D, E = c.E, K = c.K;
+    int64_t inner = c.inner, shared_inner = c.shared_inner;
+    int64_t M = N * K, wide = padded(D), number = c.half ? 2 : 4, works = 0, pieces = 0;
     double work = (double)D * (3 * M * inner + 3 * N * shared_inner + N * E);
     int threads = work < WORTH_THREADS ? 1 : omp_get_max_threads();
     int64_t sizes[] = {4 * N * wide, 4 * N * padded(E), 4 * M, 8 * M, 8 * (M + N), 4 * M * padded(inner),
@@ -176,11 +192,11 @@ int luciola_moe(float *y, int64_t *indices, float *scores, const float *x, int64
 
 #pragma omp parallel for num_threads((double)N * E * D < WORTH_THREADS ? 1 : threads) schedule(static)
     for (int64_t n = 0; n < N; n++) {
-        rms_norm(normed + n * wide, x + n * x_stride, norm, D, eps);
+        rms_norm(normed + n * wide, x + n * x_stride, c.norm, D, c.eps);
         for (int64_t i = D; i < wide; i++) normed[n * wide + i] = 0;
-        affinities(&rule, normed + n * wide, gate, gate_half, D, affinity + n * padded(E));
+        affinities(&rule, normed + n * wide, c.gate, c.gate_half, D, affinity + n * padded(E));
         memcpy(scores + n * E, affinity + n * padded(E), 4 * E);
-        choose(&rule, scores + n * E, bias, indices + n * K);
+        choose(&rule, scores + n * E, c.bias, indices + n * K);
         weigh(&rule, scores + n * E, indices + n * K, weights + n * K);
     }
 
@@ -192,15 +208,15 @@ int luciola_moe(float *y, int64_t *indices, float *scores, const float *x, int64
         tokens[place[m]] = normed + m / K * wide;
     }
     for (int64_t e = 0; e < E; e++) {
-        const char *both = gate_up + e * 2 * inner * D * number;
-        Expert expert = {both, both + inner * D * number, down + e * D * inner * number, inner, half};
+        const char *both = c.gate_up + e * 2 * inner * D * number;
+        Expert expert = {both, both + inner * D * number, c.down + e * D * inner * number, inner, c.half};
         int64_t begin = start[e], count = start[e + 1] - begin;
         if (count) of[works++] = (Work){expert, tokens + begin, h + begin * padded(inner), count};
     }
     pieces = works * (padded(inner) / LANES);
     if (shared_inner) {
         for (int64_t n = 0; n < N; n++) tokens[M + n] = normed + n * wide;
-        Expert expert = {shared_gate, shared_up, shared_down, shared_inner, shared_half};
+        Expert expert = {c.shared_gate, c.shared_up, c.shared_down, shared_inner, c.shared_half};
         of[works] = (Work){expert, tokens + M, shared_h, N};
     }
 

@@ -271,16 +271,27 @@ static float *scratch(size_t floats)
     return kept;
 }
 
-/* y (N, M) = W f(x) + bias + residual, with x (N, K), or (N, 2K) for SWIGLU. Returns 0 where memory ran out. */
-int luciola_linear(float *y, const float *x, const float *residual, ptrdiff_t N, const Matrix *w)
+typedef struct { /* linear.py fills it */
+    float *y;
+    const float *x, *residual;
+    const Matrix *w;
+    ptrdiff_t N, x_stride;
+} Call;
+
+/* y (N, M) = W f(x) + bias + residual, with x (N, K), or (N, 2K) for SWIGLU, rows x_stride apart. Returns 1 where memory
+ran out. */
+int luciola_linear(const Call *call)
 {
+    const Matrix *w = call->w;
+    const float *x = call->x;
+    const ptrdiff_t N = call->N, x_stride = call->x_stride;
     const ptrdiff_t unit = w->groups ? (ptrdiff_t)1 << w->shift : LANES, padded = (w->K + unit - 1) / unit * unit;
-    const ptrdiff_t x_stride = w->f == SWIGLU ? 2 * w->K : w->K;
     const int ready = w->f == IDENTITY && padded == w->K;
     float *prepared = ready ? NULL : scratch(N * padded);
     if (!ready && prepared == NULL && N > 0)
-        return 0;
-    const Product p = {w, y, ready ? x : prepared, residual, N, w->groups ? padded : w->K, padded};
+        return 1;
+    const Product p = {
+        w, call->y, ready ? x : prepared, call->residual, N, w->groups ? padded : w->K, ready ? x_stride : padded};
     /* Waking a second thread costs microseconds: below ten of work, reading or multiplying, it is left asleep. */
     const int alone = (double)w->M * w->stride / 50e3 + (double)N * w->M * w->K / 75e3 < 10;
 #pragma omp parallel if (!alone)
@@ -294,5 +305,5 @@ int luciola_linear(float *y, const float *x, const float *residual, ptrdiff_t N,
         for (ptrdiff_t m = 0; m < w->M; m += OUTPUTS)
             tile(&p, m);
     }
-    return 1;
+    return 0;
 }

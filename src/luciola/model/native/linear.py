@@ -12,14 +12,13 @@ Shapes: N rows, K inputs, M outputs.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luciola.model.native import build
+from luciola.model.native.repeat import kernel
 from luciola.model.norm import RMSNorm
 
 if TYPE_CHECKING:
@@ -43,16 +42,13 @@ class _Matrix(ctypes.Structure):
     )
 
 
-@cache
-def _kernel() -> Any:
-    library = build.library()
-    if library is None:
-        return None
-    kernel = library.luciola_linear
-    pointer = ctypes.c_void_p
-    kernel.argtypes = (pointer, pointer, pointer, ctypes.c_ssize_t, pointer)
-    kernel.restype = ctypes.c_int
-    return kernel
+class _Call(ctypes.Structure):
+    """What `luciola_linear` takes."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("y", "x", "residual", "w")),
+        *((name, ctypes.c_ssize_t) for name in ("N", "x_stride")),
+    )
 
 
 def formula(
@@ -124,7 +120,7 @@ class Product:
         self._gemm_rows = GEMM_ROWS.get(weight.dtype, 0)
         self._kernel = None
         if _native(self.weight, self.bias, norm):
-            self._kernel = _kernel()
+            self._kernel = kernel("luciola_linear")
             # The tensors whose addresses the struct holds are kept with it.
             self._struct, self._kept = _struct(self.weight, self.bias, norm, swiglu)
             self._address = ctypes.addressof(self._struct)
@@ -149,15 +145,14 @@ class Product:
         many = not exact and self._gemm_rows <= N
         if many or self._kernel is None or not x_NK.is_cpu or (x_NK.requires_grad and torch.is_grad_enabled()):
             return formula(x_NK, self.weight, self.bias, norm=self.norm, swiglu=self.swiglu, residual=residual)
-        if x_NK.dtype is not torch.float32 or not x_NK.is_contiguous():
+        if x_NK.dtype is not torch.float32 or x_NK.stride(1) != 1:
             x_NK = x_NK.float().contiguous()
         y_NM = torch.empty(N, self.M, dtype=torch.float32)
+        added = None
         if residual is not None:
             residual = residual.float().contiguous()
-            done = self._kernel(y_NM.data_ptr(), x_NK.data_ptr(), residual.data_ptr(), N, self._address)
-        else:
-            done = self._kernel(y_NM.data_ptr(), x_NK.data_ptr(), None, N, self._address)
-        if not done:
+            added = residual.data_ptr()
+        if self._kernel(_Call(y_NM.data_ptr(), x_NK.data_ptr(), added, self._address, N, x_NK.stride(0)), self):
             raise MemoryError(f"no memory for {N} rows of {self.K} float32 numbers")
         return y_NM
 
@@ -189,7 +184,7 @@ def _native(weight: Tensor | Quantized, bias: Tensor | None, norm: RMSNorm | Non
     """Whether the kernel takes these: on the CPU, of the dtypes it knows."""
     on_cpu = weight.device.type == "cpu" and (bias is None or bias.is_cpu) and (norm is None or norm.weight.is_cpu)
     plain_norm = norm is None or norm.weight.dtype in (torch.float32, torch.bfloat16)
-    return on_cpu and plain_norm and weight.dtype in _KINDS and _kernel() is not None
+    return on_cpu and plain_norm and weight.dtype in _KINDS and kernel("luciola_linear") is not None
 
 
 def _struct(

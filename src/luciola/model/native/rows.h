@@ -63,6 +63,7 @@ enum { TILE = 2 };
 enum { ACROSS = 4 };
 enum { GROUP = 16 };  /* vectors on the left whose partial sums are kept on the stack */
 enum { ROWS = 64 };   /* the most rows of a sum */
+enum { DEEP = LANES };  /* rows whose sums, with vectors in the lanes, fit into the vector registers */
 enum { BLOCK = 128 }; /* numbers of them that stay in the first cache together with as many rows */
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -107,9 +108,9 @@ INLINE void fetch(const void *row, int64_t i, int64_t count, int half) {
     for (int64_t byte = 0; byte < count * (half ? 2 : 4); byte += 64) __builtin_prefetch(from + byte);
 }
 
-/* `count` numbers of a bfloat16 row as float32, padded with zeros; returns `to`. */
-INLINE const vec *widen(vec *to, const void *row, int64_t i, int64_t count) {
-    for (int64_t j = 0; j < count; j += LANES) to[j / LANES] = row_load(row, i + j, smaller(LANES, count - j), 1);
+/* `count` numbers of a row as float32, padded with zeros; returns `to`. */
+INLINE const vec *widen(vec *to, const void *row, int64_t i, int64_t count, int half) {
+    for (int64_t j = 0; j < count; j += LANES) to[j / LANES] = row_load(row, i + j, smaller(LANES, count - j), half);
     return to;
 }
 
@@ -258,7 +259,7 @@ INLINE void dots_of(const int half, float *out, int64_t out_stride, const float 
                 if (half && heads > TILE) { /* converted once for all vectors */
                     const void *widened[ACROSS];
                     for (int j = 0; j < ACROSS; j++)
-                        widened[j] = widen(wide + j * BLOCK / LANES, tile[p + j], at + from, span);
+                        widened[j] = widen(wide + j * BLOCK / LANES, tile[p + j], at + from, span, half);
                     dots_heads(0, part + p, x, heads, from, widened, -from, padded(span));
                 } else
                     dots_heads(half, part + p, x, heads, from, tile + p, at, span);
@@ -275,6 +276,45 @@ static inline void dots(float *out, int64_t out_stride, const float *const *x, i
         dots_of(1, out, out_stride, x, heads, rows, count, at, width);
     else
         dots_of(0, out, out_stride, x, heads, rows, count, at, width);
+}
+
+/* DEEP rows against LANES vectors, each in a lane of its own. x_T is transposed: number i of all vectors at
+   x_T + i * heads. Meanwhile the `coming` rows after these are fetched, a line at a time: many at once would have to
+   wait for each other. */
+INLINE void dots_lanes(const int half, float *out, int64_t out_stride, const float *x_T, int64_t heads,
+                       const void *const *rows, int64_t count, int64_t coming, int64_t at, int64_t width) {
+    vec wide[DEEP][BLOCK / LANES], sum[DEEP]; /* copied, for the registers have no room for as many pointers */
+    for (int p = 0; p < DEEP; p++) sum[p] = (vec){0};
+    for (int64_t from = 0; from < width; from += BLOCK) {
+        int64_t span = smaller(BLOCK, width - from);
+        for (int64_t p = 0; p < count; p++) widen(wide[p], rows[p], at + from, span, half);
+        const float *of = (const float *)wide, *x = x_T + from * heads;
+        for (int64_t i = 0; i < span; i += DEEP)
+            for (int64_t p = 0; p < smaller(DEEP, span - i); p++, x += heads) {
+                if (p < coming) fetch(rows[count + p], at + from + i, 1, half);
+                vec v = load(x);
+                for (int q = 0; q < DEEP; q++) sum[q] = madd(all(of[q * BLOCK + i + p]), v, sum[q]);
+            }
+    }
+    for (int64_t p = 0; p < count; p++)
+        for (int h = 0; h < LANES; h++) out[h * out_stride + p] = sum[p][h];
+}
+
+/* `dots` of whole vectors of heads, x_T (width, heads): no sum runs across lanes. After the rows come others, `coming`
+   of them, that will be wanted next. */
+static inline void dots_transposed(float *out, int64_t out_stride, const float *x_T, int64_t heads,
+                                   const void *const *rows, int64_t count, int64_t coming, int64_t at, int64_t width,
+                                   int half) {
+    for (int64_t p = 0; p < count; p += DEEP) {
+        int64_t some = smaller(DEEP, count - p), next = smaller(DEEP, count + coming - p - some);
+        for (int64_t h = 0; h < heads; h += LANES) {
+            float *to = out + h * out_stride + p;
+            if (half)
+                dots_lanes(1, to, out_stride, x_T + h, heads, rows + p, some, h ? 0 : next, at, width);
+            else
+                dots_lanes(0, to, out_stride, x_T + h, heads, rows + p, some, h ? 0 : next, at, width);
+        }
+    }
 }
 
 /* H <= TILE vectors of weights over all rows, for `columns` vectors of them, the last of `last` numbers. */
@@ -337,14 +377,14 @@ INLINE void mix_of(const int half, float *out, int64_t out_stride, const float *
         if (half) {
             vec wide[ROWS * ACROSS];
             const void *widened[ROWS];
-            for (int64_t p = 0; p < count; p++) widened[p] = widen(wide + p * ACROSS, rows[p], at + i, span);
+            for (int64_t p = 0; p < count; p++) widened[p] = widen(wide + p * ACROSS, rows[p], at + i, span, half);
             mix_heads(0, out + i, out_stride, keep, w, w_stride, heads, widened, count, 0, padded(span));
         } else
             mix_heads(0, out + i, out_stride, keep, w, w_stride, heads, rows, count, at + i, span);
     }
 }
 
-/* out_h = keep_h out_h + sum over p < count <= ROWS of w[h][p] rows[p][at : at + width]; without `keep` what out held
+/* out_h = keep_h out_h + sum over p < count <= ROWS of w_hp rows[p][at : at + width]; without `keep` what out held
    is gone. Writes whole vectors: out has padded(width). */
 static inline void mix(float *out, int64_t out_stride, const float *keep, const float *w, int64_t w_stride,
                        int64_t heads, const void *const *rows, int64_t count, int64_t at, int64_t width, int half) {
