@@ -43,7 +43,7 @@ def test_ours_and_transformers_generate_the_same_tokens_round_by_round(model: st
 
 
 def test_a_precision_that_is_hopeless_here_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    for bfloat16, expected in ((49.0, ["float32", "int8", "int4"]), (51.0, list(contenders.PRECISIONS))):
+    for bfloat16, expected in ((99.0, ["float32", "int8", "int4"]), (101.0, list(contenders.PRECISIONS))):
         speeds = {"core_gflops": {"float32": 100.0, "bfloat16": bfloat16}}
         monkeypatch.setattr(contenders.hardware, "measured", lambda speeds=speeds: speeds)
         assert contenders.precisions() == expected
@@ -60,22 +60,24 @@ def said(*tokens: list[int], **more: Any) -> dict[str, Any]:
     return {"tokens": list(tokens), "weight_bytes": 10, **more}
 
 
-def test_standings_take_our_best_and_count_agreement_up_to_the_first_difference() -> None:
+def test_standings_take_the_best_of_each_and_count_agreement_up_to_the_first_difference() -> None:
     prompts = [[[1, 2, 3]], [[4, 5, 6]]]
     clock = {"decoded_per_second": 7.0}
     turns = {
         "float32": [Turn(2.0, said([1, 2, 3, 4])), Turn(2.0, said([1, 2, 3, 4]))],
         "int8": [Turn(1.0, said([9, 9, 9, 9])), Turn(0.5, said([9, 9, 9, 9]))],
-        "peer": [Turn(3.0, said([1, 2, 3, 4], clock=clock)), Turn(3.0, said([1, 9, 3, 4], clock=clock))],
+        "peer f32": [Turn(4.0, said([1, 2, 3, 4])), Turn(4.0, said([1, 9, 3, 4]))],
+        "peer q4": [Turn(3.0, said([8, 8, 8, 8], clock=clock)), Turn(3.0, said([8, 8, 8, 8], clock=clock))],
     }
-    result = standings(turns, ["float32", "int8"], "peer", prompts, 4)
-    assert result["best"] == "int8"
-    assert result["tokens_per_second"] == {"float32": 2.0, "int8": 4 / 0.75, "peer": 4 / 3}
+    peers = ["peer f32", "peer q4"]
+    result = standings(turns, ["float32", "int8"], peers, prompts, 4)
+    assert (result["best"], result["peer"]) == ("int8", "peer q4")
+    assert result["tokens_per_second"] == {"float32": 2.0, "int8": 4 / 0.75, "peer f32": 1.0, "peer q4": 4 / 3}
     assert result["ratio"] == 4.5 and result["ratio_lowest"] == 3.0 and result["ratio_highest"] == 6.0
     assert result["same_tokens"] == 5 / 8
     assert result["peer_own_clock"] == clock
-    prefill = standings(turns, ["float32"], "peer", prompts, 1)
-    assert prefill["tokens_per_second"]["peer"] == 1.0  # three tokens of prompt
+    prefill = standings(turns, ["float32"], peers, prompts, 1)
+    assert prefill["tokens_per_second"]["peer q4"] == 1.0  # three tokens of prompt
 
 
 def test_weights_that_a_token_reads() -> None:

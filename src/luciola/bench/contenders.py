@@ -32,9 +32,9 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 
 def precisions() -> list[str]:
-    """Those worth a try here: not bfloat16 where its products are measured at less than half float32's speed."""
+    """Those worth a try here: not bfloat16 where its products are slower than float32's, for int8 reads less still."""
     speeds = hardware.measured()["core_gflops"]
-    hopeless = speeds["bfloat16"] < speeds["float32"] / 2
+    hopeless = speeds["bfloat16"] < speeds["float32"]
     return [name for name in PRECISIONS if name != "bfloat16" or not hopeless]
 
 
@@ -42,43 +42,49 @@ def race(
     model: str | Path,
     precisions: Sequence[str],
     peer: str,
-    peer_model: str | Path,
+    files: Mapping[str, str | Path],
     prompts: list[Prompts],
     new_tokens: int,
     warmup: int = 2,
 ) -> dict[str, Any]:
-    """Ours in each of `precisions` against one peer, all by turns.
+    """Ours in each of `precisions` against one peer with each of `files`, by kind, all by turns.
 
     Returns:
         `tokens_per_second` of every contender (new ones, or with a single new token those of the prompts), `ratio` of
-        our `best` precision to the peer with its spread, `same_tokens` (the share of new tokens in which our first
-        precision agrees with the peer; a difference ends the agreement of its row), `weight_bytes`, and the peer's own
-        clock where it has one.
+        our `best` precision to the peer's best file with its spread, `same_tokens` (the share of new tokens in which
+        our first precision agrees with the peer's first; a difference ends the agreement of its row), `weight_bytes`,
+        and the peer's own clock where it has one.
     """
     shared: dict[str, Any] = {"prompts": prompts, "new_tokens": new_tokens}
     contenders: dict[str, tuple[str, dict[str, Any]]] = {
         name: (f"{__name__}:luciola", {"model": str(model), "engine": PRECISIONS[name], **shared})
         for name in precisions
     }
-    factory = peer.replace(".", "_").replace("-", "_")
-    contenders[peer] = (f"{__name__}:{factory}", {"model": str(peer_model), **shared})
+    factory = f"{__name__}:{peer.replace('.', '_').replace('-', '_')}"
+    theirs = {f"{peer} {kind}": file for kind, file in files.items()}
+    contenders |= {name: (factory, {"model": str(file), **shared}) for name, file in theirs.items()}
     turns = take_turns(contenders, len(prompts) - warmup, warmup)
-    return standings(turns, precisions, peer, prompts, new_tokens)
+    return standings(turns, precisions, list(theirs), prompts, new_tokens)
 
 
 def standings(
-    turns: Mapping[str, list[Turn]], precisions: Sequence[str], peer: str, prompts: list[Prompts], new_tokens: int
+    turns: Mapping[str, list[Turn]],
+    precisions: Sequence[str],
+    peers: Sequence[str],
+    prompts: list[Prompts],
+    new_tokens: int,
 ) -> dict[str, Any]:
     """The figures of a `race` from its turns."""
     rows = prompts[0]
     tokens = len(rows) * new_tokens if new_tokens > 1 else sum(map(len, rows))
-    best = min(precisions, key=lambda name: median_seconds(turns[name]))
+    best, peer = (min(names, key=lambda name: median_seconds(turns[name])) for names in (precisions, peers))
     result: dict[str, Any] = {
         "tokens_per_second": {name: tokens / median_seconds(taken) for name, taken in turns.items()},
         "best": best,
+        "peer": peer,
     }
     result |= {name: value for name, value in compare(turns, best, peer).items() if not name.endswith("_seconds")}
-    ours, theirs = ([turn.said["tokens"] for turn in turns[name]] for name in (precisions[0], peer))
+    ours, theirs = ([turn.said["tokens"] for turn in turns[name]] for name in (precisions[0], peers[0]))
     agreeing = sum(itertools.starmap(_agreement, itertools.chain.from_iterable(map(zip, ours, theirs))))
     result["same_tokens"] = agreeing / sum(len(row) for said in theirs for row in said)
     result["weight_bytes"] = {name: turns[name][0].said["weight_bytes"] for name in precisions}

@@ -17,8 +17,8 @@ from luciola.bench.subjects import SMOLLM2, SMOLLM2_VOCABULARY, V3_SHAPE, random
 from luciola.bench.turns import machine
 
 PEERS = ("transformers", *LLAMA_CPP)
-ROUNDS, WARMUP = 9, 2
-PROMPT, NEW_TOKENS = 32, 64
+ROUNDS, WARMUP = 5, 1
+PROMPT, NEW_TOKENS = 32, 128
 BESIDE = {"float32": "f32", "int8": "q8_0", "int4": "q4_1"}  # ours, and llama.cpp's kind of file
 
 
@@ -35,7 +35,7 @@ def _v3(folder: Path) -> dict[str, Any]:
     results = {}
     for name, rows in (("one_sequence", 1), ("sixteen_sequences", 16)):
         prompts = random_prompts(V3_SHAPE["vocab_size"], rows, PROMPT, WARMUP + ROUNDS)
-        results[name] = race(model, ["float32"], "transformers", model, prompts, NEW_TOKENS, WARMUP)
+        results[name] = race(model, ["float32"], "transformers", {"float32": model}, prompts, NEW_TOKENS, WARMUP)
         del results[name]["weight_bytes"]  # of a mixture of experts a token reads but a part
     return results
 
@@ -44,8 +44,8 @@ def _smollm2(folder: Path, against: str) -> dict[str, Any]:
     prompts = random_prompts(SMOLLM2_VOCABULARY, 1, PROMPT, WARMUP + ROUNDS)
     results: dict[str, Any] = {}
     for precision, kind in BESIDE.items():
-        file = smollm2_file(folder, kind)
-        results[precision] = race(SMOLLM2, [precision], against, file, prompts, NEW_TOKENS, WARMUP)
+        files = {kind: smollm2_file(folder, kind)}
+        results[precision] = race(SMOLLM2, [precision], against, files, prompts, NEW_TOKENS, WARMUP)
         read = results[precision]["weight_bytes"][precision] * results[precision]["tokens_per_second"][precision]
         results[precision]["share_of_bandwidth"] = read / hardware.bandwidth()
     return {**results, "bandwidth_gb_per_s": hardware.bandwidth() / 1e9}

@@ -24,7 +24,7 @@ from luciola.bench.subjects import (
 from luciola.bench.turns import machine
 
 PEERS = ("transformers", *LLAMA_CPP)
-ROUNDS, WARMUP = 4, 1
+ROUNDS, WARMUP = 3, 1
 PROMPT = 1200
 
 
@@ -36,15 +36,12 @@ def run(against: str = PEERS[0]) -> dict[str, Any]:
         if against == "transformers":
             model: str | Path = v3_folder(Path(folder))
             prompts = random_prompts(V3_SHAPE["vocab_size"], 1, PROMPT, WARMUP + ROUNDS)
-            result = race(model, ["float32"], against, model, prompts, 1, WARMUP)
+            result = race(model, ["float32"], against, {"float32": model}, prompts, 1, WARMUP)
         else:
             model = SMOLLM2
             prompts = random_prompts(SMOLLM2_VOCABULARY, 1, PROMPT, WARMUP + ROUNDS)
             files = {kind: smollm2_file(Path(folder), kind) for kind in ("f32", "q4_1")}
-            races = {kind: race(model, precisions(), against, file, prompts, 1, WARMUP) for kind, file in files.items()}
-            fastest = max(races, key=lambda kind: races[kind]["tokens_per_second"][against])
-            result = {**races[fastest], "peer_file": fastest}
-            result["peer_tokens_per_second"] = {kind: r["tokens_per_second"][against] for kind, r in races.items()}
+            result = race(model, precisions(), against, files, prompts, 1, WARMUP)
         flops = prefill_flops(load(model).model, PROMPT)
     best = result["best"]
     peak = hardware.gemm_peak("float32" if best == "float32" else "bfloat16")

@@ -16,7 +16,7 @@ from luciola.bench.subjects import SMOLLM2, SMOLLM2_VOCABULARY, V3_SHAPE, random
 from luciola.bench.turns import machine
 
 PEERS = ("transformers", "llama.cpp")
-ROUNDS, WARMUP = 4, 1
+ROUNDS, WARMUP = 3, 1
 ROWS, PROMPT, NEW_TOKENS = 16, 32, 64
 
 
@@ -26,11 +26,11 @@ def run(against: str = PEERS[0]) -> dict[str, Any]:
         if against == "transformers":
             model = v3_folder(Path(folder))
             prompts = random_prompts(V3_SHAPE["vocab_size"], ROWS, PROMPT, WARMUP + ROUNDS)
-            result = race(model, ["float32"], against, model, prompts, NEW_TOKENS, WARMUP)
+            result = race(model, ["float32"], against, {"float32": model}, prompts, NEW_TOKENS, WARMUP)
             package = against
         else:
-            file = smollm2_file(Path(folder), "q4_1")
+            files = {"q4_1": smollm2_file(Path(folder), "q4_1")}
             prompts = random_prompts(SMOLLM2_VOCABULARY, ROWS, PROMPT, WARMUP + ROUNDS)
-            result = race(SMOLLM2, precisions(), against, file, prompts, NEW_TOKENS, WARMUP)
+            result = race(SMOLLM2, precisions(), against, files, prompts, NEW_TOKENS, WARMUP)
             package = "xllamacpp"
     return {**result, "sequences": ROWS, "prompt": PROMPT, "new_tokens": NEW_TOKENS, **machine(package)}
