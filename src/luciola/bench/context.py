@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from luciola import hardware
-from luciola.bench.turns import Step as Turn
-from luciola.bench.turns import compare, machine, median_seconds, take_turns
+from luciola.bench.turns import Step as Work
+from luciola.bench.turns import Turn, compare, machine, median_seconds, take_turns
 from luciola.engine.cache import PagedCache, Piece, PromptCache
 from luciola.engine.engine import BLOCK_SIZE
 from luciola.engine.params import SamplingParams
@@ -24,6 +24,7 @@ from luciola.model.native.attention import Step
 from luciola.model.transformer import Transformer
 
 PEERS: tuple[str, ...] = ()
+SHORT = 16
 LENGTHS = (8192, 32_768)
 ROUNDS, WARMUP = 7, 2
 
@@ -50,18 +51,22 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def run() -> dict[str, Any]:
-    """Milliseconds a token of the three at each context, what absorbing gains, and the bytes each reads a token."""
+    """Milliseconds a token of the three at each context, what absorbing gains, and the bytes each reads a token.
+
+    `attention_against_mha` compares what each takes longer than at a context of SHORT tokens, where the weights are
+    read and hardly anything else.
+    """
     dtype = hardware.choose_dtype("auto")[0]
-    result: dict[str, Any] = {}
+    short = _milliseconds(_turns(SHORT, dtype))
+    result: dict[str, Any] = {f"at_{SHORT}": {"milliseconds": short}}
     for length in LENGTHS:
-        shared = {"length": length, "dtype": dtype}
-        turns = take_turns(
-            {name: (f"{__name__}:{name}", shared) for name in ("absorbed", "expanded", "mha")}, ROUNDS, WARMUP
-        )
+        turns = _turns(length, dtype)
+        times = _milliseconds(turns)
         result[f"at_{length}"] = {
-            "milliseconds": {name: 1000 * median_seconds(taken) for name, taken in turns.items()},
+            "milliseconds": times,
             "absorbed_against_expanded": compare(turns, "absorbed", "expanded")["ratio"],
             "absorbed_against_mha": compare(turns, "absorbed", "mha")["ratio"],
+            "attention_against_mha": (times["mha"] - short["mha"]) / (times["absorbed"] - short["absorbed"]),
             "cache_bytes": {name: taken[0].said for name, taken in turns.items()},
             "share_of_bandwidth": {
                 name: turns[name][0].said / median_seconds(turns[name]) / hardware.bandwidth()
@@ -71,17 +76,27 @@ def run() -> dict[str, Any]:
     return {**result, "dtype": dtype, "layers": _STACK["num_hidden_layers"], **machine()}
 
 
-def absorbed(length: int, dtype: str) -> Turn:
+def _turns(length: int, dtype: str) -> dict[str, list[Turn]]:
+    shared = {"length": length, "dtype": dtype}
+    contenders = {name: (f"{__name__}:{name}", shared) for name in ("absorbed", "expanded", "mha")}
+    return take_turns(contenders, ROUNDS, WARMUP)
+
+
+def _milliseconds(turns: dict[str, list[Turn]]) -> dict[str, float]:
+    return {name: 1000 * median_seconds(taken) for name, taken in turns.items()}
+
+
+def absorbed(length: int, dtype: str) -> Work:
     """MLA as the engine decodes."""
     return _decoding("MLA", length, dtype)
 
 
-def mha(length: int, dtype: str) -> Turn:
+def mha(length: int, dtype: str) -> Work:
     """Multi-head attention as the engine decodes."""
     return _decoding("MHA", length, dtype)
 
 
-def expanded(length: int, dtype: str) -> Turn:
+def expanded(length: int, dtype: str) -> Work:
     """MLA that makes keys and values of all cached latents at each step, as it does for a piece of a prompt."""
     model, cache, sequence = stack("MLA", length, dtype)
     token = torch.zeros(1, 1, dtype=torch.long)
@@ -94,7 +109,7 @@ def expanded(length: int, dtype: str) -> Turn:
     return step
 
 
-def _decoding(kind: str, length: int, dtype: str) -> Turn:
+def _decoding(kind: str, length: int, dtype: str) -> Work:
     model, cache, _ = stack(kind, length, dtype)
     model.prepare()
     token = torch.zeros(1, dtype=torch.long)

@@ -85,7 +85,7 @@ static void attend_span(const Paged *c, const Heads *k, int64_t n, int64_t g, in
     int64_t q_stride = padded(k->key_width), o_stride = padded(k->value_width);
     float s[GROUP * CHUNK], keep[GROUP];
     const float *queries[GROUP];
-    const void *rows[CHUNK + DEEP];
+    const void *rows[2 * CHUNK];
     int across = heads % LANES == 0; /* enough of them to stand in the lanes */
     vec lanes[across ? k->key_width * heads / LANES : 1];
     float *q_T = (float *)lanes;
@@ -94,14 +94,15 @@ static void attend_span(const Paged *c, const Heads *k, int64_t n, int64_t g, in
         for (int64_t h = 0; h < heads; h++) q_T[i * heads + h] = queries[h][i];
     for (int64_t at = from; at < to;) {
         int64_t end = smaller(to, (at / CHUNK + 1) * CHUNK), count = end - at, first = at == from;
-        int64_t coming = smaller(DEEP, to - end), known = count + coming;
+        int64_t coming = across ? smaller(CHUNK, to - end) : 0, known = count + coming;
+        Ahead ahead = {rows + count, coming, 0, c->width * (c->half ? 2 : 4)};
         for (int64_t p = 0; p < known;) { /* a block's slots lie one after the other */
             const char *row = slot(c, n, at + p);
             int64_t run = smaller(known, p + c->step->block - (at + p) % c->step->block);
             for (; p < run; p++, row += c->width * (c->half ? 2 : 4)) rows[p] = row;
         }
         if (across)
-            dots_transposed(s, CHUNK, q_T, heads, rows, count, coming, g * k->key_width, k->key_width, c->half);
+            dots_transposed(s, CHUNK, q_T, heads, rows, count, g * k->key_width, k->key_width, c->half, &ahead);
         else
             dots(s, CHUNK, queries, heads, rows, count, g * k->key_width, k->key_width, c->half);
         for (int64_t h = 0; h < heads; h++) {
@@ -121,7 +122,7 @@ static void attend_span(const Paged *c, const Heads *k, int64_t n, int64_t g, in
             max[h] = now;
         }
         mix(o, o_stride, first ? NULL : keep, s, CHUNK, heads, rows, count, k->values_at + g * k->value_width,
-            k->value_width, c->half);
+            k->value_width, c->half, &ahead);
         at = end;
     }
 }
@@ -201,7 +202,7 @@ static float *join_spans(const Scratch *s, const Heads *k, int64_t i, int64_t h)
             w[p] = exp1(max[(j + p) * heads] - most) / total;
             rows[p] = o + (j + p) * heads * width;
         }
-        mix(out, width, j ? &one : NULL, w, CHUNK, 1, rows, count, 0, width, 0);
+        mix(out, width, j ? &one : NULL, w, CHUNK, 1, rows, count, 0, width, 0, NULL);
     }
     return out;
 }
@@ -284,7 +285,7 @@ static void absorb(float *out, int64_t stride, const float *q, int64_t q_stride,
     for (int64_t i = 0; i < nope; i += CHUNK) {
         int64_t some = smaller(CHUNK, nope - i);
         for (int64_t j = 0; j < some; j++) rows[j] = weight + (i + j) * rank * (half ? 2 : 4);
-        mix(out, stride, i ? one : NULL, q + i, q_stride, count, rows, some, 0, rank, half);
+        mix(out, stride, i ? one : NULL, q + i, q_stride, count, rows, some, 0, rank, half, NULL);
     }
 }
 

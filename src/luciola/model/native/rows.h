@@ -108,6 +108,18 @@ INLINE void fetch(const void *row, int64_t i, int64_t count, int half) {
     for (int64_t byte = 0; byte < count * (half ? 2 : 4); byte += 64) __builtin_prefetch(from + byte);
 }
 
+/* What will be wanted next, fetched bit by bit during a long product: many lines at once would wait for each other. */
+typedef struct {
+    const void *const *rows;
+    int64_t left, byte, bytes; /* rows still to be fetched, the first of them from `byte` on; bytes of a row */
+} Ahead;
+
+INLINE void fetch_line(Ahead *a) {
+    if (!a || !a->left) return;
+    __builtin_prefetch((const char *)*a->rows + a->byte);
+    if ((a->byte += 64) >= a->bytes) a->byte = 0, a->left--, a->rows++;
+}
+
 /* `count` numbers of a row as float32, padded with zeros; returns `to`. */
 INLINE const vec *widen(vec *to, const void *row, int64_t i, int64_t count, int half) {
     for (int64_t j = 0; j < count; j += LANES) to[j / LANES] = row_load(row, i + j, smaller(LANES, count - j), half);
@@ -279,48 +291,43 @@ static inline void dots(float *out, int64_t out_stride, const float *const *x, i
 }
 
 /* DEEP rows against LANES vectors, each in a lane of its own. x_T is transposed: number i of all vectors at
-   x_T + i * heads. Meanwhile the `coming` rows after these are fetched, a line at a time: many at once would have to
-   wait for each other. */
+   x_T + i * heads. */
 INLINE void dots_lanes(const int half, float *out, int64_t out_stride, const float *x_T, int64_t heads,
-                       const void *const *rows, int64_t count, int64_t coming, int64_t at, int64_t width) {
+                       const void *const *rows, int64_t count, int64_t at, int64_t width, Ahead *ahead) {
     vec wide[DEEP][BLOCK / LANES], sum[DEEP]; /* copied, for the registers have no room for as many pointers */
     for (int p = 0; p < DEEP; p++) sum[p] = (vec){0};
     for (int64_t from = 0; from < width; from += BLOCK) {
         int64_t span = smaller(BLOCK, width - from);
         for (int64_t p = 0; p < count; p++) widen(wide[p], rows[p], at + from, span, half);
         const float *of = (const float *)wide, *x = x_T + from * heads;
-        for (int64_t i = 0; i < span; i += DEEP)
-            for (int64_t p = 0; p < smaller(DEEP, span - i); p++, x += heads) {
-                if (p < coming) fetch(rows[count + p], at + from + i, 1, half);
-                vec v = load(x);
-                for (int q = 0; q < DEEP; q++) sum[q] = madd(all(of[q * BLOCK + i + p]), v, sum[q]);
-            }
+        for (int64_t i = 0; i < span; i++, x += heads) {
+            vec v = load(x);
+            if (i % 2) fetch_line(ahead);
+            for (int p = 0; p < DEEP; p++) sum[p] = madd(all(of[p * BLOCK + i]), v, sum[p]);
+        }
     }
     for (int64_t p = 0; p < count; p++)
         for (int h = 0; h < LANES; h++) out[h * out_stride + p] = sum[p][h];
 }
 
-/* `dots` of whole vectors of heads, x_T (width, heads): no sum runs across lanes. After the rows come others, `coming`
-   of them, that will be wanted next. */
+/* `dots` of whole vectors of heads, x_T (width, heads): no sum runs across lanes. */
 static inline void dots_transposed(float *out, int64_t out_stride, const float *x_T, int64_t heads,
-                                   const void *const *rows, int64_t count, int64_t coming, int64_t at, int64_t width,
-                                   int half) {
-    for (int64_t p = 0; p < count; p += DEEP) {
-        int64_t some = smaller(DEEP, count - p), next = smaller(DEEP, count + coming - p - some);
+                                   const void *const *rows, int64_t count, int64_t at, int64_t width, int half,
+                                   Ahead *ahead) {
+    for (int64_t p = 0; p < count; p += DEEP)
         for (int64_t h = 0; h < heads; h += LANES) {
             float *to = out + h * out_stride + p;
             if (half)
-                dots_lanes(1, to, out_stride, x_T + h, heads, rows + p, some, h ? 0 : next, at, width);
+                dots_lanes(1, to, out_stride, x_T + h, heads, rows + p, smaller(DEEP, count - p), at, width, ahead);
             else
-                dots_lanes(0, to, out_stride, x_T + h, heads, rows + p, some, h ? 0 : next, at, width);
+                dots_lanes(0, to, out_stride, x_T + h, heads, rows + p, smaller(DEEP, count - p), at, width, ahead);
         }
-    }
 }
 
 /* H <= TILE vectors of weights over all rows, for `columns` vectors of them, the last of `last` numbers. */
 INLINE void mix_tile(const int H, const int columns, const int whole, const int half, float *out, int64_t out_stride,
                      const float *keep, const float *w, int64_t w_stride, const void *const *rows, int64_t count,
-                     int64_t at, int64_t last) {
+                     int64_t at, int64_t last, Ahead *ahead) {
     vec sum[TILE][ACROSS];
     for (int h = 0; h < H; h++)
         for (int c = 0; c < columns; c++)
@@ -328,6 +335,7 @@ INLINE void mix_tile(const int H, const int columns, const int whole, const int 
     for (int64_t p = 0; p < count; p++) {
         vec r[ACROSS];
         for (int c = 0; c < columns; c++) r[c] = row_load(rows[p], at + c * LANES, whole ? LANES : last, half);
+        if (p % 2) fetch_line(ahead);
         for (int h = 0; h < H; h++) {
             vec weight = all(w[h * w_stride + p]);
             for (int c = 0; c < columns; c++) sum[h][c] = madd(weight, r[c], sum[h][c]);
@@ -338,38 +346,40 @@ INLINE void mix_tile(const int H, const int columns, const int whole, const int 
 }
 
 INLINE void mix_columns(const int H, const int half, float *out, int64_t out_stride, const float *keep, const float *w,
-                        int64_t w_stride, const void *const *rows, int64_t count, int64_t at, int64_t width) {
+                        int64_t w_stride, const void *const *rows, int64_t count, int64_t at, int64_t width,
+                        Ahead *ahead) {
     int64_t i = 0;
     for (; i + ACROSS * LANES <= width; i += ACROSS * LANES)
-        mix_tile(H, ACROSS, 1, half, out + i, out_stride, keep, w, w_stride, rows, count, at + i, LANES);
+        mix_tile(H, ACROSS, 1, half, out + i, out_stride, keep, w, w_stride, rows, count, at + i, LANES, ahead);
     for (; i + LANES <= width; i += LANES)
-        mix_tile(H, 1, 1, half, out + i, out_stride, keep, w, w_stride, rows, count, at + i, LANES);
+        mix_tile(H, 1, 1, half, out + i, out_stride, keep, w, w_stride, rows, count, at + i, LANES, ahead);
     if (i < width)
-        mix_tile(H, 1, 0, half, out + i, out_stride, keep, w, w_stride, rows, count, at + i, width - i);
+        mix_tile(H, 1, 0, half, out + i, out_stride, keep, w, w_stride, rows, count, at + i, width - i, ahead);
 }
 
 INLINE void mix_heads(const int half, float *out, int64_t out_stride, const float *keep, const float *w,
                       int64_t w_stride, int64_t heads, const void *const *rows, int64_t count, int64_t at,
-                      int64_t width) {
+                      int64_t width, Ahead *ahead) {
     for (int64_t h = 0; h < heads; h += TILE) {
         float *to = out + h * out_stride;
         const float *kept = keep ? keep + h : keep, *weights = w + h * w_stride;
         int64_t rest = heads - h;
         if (rest >= TILE)
-            mix_columns(TILE, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
+            mix_columns(TILE, half, to, out_stride, kept, weights, w_stride, rows, count, at, width, ahead);
         else if (rest == 1)
-            mix_columns(1, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
+            mix_columns(1, half, to, out_stride, kept, weights, w_stride, rows, count, at, width, ahead);
         else if (rest == 2)
-            mix_columns(2, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
+            mix_columns(2, half, to, out_stride, kept, weights, w_stride, rows, count, at, width, ahead);
         else
-            mix_columns(TILE - 1, half, to, out_stride, kept, weights, w_stride, rows, count, at, width);
+            mix_columns(TILE - 1, half, to, out_stride, kept, weights, w_stride, rows, count, at, width, ahead);
     }
 }
 
 INLINE void mix_of(const int half, float *out, int64_t out_stride, const float *keep, const float *w, int64_t w_stride,
-                   int64_t heads, const void *const *rows, int64_t count, int64_t at, int64_t width) {
+                   int64_t heads, const void *const *rows, int64_t count, int64_t at, int64_t width,
+                        Ahead *ahead) {
     if (heads <= TILE) {
-        mix_heads(half, out, out_stride, keep, w, w_stride, heads, rows, count, at, width);
+        mix_heads(half, out, out_stride, keep, w, w_stride, heads, rows, count, at, width, ahead);
         return;
     }
     for (int64_t i = 0; i < width; i += ACROSS * LANES) { /* so many columns of all rows stay in the first cache */
@@ -378,18 +388,19 @@ INLINE void mix_of(const int half, float *out, int64_t out_stride, const float *
             vec wide[ROWS * ACROSS];
             const void *widened[ROWS];
             for (int64_t p = 0; p < count; p++) widened[p] = widen(wide + p * ACROSS, rows[p], at + i, span, half);
-            mix_heads(0, out + i, out_stride, keep, w, w_stride, heads, widened, count, 0, padded(span));
+            mix_heads(0, out + i, out_stride, keep, w, w_stride, heads, widened, count, 0, padded(span), ahead);
         } else
-            mix_heads(0, out + i, out_stride, keep, w, w_stride, heads, rows, count, at + i, span);
+            mix_heads(0, out + i, out_stride, keep, w, w_stride, heads, rows, count, at + i, span, ahead);
     }
 }
 
 /* out_h = keep_h out_h + sum over p < count <= ROWS of w_hp rows[p][at : at + width]; without `keep` what out held
    is gone. Writes whole vectors: out has padded(width). */
 static inline void mix(float *out, int64_t out_stride, const float *keep, const float *w, int64_t w_stride,
-                       int64_t heads, const void *const *rows, int64_t count, int64_t at, int64_t width, int half) {
+                       int64_t heads, const void *const *rows, int64_t count, int64_t at, int64_t width, int half,
+                       Ahead *ahead) {
     if (half)
-        mix_of(1, out, out_stride, keep, w, w_stride, heads, rows, count, at, width);
+        mix_of(1, out, out_stride, keep, w, w_stride, heads, rows, count, at, width, ahead);
     else
-        mix_of(0, out, out_stride, keep, w, w_stride, heads, rows, count, at, width);
+        mix_of(0, out, out_stride, keep, w, w_stride, heads, rows, count, at, width, ahead);
 }
