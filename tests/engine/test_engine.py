@@ -306,8 +306,8 @@ def test_the_cache_takes_exactly_what_is_announced(lm: LanguageModel, dtype: str
     assert grouped.cache_bytes_per_token == 2 * 2 * 4 * 2 * size
 
 
-def test_another_precision_is_a_copy_and_the_models_own_is_not() -> None:
-    """An engine made with dtype "model" samples from whatever the trainer has made of the weights since."""
+def test_every_engine_samples_from_what_the_trainer_has_made_of_the_weights_since() -> None:
+    """One made with dtype "model" uses the model itself, the others a copy that is made anew."""
     lm = LanguageModel.create(GQA)
     live, copied = Engine(lm, dtype="model"), Engine(lm, dtype="bfloat16")
     assert live.model is lm.model
@@ -318,7 +318,13 @@ def test_another_precision_is_a_copy_and_the_models_own_is_not() -> None:
     with torch.no_grad():
         lm.model.lm_head.weight.copy_(-lm.model.lm_head.weight)
     assert live.generate([[7]], params)[0][0].token_ids != before[0]
-    assert copied.generate([[7]], params)[0][0].token_ids == before[1]
+    anew = Engine(lm, dtype="bfloat16").generate([[7]], params)
+    assert copied.generate([[7]], params) == anew != before[1]
+    quantised = Engine(lm, dtype="model", quantize="int8")
+    with torch.no_grad():
+        lm.model.norm.weight.mul_(-1)
+    anew = Engine(lm, dtype="model", quantize="int8").generate([[7]], params)
+    assert quantised.generate([[7]], params) == anew
 
 
 def test_generating_leaves_a_model_that_can_train(lm: LanguageModel) -> None:

@@ -40,10 +40,10 @@ async def collect(engine: Engine, prompt: Any, params: SamplingParams, **more: A
 def settle(engine: Engine) -> None:
     """Wait until nothing runs any more."""
     limit = time.monotonic() + 10
-    while engine.stats["running"] or engine.stats["waiting"] or engine._driver is not None or not engine._inbox.empty():
+    while engine.stats["running"] or engine.stats["waiting"] or not engine._loop.idle:
         assert time.monotonic() < limit, engine.stats
-        with engine._driving:
-            engine._take_in()
+        with engine._loop.held():
+            pass
         time.sleep(0.001)
 
 
@@ -280,7 +280,7 @@ def test_lower_numbers_are_served_first(lm: LanguageModel) -> None:
         order.append(number)
 
     async def everybody() -> None:
-        with engine._driving:  # nobody is let in before all have asked
+        with engine._loop.held():  # nobody is let in before all have asked
             tasks = [asyncio.create_task(ask(i, p)) for i, p in enumerate((0, 2, 1, 0))]
             await asyncio.sleep(0.05)
         await asyncio.gather(*tasks)

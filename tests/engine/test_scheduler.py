@@ -202,7 +202,7 @@ def test_samples_of_a_prompt_share_its_full_blocks() -> None:
 def test_the_least_recently_used_block_is_evicted_first_and_the_end_before_the_beginning() -> None:
     pool = BlockPool(4, 1)
     old, new = [pool.take(), pool.take()], [pool.take(), pool.take()]
-    keys = [block_key(b"", [i]) for i in range(4)]
+    keys = [block_key(pool.root, [i]) for i in range(4)]
     for block, key in zip([*old, *new], keys, strict=True):
         pool.publish(block, key)
     pool.release(old)
@@ -215,7 +215,7 @@ def test_the_least_recently_used_block_is_evicted_first_and_the_end_before_the_b
 def test_a_shared_prefix_is_no_longer_evicted() -> None:
     pool = BlockPool(3, 2)
     block = pool.take()
-    key = block_key(b"", [1, 2])
+    key = block_key(pool.root, [1, 2])
     pool.publish(block, key)
     pool.release([block])
     assert pool.free == 3

@@ -102,7 +102,7 @@ class Gqa:
 
 CASES = [
     Mla(4, 96, 64, 32, 64), Mla(1, 20, 12, 6, 10), Mla(3, 33, 7, 2, 5), Mla(17, 48, 70, 16, 66),
-    Mla(6, 512, 16, 64, 16), Gqa(9, 3, 64, False, None), Gqa(4, 4, 10, True, 5),
+    Mla(6, 512, 16, 64, 16), Mla(32, 140, 16, 8, 24), Gqa(9, 3, 64, False, None), Gqa(4, 4, 10, True, 5),
     Gqa(6, 2, 24, True, 70), Gqa(20, 1, 8, False, 600), Gqa(1, 1, 130, False, None),
 ]  # fmt: skip
 

@@ -18,7 +18,7 @@ import numpy as np
 
 
 def block_key(before: bytes, tokens: Sequence[int]) -> bytes:
-    """The key of a block of `tokens` that follows the block with key `before` (b"" at the start)."""
+    """The key of a block of `tokens` that follows the block with key `before` (the pool's `root` at the start)."""
     return hashlib.blake2b(before + np.asarray(tokens, dtype=np.int64).tobytes(), digest_size=16).digest()
 
 
@@ -31,11 +31,22 @@ class BlockPool:
 
     def __init__(self, blocks: int, block_size: int) -> None:
         self.blocks, self.block_size = blocks, block_size
-        self._holders = [0] * blocks
-        self._key: list[bytes | None] = [None] * blocks
+        self._forgotten = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """All blocks are blank, nobody holds any."""
+        self._holders = [0] * self.blocks
+        self._key: list[bytes | None] = [None] * self.blocks
         self._published: dict[bytes, int] = {}
         self._kept: OrderedDict[int, None] = OrderedDict()  # the next to be evicted first
-        self._blank = list(range(blocks - 1, -1, -1))
+        self._blank = list(range(self.blocks - 1, -1, -1))
+
+    @property
+    def root(self) -> bytes:
+        """What stands before the first block's key. Another one after `forget`: a sequence that had begun before goes
+        on to publish blocks of which a part was computed with other weights, and nobody may find them."""
+        return self._forgotten.to_bytes(8, "little")
 
     @property
     def free(self) -> int:
@@ -93,6 +104,7 @@ class BlockPool:
 
     def forget(self) -> None:
         """No block stands for anything any more: the weights have changed. Holders keep theirs."""
+        self._forgotten += 1
         self._published.clear()
         self._key = [None] * self.blocks
         self._blank.extend(self._kept)

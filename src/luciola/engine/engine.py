@@ -11,10 +11,8 @@ import contextlib
 import copy
 import itertools
 import operator
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from functools import cached_property, partial
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +22,7 @@ from luciola import hardware
 from luciola.engine.blocks import BlockPool
 from luciola.engine.cache import PagedCache
 from luciola.engine.grammar import GrammarCompiler
+from luciola.engine.loop import Loop
 from luciola.engine.params import SamplingParams
 from luciola.engine.runner import Runner
 from luciola.engine.sampler import History, UniformStream
@@ -38,6 +37,7 @@ from luciola.model.quant_layers import Report, quantize_model
 
 if TYPE_CHECKING:
     from luciola.model.language_model import LanguageModel
+    from luciola.model.transformer import Transformer
 
 BLOCK_SIZE = 16  # tokens of a block
 MAX_RUNNING = 1024  # sequences that run at once
@@ -51,7 +51,8 @@ class Engine:
     """Batched generation with a `LanguageModel`.
 
     Args:
-        lm: the model; it is used in place, not copied, unless `dtype` or `quantize` ask for other weights.
+        lm: the model; it is used in place unless `dtype` or `quantize` ask for other weights. Then a copy is used,
+            which is made anew at the first request after training has changed the model.
         dtype: "auto" measures which precision this machine multiplies fastest; "float32", "bfloat16", or "model" to
             take the weights as they are.
         quantize: None: weights as they are. "int8" or "int4": matrices in groups of 8 or 4 bit numbers, each with the
@@ -97,17 +98,13 @@ class Engine:
         if quantize not in (None, "int8", "int4"):
             raise ValueError(f"quantize={quantize!r} is unknown; choose None, 'int8' or 'int4'")
         self.tokenizer, self.config = lm.tokenizer, lm.config
-        self.model = lm.model
-        parameter = next(self.model.parameters())
+        self._source = lm.model
+        parameter = next(self._source.parameters())
         wanted = parameter.dtype if dtype == "model" else getattr(torch, hardware.choose_dtype(dtype)[0])
         if parity and (reason := _no_parity(wanted, parameter.device, quantize)):
             raise ValueError(f"parity=True needs {reason}")
-        self.quantization: Report | None = None
-        if quantize is not None:
-            self.model, self.quantization = quantize_model(self.model, 8 if quantize == "int8" else 4)
-        elif wanted != parameter.dtype:
-            self.model = copy.deepcopy(self.model).to(wanted)
-        self.dtype, self.device = wanted, parameter.device
+        self.dtype, self.device, self._quantize = wanted, parameter.device, quantize
+        self._make_model()
         self._speculator = Speculator(self.model, speculate) if speculate is not None else None
         layers = self.config.num_hidden_layers + (self._speculator.layers if self._speculator else 0)
         self.cache_bytes_per_token = self.config.cached_per_token_and_layer * layers * (torch.finfo(wanted).bits // 8)
@@ -125,10 +122,18 @@ class Engine:
             self.model, lm.tokenizer, self._scheduler, self._cache, self._ends, self._speculator, prefix_cache, parity
         )
         self._numbers = itertools.count()
-        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._driving, self._starting = threading.Lock(), threading.Lock()
-        self._driver: threading.Thread | None = None
-        self._stamp: list[tuple[int, int]] = []  # of the weights that the cache's content was computed with
+        self._loop = Loop(self._step)
+        self._runner.prepare(self.model)
+        self._stamp = _stamp(self._source)  # of the weights that the cache's content was computed with
+
+    def _make_model(self) -> None:
+        """The weights that are computed with: those of the model that was given, or a copy in another form."""
+        self.model: Transformer = self._source
+        self.quantization: Report | None = None
+        if self._quantize is not None:
+            self.model, self.quantization = quantize_model(self._source, 8 if self._quantize == "int8" else 4)
+        elif self.dtype != next(self._source.parameters()).dtype:
+            self.model = copy.deepcopy(self._source).to(self.dtype)
 
     @property
     def blocks_used(self) -> int:
@@ -148,7 +153,7 @@ class Engine:
         return self._runner.counts() | {
             "preemptions": self._scheduler.preemptions,
             "running": len(self._scheduler.running),
-            "waiting": len(self._scheduler.waiting),
+            "waiting": sum(1 + len(row.followers) for row in self._scheduler.waiting),
         }
 
     def generate(
@@ -168,17 +173,22 @@ class Engine:
             ValueError: a prompt is empty, has a token outside the vocabulary or leaves no room in the model's context
                 or in the cache; a grammar cannot be satisfied.
             NotFiniteError: the model's logits are infinite or NaN.
+            Where one request fails while it runs the others are finished all the same: the exception's `completions`
+            holds the result, that of the failed one as far as it came.
         """
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list; put the single prompt in brackets")
         groups = self._sequences(prompts, params or SamplingParams(), priority)
         rows = [row for group in groups for row in group]
-        for _ in self._run(rows):
-            pass
+        with contextlib.closing(self._run(rows)) as steps:
+            for _ in steps:
+                pass
+        completions = [[self._runner.completion(row) for row in group] for group in groups]
         for row in rows:
             if row.error is not None:
+                row.error.completions = completions  # type: ignore[attr-defined]
                 raise row.error
-        return [[self._runner.completion(row) for row in group] for group in groups]
+        return completions
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0) -> Iterator[str]:
         """Yield the text of one completion as it grows; a character is held back until it is whole, a text that may
@@ -191,13 +201,14 @@ class Engine:
         ((row,),) = self._sequences([prompt], params, priority, streamed=True)
         told: list[Delta | Exception] = []
         row.listener = told.append
-        for _ in self._run([row]):
-            for message in told:
-                if isinstance(message, Exception):
-                    raise message
-                if message.text:
-                    yield message.text
-            told.clear()
+        with contextlib.closing(self._run([row])) as steps:
+            for _ in steps:
+                for message in told:
+                    if isinstance(message, Exception):
+                        raise message
+                    if message.text:
+                        yield message.text
+                told.clear()
 
     async def stream_async(
         self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
@@ -217,7 +228,7 @@ class Engine:
 
         for row in rows:
             row.listener = tell
-        self._drive_in_background(rows)
+        self._loop.drive(partial(self._begin, rows))
         left = len(rows)
         try:
             while left:
@@ -228,87 +239,72 @@ class Engine:
                 yield message
         finally:
             if left:
-                self._inbox.put(partial(self._end, rows))
+                self._loop.ask(partial(self._end, rows))
 
     def abort(self) -> None:
         """End every request at once; whoever waits for one gets what there is, with finish_reason "abort"."""
-        with self._driving:
-            self._take_in()
-            self._end([*self._scheduler.running, *self._scheduler.waiting])
+        with self._loop.held():
+            rows = [*self._scheduler.running, *self._scheduler.waiting]
+            self._end([*rows, *(follower for row in rows for follower in row.followers)])
 
     def forget(self) -> None:
         """Forget all prefixes. Needed only where weights were changed behind autograd's back (through `p.data`)."""
-        with self._driving:
+        with self._loop.held():
             self._pool.forget()
 
-    def _run(self, rows: list[Row]) -> Iterator[None]:
+    def _run(self, rows: list[Row]) -> Generator[None, None, None]:
         """Drive the loop until these have ended; yields after every step. Left early, they are ended."""
-        self._inbox.put(partial(self._begin, rows))
         left = rows
         try:
-            while left:
-                if self._driving.acquire(timeout=0.05):  # else another thread drives, and these with its own
-                    try:
-                        self._step()
-                    finally:
-                        self._driving.release()
-                left = [row for row in left if not row.ended]
+            self._loop.ask(partial(self._begin, rows))
+            while left := [row for row in left if not row.done]:
+                self._loop.turn()
                 yield
         finally:
             if left:
-                with self._driving:
-                    self._take_in()
-                    self._end(left)
+                self._loop.ask(partial(self._end, left))
 
-    def _drive_in_background(self, rows: list[Row]) -> None:
-        self._inbox.put(partial(self._begin, rows))
-        with self._starting:
-            if self._driver is None:
-                self._driver = threading.Thread(target=self._drive, name="luciola-engine", daemon=True)
-                self._driver.start()
-
-    def _drive(self) -> None:
-        """The background thread: steps until there is nothing to do."""
-        while True:
-            with self._driving:
-                self._step()
-            with self._starting:
-                if self._inbox.empty() and not self._scheduler.running and not self._scheduler.waiting:
-                    self._driver = None
-                    return
-
-    def _step(self) -> None:
-        self._take_in()
-        if not self._scheduler.running and not self._scheduler.waiting:
-            return
+    def _step(self) -> bool:
+        """One step of the loop; returns whether there is more to do."""
+        scheduler = self._scheduler
+        if not scheduler.running and not scheduler.waiting:
+            return False
         try:
             self._runner.step()
-        except Exception as error:
-            # What fails for all at once (memory, say) ends those that ran; the engine itself goes on.
-            failed = list(self._scheduler.running)
-            for row in failed:
-                row.error = error
-            self._runner.finish(failed)
-        except BaseException:
-            # Broken off in the middle by Ctrl-C: what the books say of those that run may be half true.
-            for row in list(self._scheduler.running):
-                self._scheduler.preempt(row)
-            raise
-
-    def _take_in(self) -> None:
-        """Do what other threads have asked for since the last step."""
-        with contextlib.suppress(Empty):
-            while True:
-                self._inbox.get_nowait()()
+        except BaseException as error:
+            # What fails for all at once (memory, say) ends those that ran, and the engine goes on; what only breaks the
+            # step off ends nobody. Either may have left the books half written.
+            if isinstance(error, Exception):
+                failed = list(scheduler.running)
+                for row in failed:
+                    row.error = error
+                self._runner.finish(failed)
+            scheduler.recover()
+            if not isinstance(error, Exception):
+                raise
+        return bool(scheduler.running or scheduler.waiting)
 
     def _begin(self, rows: list[Row]) -> None:
-        if self._stamp != _stamp(self.model):
-            self._pool.forget()  # what the cache keeps was computed with other weights
-            self._runner.prepare()
-            self._stamp = _stamp(self.model)
+        try:
+            self._follow_weights()
+        except Exception as error:
+            for row in rows:
+                row.error = error
+            self._runner.finish(rows)
+            return
         for row in rows:
             if row.leader is None:
                 self._scheduler.add(row)
+
+    def _follow_weights(self) -> None:
+        """Take note of weights that have changed since the last request."""
+        if self._stamp == _stamp(self._source):
+            return
+        self._pool.forget()
+        if self.model is not self._source:
+            self._make_model()
+        self._runner.prepare(self.model)
+        self._stamp = _stamp(self._source)  # preparing may have moved them
 
     def _end(self, rows: list[Row]) -> None:
         ended = [row for row in rows if not row.ended]
@@ -416,7 +412,7 @@ def _stamp(model: torch.nn.Module) -> list[tuple[int, int]]:
     """Changes whenever weights may have changed: by an optimizer's step, any operation in place, or a move."""
     return [
         (0, _last_optimizer_step),
-        *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()),
+        *((x.data_ptr(), 0 if x.is_inference() else x._version) for x in (*model.parameters(), *model.buffers())),
     ]
 
 

@@ -216,9 +216,12 @@ class Runner:
             self._steps[len(rows)] = _Kept(step, *on_host)
         return step
 
-    def prepare(self) -> None:
-        """To be done when the model's weights have changed."""
-        self.model.prepare()
+    def prepare(self, model: Transformer) -> None:
+        """To be done when the model's weights have changed, or there is another model in its place."""
+        self.model = model
+        if self.speculator is not None:
+            self.speculator.model = model
+        model.prepare()
         self._steps.clear()  # what they repeat refers to the weights of before
 
     def _advance(self, sequence: Sequence, count: int) -> None:
@@ -368,6 +371,7 @@ class Runner:
                 self.grammar_seconds += sequence.grammar.seconds
             if sequence.listener is not None:
                 self._tell(sequence)
+            sequence.done = True  # last of all: threads that wait for it look here without the lock
 
     def _tell(self, sequence: Sequence) -> None:
         assert sequence.listener is not None

@@ -61,14 +61,16 @@ class Scheduler:
         self._let_in()
         short, pieces, left, flat = [], [], self.chunk, FLAT
         for sequence in self.running:
-            if sequence.pending <= SHORT:
+            pending = sequence.pending
+            if pending == 1 and sequence.generated:
                 short.append(sequence)
-            elif sequence.pending <= min(flat, left):
+            elif pending <= min(max(flat, SHORT), left):
                 short.append(sequence)
-                flat -= sequence.pending
-                left -= sequence.pending
+                left -= pending
+                if pending > SHORT:
+                    flat -= pending
             elif left > 0:
-                count = min(sequence.pending, left)
+                count = min(pending, left)
                 pieces.append((sequence, count))
                 left -= count
         return Work(short, pieces)
@@ -87,7 +89,7 @@ class Scheduler:
             return None
         for block in sequence.blocks[:full]:
             pool.share(block)
-        follower.blocks, follower.keys = sequence.blocks[:full], sequence.keys[:full]
+        follower.blocks, follower.keys, follower.root = sequence.blocks[:full], sequence.keys[:full], sequence.root
         follower.computed = sequence.computed
         self._enter(follower)
         if not partial:
@@ -101,7 +103,7 @@ class Scheduler:
         while (len(sequence.keys) + 1) * size <= sequence.computed:
             number = len(sequence.keys)
             tokens = sequence.tokens[number * size : (number + 1) * size]
-            key = block_key(sequence.keys[-1] if sequence.keys else b"", tokens)
+            key = block_key(sequence.keys[-1] if sequence.keys else sequence.root, tokens)
             sequence.keys.append(key)
             self.pool.publish(sequence.blocks[number], key)
 
@@ -137,6 +139,18 @@ class Scheduler:
         sequence.drafts.clear()
         self.add(sequence)
 
+    def recover(self) -> None:
+        """After a step that was broken off: all wait again, and every block and row is there."""
+        for sequence in self.running:
+            if sequence not in self.waiting:
+                self.add(sequence)
+        self.running = []
+        for sequence in self.waiting:
+            sequence.blocks, sequence.keys, sequence.drafts = [], [], []
+            sequence.computed, sequence.row = 0, -1
+        self.pool.reset()
+        self._rows = list(range(self.max_running - 1, -1, -1))
+
     def _let_in(self) -> None:
         pool = self.pool
         while self.waiting and self._rows:
@@ -146,21 +160,20 @@ class Scheduler:
             wanted = pool.needed(len(sequence.tokens)) - len(found)
             if wanted + kept + len(self.running) > pool.free and self.running:
                 return
-            del self.waiting[0]
             for block in found:
                 pool.share(block)
-            sequence.blocks, sequence.keys = found, keys
+            sequence.blocks, sequence.keys, sequence.root = found, keys, pool.root
             sequence.computed = len(found) * pool.block_size
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = sequence.computed
             wanted = pool.needed(sequence.computed + self._feed(sequence)) - len(found)
             sequence.blocks += [pool.take() for _ in range(wanted)]
             self._enter(sequence)
+            del self.waiting[0]
 
     def _feed(self, sequence: Sequence) -> int:
         """The most tokens of it, drafts apart, that the coming step may read."""
-        pending = len(sequence.tokens) - sequence.computed
-        return pending if pending <= SHORT else min(pending, self.chunk)
+        return min(len(sequence.tokens) - sequence.computed, self.chunk)
 
     def _prefix(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
         """Blocks in the cache that begin as the sequence does. The last token is always left to compute: its state is
@@ -172,7 +185,7 @@ class Scheduler:
             return found, keys
         for number in range((len(sequence.tokens) - 1) // size):
             tokens = sequence.tokens[number * size : (number + 1) * size]
-            key = block_key(keys[-1] if keys else b"", tokens)
+            key = block_key(keys[-1] if keys else pool.root, tokens)
             block = pool.find(key)
             if block is None:
                 break

@@ -65,7 +65,7 @@ class Sequence:
         tokens: prompt and generated tokens.
         computed: how many of them the cache holds.
         blocks: the blocks that hold them, first to last.
-        keys: keys of those blocks that are full and published.
+        keys: keys of those blocks that are full and published; `root` stands before the first of them.
         drafts: tokens that speculation expects next, checked by the coming step.
         row: its row in the block table while it runs, else -1; `tabled` of its blocks stand there.
         leader: the sequence whose prompt is the same and is computed for this one, too, until it is.
@@ -81,6 +81,7 @@ class Sequence:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
+    root: bytes = b""
     drafts: list[int] = field(default_factory=list)
     row: int = -1
     tabled: int = 0
@@ -94,6 +95,7 @@ class Sequence:
     routed: int = 0
     finish: FinishReason | None = None
     error: Exception | None = None
+    done: bool = False  # it has ended, and all that is to be known of it is there
     writer: Writer | None = None  # where the text is looked at while it grows
     history: History | None = None
     grammar: GrammarState | None = None

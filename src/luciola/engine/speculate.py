@@ -42,6 +42,7 @@ class Pace:
 
     drafts: int = 1
     steps: int = 0
+    hits: int = 0  # drafts accepted in all of them
     gained: float = 0.0  # running mean of accepted drafts a step
     paying: bool = True
     grams: dict[tuple[int, ...], int] = field(default_factory=dict)
@@ -50,10 +51,11 @@ class Pace:
     def judge(self, drafted: int, accepted: int, most: int, cost: float) -> None:
         """After a step that accepted so many of the drafts and, with them, took `cost` times a step without."""
         self.steps += 1
+        self.hits += accepted
         weight = max(1 - MEMORY, 1 / self.steps)
         self.gained += weight * (accepted - self.gained)
         self.drafts = min(most, drafted + 1) if accepted == drafted else max(1, accepted)
-        if self.steps >= TRIAL and 1 + self.gained < cost:
+        if self.steps >= TRIAL and (1 + self.gained < cost or not self.hits):
             self.paying = False
 
 

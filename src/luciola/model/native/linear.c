@@ -258,19 +258,6 @@ static void prepare(float *restrict to, const float *restrict x, ptrdiff_t padde
     memset(to + K, 0, (padded - K) * sizeof *to);
 }
 
-/* Memory for f(x), kept for the next call of the same thread; NULL where there is none. */
-static float *scratch(size_t floats)
-{
-    static _Thread_local float *kept;
-    static _Thread_local size_t size;
-    if (floats > size) {
-        free(kept);
-        kept = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
-        size = kept == NULL ? 0 : floats;
-    }
-    return kept;
-}
-
 typedef struct { /* linear.py fills it */
     float *y;
     const float *x, *residual;
@@ -287,8 +274,8 @@ int luciola_linear(const Call *call)
     const ptrdiff_t N = call->N, x_stride = call->x_stride;
     const ptrdiff_t unit = w->groups ? (ptrdiff_t)1 << w->shift : LANES, padded = (w->K + unit - 1) / unit * unit;
     const int ready = w->f == IDENTITY && padded == w->K;
-    float *prepared = ready ? NULL : scratch(N * padded);
-    if (!ready && prepared == NULL && N > 0)
+    float *prepared = ready ? NULL : aligned_alloc(64, (N * padded * sizeof(float) + 63) / 64 * 64 + 64);
+    if (!ready && prepared == NULL)
         return 1;
     const Product p = {
         w, call->y, ready ? x : prepared, call->residual, N, w->groups ? padded : w->K, ready ? x_stride : padded};
@@ -305,5 +292,6 @@ int luciola_linear(const Call *call)
         for (ptrdiff_t m = 0; m < w->M; m += OUTPUTS)
             tile(&p, m);
     }
+    free(prepared);
     return 0;
 }

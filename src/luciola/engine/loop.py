@@ -1,0 +1,127 @@
+"""Who drives the engine: one loop, turned by whoever waits for its results, or by a thread of its own.
+
+Everything that touches the scheduler, the cache or a sequence happens while the loop's lock is held: steps, and between
+two of them whatever other threads have asked for.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from queue import Empty, SimpleQueue
+from types import FrameType
+
+WAIT = 0.05  # seconds after which a thread whose results another one computes looks whether they are there
+
+
+class Loop:
+    """`step` is called over and over and returns whether there is more to do."""
+
+    def __init__(self, step: Callable[[], bool]) -> None:
+        self._step = step
+        self._asked: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._driving, self._starting = threading.Lock(), threading.Lock()
+        self._driver: threading.Thread | None = None
+        self._closed = False
+        _loops.add(self)
+
+    def ask(self, request: Callable[[], None]) -> None:
+        """Have `request`, which raises nothing, done before the next step, or now if nobody is at one."""
+        self._asked.put(request)
+        self._tend()
+
+    def turn(self) -> None:
+        """One step, unless another thread is at it; then wait for a moment. Ctrl-C waits for the end of the step."""
+        with _uninterrupted():
+            if self._driving.acquire(timeout=WAIT):
+                try:
+                    self._take_in()
+                    self._step()
+                finally:
+                    self._driving.release()
+        self._tend()
+
+    def drive(self, request: Callable[[], None]) -> None:
+        """Have `request` done, and turn in a thread of the loop's own until there is nothing more to do."""
+        self._asked.put(request)
+        with self._starting:
+            if self._driver is None and not self._closed:
+                self._driver = threading.Thread(target=self._drive, name="luciola-engine", daemon=True)
+                self._driver.start()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing has been asked for and no thread of its own runs."""
+        return self._driver is None and self._asked.empty()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody takes a step meanwhile, and all that was asked for has been done."""
+        with self._driving:
+            self._take_in()
+            yield
+        self._tend()
+
+    def close(self) -> None:
+        """Stop the thread after its step."""
+        self._closed = True
+        driver = self._driver
+        if driver is not None and driver is not threading.current_thread():
+            driver.join()
+
+    def _drive(self) -> None:
+        while True:
+            with self._driving:
+                self._take_in()
+                busy = self._step()
+            with self._starting:
+                if self._closed or not (busy or not self._asked.empty()):
+                    self._driver = None
+                    return
+
+    def _tend(self) -> None:
+        """Whoever holds the lock when something is asked for comes by here after letting go of it."""
+        while not self._asked.empty():
+            with _uninterrupted():
+                if not self._driving.acquire(blocking=False):
+                    return
+                try:
+                    self._take_in()
+                finally:
+                    self._driving.release()
+
+    def _take_in(self) -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                self._asked.get_nowait()()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C takes effect when this ends: what a step has written down must not be broken off in the middle."""
+    before = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    if not callable(before):  # another thread is never interrupted
+        yield
+        return
+    caught: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught:
+            before(*caught[0])
+
+
+_loops: weakref.WeakSet[Loop] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that is inside PyTorch when the interpreter goes takes the process down with it."""
+    for loop in list(_loops):
+        loop.close()
