@@ -347,11 +347,7 @@ class Engine:
         if params is None:
             params = SamplingParams()
         settings = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        if (
-            isinstance(settings, str)
-            or not isinstance(settings, Sequence)
-            or not all(isinstance(p, SamplingParams) for p in settings)
-        ):
+        if not isinstance(settings, list | tuple) or not all(isinstance(p, SamplingParams) for p in settings):
             raise ValueError("params must be SamplingParams, one for all prompts or one for each")
         if len(settings) != len(prompts):
             raise ValueError(f"{len(settings)} sampling params for {len(prompts)} prompts; give one, or one for each")
