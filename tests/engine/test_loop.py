@@ -341,6 +341,15 @@ def test_the_cache_may_take_as_much_as_the_error_says(lm: LanguageModel, monkeyp
     assert Engine(lm, dtype="model", max_cached_tokens=10).max_cached_tokens == 16, "a block at the least"
 
 
+def test_a_system_that_gives_less_memory_is_no_riddle(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("luciola.engine.cache._zeros", refused)
+    with pytest.raises(ValueError, match="max_cached_tokens=500 needs more memory than the system gives"):
+        Engine(lm, dtype="model", max_cached_tokens=500)
+
+
 def test_an_engine_is_made_of_a_language_model(lm: LanguageModel) -> None:
     for other in ("runs/quickstart", lm.model, None):
         with pytest.raises(ValueError, match=r"must be a LanguageModel; luciola.load\(path\) gives one"):

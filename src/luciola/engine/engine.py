@@ -137,7 +137,12 @@ class Engine:
         max_running = min(max_running, blocks)
         self._pool = BlockPool(blocks, block_size)
         self._scheduler = Scheduler(self._pool, max_running, chunk)
-        self._cache = PagedCache(self.config, layers, blocks, block_size, max_running, wanted, self.device)
+        try:
+            self._cache = PagedCache(self.config, layers, blocks, block_size, max_running, wanted, self.device)
+        except (OSError, MemoryError) as error:  # a limit of the process, say
+            raise ValueError(
+                f"max_cached_tokens={max_cached_tokens} needs more memory than the system gives; make it smaller"
+            ) from error
         self._ends = frozenset(_end_tokens(lm))
         self._runner = Runner(
             self.model, lm.tokenizer, self._scheduler, self._cache, self._ends, self._speculator, prefix_cache, parity
