@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from luciola.cli import app
+from luciola.cli.ask import as_options
 from luciola.cli.chat import Conversation, show, split
 
 CONFIG = {
@@ -50,6 +52,149 @@ def test_generate_continues_an_argument_or_its_input(model: str) -> None:
     assert luciola_says("generate", model, "1+1", "--chat", *options).stdout != ""
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "sentence"),
+    [
+        (("--temperature", "nan"), 2, "Invalid value for '--temperature': nan is not 0 or a finite positive number"),
+        (("--temperature", "inf"), 2, "inf is not 0 or a finite positive number"),
+        (("--temperature", "-1"), 2, "-1.0 is not 0 or a finite positive number"),
+        (("--top-p", "0"), 2, "Invalid value for '--top-p': 0.0 is not above 0 and at most 1"),
+        (("--top-p", "nan"), 2, "nan is not above 0 and at most 1"),
+        (("--stop", "a", "--stop", ""), 2, "Invalid value for '--stop': it is empty; give the text that ends"),
+        (("--quantize", "int3"), 2, "'int3' is not one of int8, int4, keep"),
+        (("--speculate", "magic"), 2, "'magic' is not one of mtp, ngram"),
+        (("--dtype", "float8"), 2, "'float8' is not one of auto, float32, bfloat16"),
+        (("--speculate", "mtp"), 1, "error: --speculate 'mtp' needs a multi-token prediction module"),
+        (("--min-tokens", "9", "--max-tokens", "8"), 1, "error: --min-tokens 9 must be at most --max-tokens 8"),
+        (("--top-k", str(2**63)), 1, f"error: --top-k {2**63} must be 0 (all tokens) or a whole number"),
+        (("--repetition-penalty", "1e7"), 1, "error: --repetition-penalty 10000000.0 must be between 0.01 and"),
+        (("--logprobs", "99"), 1, "error: --logprobs 99 must be at most the vocabulary's size"),
+        (("--group-size", "64"), 1, "error: --group-size 64 goes with --quantize 'int8' or 'int4'"),
+        (("--group-size", "48", "--quantize", "int8"), 1, "error: --group-size 48 must be one of 32, 64, 128"),
+        (("--parity", "--quantize", "int8"), 1, "error: --parity needs float32 weights on a CPU, not quantised"),
+        (("--max-cached-tokens", str(10**15)), 1, f"error: --max-cached-tokens {10**15} needs more memory"),
+        (("--max-cached-tokens", "1"), 1, "give the engine more --max-cached-tokens"),
+        (("--quantize", "keep"), 1, "has no matrices in Q8_0, Q4_0 or Q4_1 to keep; int8 and int4 make some"),
+    ],
+)
+def test_errors_name_the_option(model: str, options: tuple[str, ...], code: int, sentence: str) -> None:
+    result = CliRunner().invoke(app, ["generate", model, "1+1=2+0=0+2" * 2, "--dtype", "float32", *options])
+    assert result.exit_code == code, result.output
+    assert sentence in " ".join(result.stderr.replace("\u2502", " ").split())
+
+
+def test_errors_leave_words_and_texts_of_the_user_as_they_are() -> None:
+    for before, after in (
+        ("max_tokens=3 must be", "--max-tokens 3 must be"),
+        ("give parity=True, or more max_cached_tokens", "give --parity, or more --max-cached-tokens"),
+        ("the stop texts of n samples at a temperature", "the stop texts of n samples at a temperature"),
+        ("override task.seed=3 of a_min_tokens", "override task.seed=3 of a_min_tokens"),
+        ("top_logprobs=3 and n=2", "--logprobs 3 and -n 2"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(after)}$"), as_options():
+            raise ValueError(before)
+
+
+def test_generate_writes_at_least_so_many_tokens_and_exactly_those_of_the_full_pass(model: str) -> None:
+    import torch
+
+    import luciola
+
+    lm = luciola.load(model)
+    options = ("--min-tokens", "6", "--max-tokens", "6", "--parity", "--dtype", "float32", "--temperature", "1")
+    said = luciola_says("generate", model, "1+1", *options, "-n", "2", "--seed", "5", "--logprobs", "3").stdout
+    lines = [json.loads(line) for line in said.splitlines()]
+    assert [line["completion"] for line in lines] == [0] * 6 + [1] * 6
+    prompt = lm.tokenizer.encode("1+1")
+    for number in range(2):
+        found = [line for line in lines if line["completion"] == number]
+        row = torch.tensor([prompt + [line["id"] for line in found]])
+        logp = lm.model.exact_logits(row)[0, len(prompt) - 1 : -1].log_softmax(-1)
+        for line, logp_V in zip(found, logp, strict=True):
+            assert line["text"] == lm.tokenizer.decode([line["id"]], skip_special_tokens=False)
+            assert line["logprob"] == pytest.approx(float(logp_V[line["id"]]), abs=1e-5)
+            assert [x["id"] for x in line["likeliest"]] == logp_V.topk(3).indices.tolist()
+            assert [x["logprob"] for x in line["likeliest"]] == pytest.approx(logp_V.topk(3).values.tolist(), abs=1e-5)
+    plain = luciola_says("generate", model, "1+1", *options, "--seed", "5", "--logprobs", "0").stdout.splitlines()
+    assert [json.loads(line) for line in plain] == [line | {"likeliest": []} for line in lines[:6]]
+
+
+def test_generate_tells_what_speculation_and_grammars_did(model: str) -> None:
+    options = ("--dtype", "float32", "--max-tokens", "40", "--temperature", "0", "--min-tokens", "40")
+    text = luciola_says("generate", model, "1+1", *options)
+    fast = luciola_says("generate", model, "1+1", *options, "--speculate", "ngram")
+    assert fast.stdout == text.stdout and text.stderr == ""
+    told = re.fullmatch(r"40 tokens, [\d.]+ tokens/s, (\d+) % of (\d+) drafted tokens accepted\n", fast.stderr)
+    assert told and 0 <= int(told[1]) <= 100 and int(told[2]) > 0, fast.stderr
+    kept = luciola_says("generate", model, "1+1", "--dtype", "float32", "--regex", "[0-9]{12}", "-n", "2")
+    assert re.fullmatch(r"\d{12}\n---\n\d{12}\n", kept.stdout)
+    assert re.fullmatch(r"24 tokens, [\d.]+ tokens/s, \d+ microseconds of grammar a token\n", kept.stderr)
+
+
+@pytest.fixture(scope="module")
+def in_eight_bits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A GGUF file with matrices in Q8_0."""
+    import luciola
+    from luciola.text.tokenizer import Tokenizer
+
+    tokenizer, folder = Tokenizer.characters("0123456789+-= ?Whatisplumn."), tmp_path_factory.mktemp("quantised")
+    shape = CONFIG | {"hidden_size": 128, "intermediate_size": 256, "vocab_size": tokenizer.vocab_size}
+    luciola.LanguageModel.create(shape, tokenizer, seed=0).save(folder / "whole")
+    luciola_says("convert", str(folder / "whole"), str(folder / "model.gguf"), "--dtype", "q8_0")
+    return str(folder / "model.gguf")
+
+
+def test_a_file_in_eight_bits_can_be_used_as_it_is(
+    in_eight_bits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luciola.engine.engine import Engine
+    from luciola.model.quant_layers import is_quantised
+
+    made = []
+
+    class Watched(Engine):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    monkeypatch.setattr("luciola.engine.engine.Engine", Watched)
+    options = ("--dtype", "float32", "--max-tokens", "12", "--temperature", "0")
+    floats = luciola_says("generate", in_eight_bits, "1+1", *options).stdout
+    assert luciola_says("generate", in_eight_bits, "1+1", *options, "--quantize", "keep").stdout == floats
+    luciola_says("chat", in_eight_bits, *options, "--quantize", "keep", stdin="1+1\n")
+    short = ("--problems", "2", "--samples", "0", "--max-tokens", "4", "--json", "--dtype", "float32")
+    luciola_says("evaluate", in_eight_bits, "task.name=arithmetic", *short, "--quantize", "keep")
+    text = tmp_path / "text"
+    text.write_text("What is 1+1? " * 20)
+    scored = ("evaluate", in_eight_bits, "--perplexity", str(text), "--dtype", "float32", "--json")
+    before = json.loads(luciola_says(*scored).stdout)["float32"]
+    kept = json.loads(luciola_says(*scored, "--quantize", "keep").stdout)
+    assert list(kept) == ["keep"] and kept["keep"]["loss"] == pytest.approx(before["loss"], abs=1e-4)
+    assert [is_quantised(engine.model) for engine in made] == [False, True, True, True, False, True]
+
+
+def test_group_sizes_can_be_asked_for(model: str, in_eight_bits: str, tmp_path: Path, monkeypatch: Any) -> None:
+    from luciola.engine.engine import Engine
+    from luciola.model.quant_layers import QuantLinear
+
+    groups = []
+
+    class Watched(Engine):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            groups.append({m.weight.group for m in self.model.modules() if isinstance(m, QuantLinear)})
+
+    monkeypatch.setattr("luciola.engine.engine.Engine", Watched)
+    common = ("--dtype", "float32", "--max-tokens", "4", "--quantize", "int4", "--group-size", "128")
+    luciola_says("generate", in_eight_bits, "1+1", *common)
+    luciola_says("chat", in_eight_bits, *common, stdin="1+1\n")
+    luciola_says("evaluate", in_eight_bits, "task.name=arithmetic", "--problems", "2", "--samples", "0", *common)
+    text = tmp_path / "text"
+    text.write_text("What is 1+1? " * 20)
+    luciola_says("evaluate", in_eight_bits, "--perplexity", str(text), *common)
+    assert groups == [{128}, {128}, {128}, set(), {128}]
+
+
 def test_generate_names_a_model_that_is_not_there() -> None:
     result = CliRunner().invoke(app, ["generate", "nowhere", "1+1"])
     assert result.exit_code == 1
@@ -69,7 +214,7 @@ def test_evaluate_scores_a_text(model: str, tmp_path: Path, monkeypatch: pytest.
     class Rounding(luciola.Engine):
         """An engine whose quantised weights are rounded to a hundredth."""
 
-        def __init__(self, lm: Any, dtype: str, quantize: str | None = None) -> None:
+        def __init__(self, lm: Any, dtype: str, quantize: str | None = None, group_size: int = 32) -> None:
             super().__init__(lm, dtype)
             if quantize is not None:
                 self.model = copy.deepcopy(self.model)
@@ -91,9 +236,13 @@ def test_evaluate_names_what_does_not_go_with_a_text(model: str, tmp_path: Path)
         (None, ("--perplexity", str(path)), "No such file"),
         (b"", ("--perplexity", str(path)), "is empty; give a text"),
         (b"a\xff", ("--perplexity", str(path)), "is not UTF-8 text (byte 1)"),
-        (b"1+1", ("--perplexity", str(path), "--window", "97"), "window=97 must be between 2 and the model's context"),
+        (
+            b"1+1",
+            ("--perplexity", str(path), "--window", "97"),
+            "--window 97 must be between 2 and the model's",
+        ),
         (b"1+1", ("task.name=countdown", "--perplexity", str(path)), "task.name=countdown is a task setting"),
-        (b"1+1", ("--quantize", "int8"), "--quantize goes with --perplexity FILE"),
+        (b"1+1", ("--perplexity", str(path), "--group-size", "64"), "--group-size 64 goes with --quantize 'int8' or"),
         (b"1+1", ("--window", "8"), "--window goes with --perplexity FILE"),
     ):
         if content is not None:

@@ -221,6 +221,10 @@ def test_of_several_peers_a_comparison_runs_those_it_has() -> None:
     with pytest.raises(ValueError, match=r"decode cannot be compared with nobody; it knows transformers, llama.cpp"):
         _peers(known, "trl,llama.cpp,nobody")
     assert _peers({"cache": ()}, "trl") == {"cache": ()}
+    assert _peers({"grpo": ("trl",)}, "trl,") == {"grpo": ("trl",)}
+    for nobody in (",", "", " , "):
+        with pytest.raises(ValueError, match=f"--against '{nobody}' names nobody; give a peer"):
+            _peers(known, nobody)
 
 
 def test_the_version_is_printed(luciola: Callable[..., Result]) -> None:

@@ -269,6 +269,12 @@ def test_the_models_context_is_the_limit(lm: LanguageModel) -> None:
         ([3, 4], "prompt 0 is neither a text nor a list of token ids"),
         ([[5], [3.7]], "prompt 1 is neither a text nor a list of token ids"),
         ([None], "prompt 0 is neither a text nor a list of token ids"),
+        ([b"ab"], "prompt 0 is neither a text nor a list of token ids"),
+        ([[5], [True]], "prompt 1 is neither a text nor a list of token ids"),
+        (b"ab", "put the single prompt in brackets"),
+        (None, "prompts=None must be a list of texts or lists of token ids"),
+        (7, "prompts=7 must be a list"),
+        ({"abc": 1}, "prompts={'abc': 1} must be a list"),
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused(lm: LanguageModel, prompt: Any, complaint: str) -> None:
@@ -293,7 +299,23 @@ def test_params_are_one_for_all_or_one_each(lm: LanguageModel) -> None:
         engine.generate(prompts(1, 2), [SamplingParams()])
     with pytest.raises(ValueError, match="params must be SamplingParams"):
         engine.generate(prompts(1, 2), {"max_tokens": 3})  # type: ignore[arg-type]
+    for wrong in (0, "", {}, False, [None], {"temperature": 0.0}):
+        with pytest.raises(ValueError, match="params must be SamplingParams"):
+            engine.generate(prompts(1), wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="params must be SamplingParams"):
+            next(engine.stream("abc", wrong))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="0 sampling params for 1 prompts"):
+        engine.generate(prompts(1), [])
     assert engine.generate([]) == []
+
+
+def test_prompts_may_come_from_anything_that_can_be_listed(lm: LanguageModel) -> None:
+    engine, params = Engine(lm, dtype="model"), SamplingParams(max_tokens=5, seed=0)
+    asked = prompts(3, 5)
+    listed = ids(engine.generate(asked, params))
+    assert ids(engine.generate((prompt for prompt in asked), params)) == listed
+    assert ids(engine.generate((iter(prompt) for prompt in asked), params)) == listed
+    assert ids(engine.generate((torch.tensor(prompt) for prompt in asked), params)) == listed
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])

@@ -15,6 +15,7 @@ from luciola.engine.engine import Engine
 from luciola.engine.grammar import Grammar
 from luciola.engine.params import SamplingParams
 from luciola.model.language_model import LanguageModel
+from luciola.model.quant_layers import QuantLinear, quantize_model
 from luciola.text.tokenizer import Tokenizer
 
 SHAPE: dict[str, Any] = {
@@ -156,6 +157,16 @@ def test_grammars_that_nothing_fits_are_refused_before_anything_runs(engine: Eng
     assert engine.blocks_used == 0
 
 
+def test_a_text_that_its_grammar_ends_is_shorter_than_min_tokens(engine: Engine) -> None:
+    """One that could go on does so until then."""
+    params = SamplingParams(max_tokens=30, min_tokens=20, seed=0, grammar=Grammar.regex("[a-c]{5}"))
+    (out,) = engine.generate([[5]], params)[0]
+    assert (len(out.text), len(out.token_ids), out.finish_reason) == (5, 5, "stop")
+    params = SamplingParams(max_tokens=30, min_tokens=20, seed=0, n=4, grammar=Grammar.regex("[a-c]{5,25}"))
+    for out in engine.generate([[5]], params)[0]:
+        assert 20 <= len(out.text) <= 25 and out.finish_reason == "stop"
+
+
 def test_a_grammar_needs_a_tokenizer() -> None:
     lm = LanguageModel.create(SHAPE | {"vocab_size": 30})
     with pytest.raises(ValueError, match="a grammar needs a tokenizer, and this model has none"):
@@ -197,6 +208,23 @@ def test_quantised_engines_are_near_the_floats_and_alike_in_company(
             assert float((floats - torch.tensor(c.logprobs)).abs().mean()) < near
     assert next(lm.model.parameters()).dtype == torch.float32
     assert engine.blocks_used == 0
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_groups_of_any_size_are_what_the_model_alone_makes_of_them(quantize: str, group_size: int) -> None:
+    lm = LanguageModel.create(LLAMA | {"vocab_size": 200, "hidden_size": 128}, seed=2)
+    engine = Engine(lm, dtype="float32", quantize=quantize, group_size=group_size)
+    layers = [module for module in engine.model.modules() if isinstance(module, QuantLinear)]
+    assert {layer.weight.group for layer in layers} == {group_size}
+    alone, report = quantize_model(lm.model, int(quantize[3:]), group_size)
+    assert engine.quantization == report
+    params = SamplingParams(max_tokens=8, seed=1, logprobs=True, ignore_eos=True)
+    (out,) = engine.generate([[3, 4, 5]], params)[0]
+    with torch.no_grad():
+        logp = alone(torch.tensor([[3, 4, 5, *out.token_ids]]))[0, 2:-1].log_softmax(-1)
+    expected = logp.gather(1, torch.tensor(out.token_ids)[:, None]).squeeze(1)
+    assert out.logprobs == pytest.approx(expected.tolist(), abs=1e-3)
 
 
 def test_speculation_on_quantised_weights(script: Callable[..., LanguageModel]) -> None:

@@ -5,9 +5,11 @@ import json
 import random
 import re
 from collections.abc import Callable
+from typing import Annotated, Literal
 
 import pytest
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
 from luciola.engine.grammar import DeadEndError, Grammar, GrammarCompiler, GrammarState
 from luciola.text.bpe import train_bpe
@@ -99,6 +101,34 @@ def test_completed_texts_fit_their_schema(tokenizer: Tokenizer) -> None:
         assert 1 <= len(value["list"]) <= 3
         assert all(type(n) is int and 0 <= n <= 9 for n in value["list"])
     assert ended >= 8
+
+
+def test_one_of_several_is_any_of_them(bpe: Tokenizer) -> None:
+    """Pydantic's discriminated unions, and branches that overlap, at the top and inside."""
+
+    class Square(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        shape: Literal["square"]
+        side: int = Field(ge=0, le=99)
+
+    class Circle(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        shape: Literal["circle"]
+        round: bool
+
+    class Drawing(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        part: Annotated[Square | Circle, Field(discriminator="shape")]
+
+    ready, seen = compiler(bpe), set()
+    assert "oneOf" in json.dumps(Drawing.model_json_schema())
+    for seed in range(30):
+        if ids := finish(ready.start(Grammar.json(Drawing.model_json_schema())), bpe, seed):
+            seen.add(Drawing.model_validate_json(bpe.decode(ids)).part.shape)
+    assert seen == {"square", "circle"}
+    small, even = {"enum": [1, 2, 3]}, {"enum": [2, 4, "x"]}
+    drawn = [finish(ready.start(Grammar.json({"oneOf": [small, even]})), bpe, seed) for seed in range(40)]
+    assert {json.loads(bpe.decode(ids)) for ids in drawn if ids} == {1, 2, 3, 4, "x"}, "2 is in both, and is taken"
 
 
 @pytest.mark.parametrize("pattern", [r"[0-9]{3}-[a-f]+x", r"(yes|no|ää?)", r"a/b\n?", r"[^a]{2,5}"])
@@ -214,10 +244,20 @@ def test_what_is_no_grammar_is_refused_in_one_sentence(make: Callable[[], Gramma
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("grammar", [Grammar.regex("[a&&b]"), Grammar.regex(""), Grammar.json({"$ref": "#"})])
-def test_what_nothing_fits_is_refused_before_the_first_token(bpe: Tokenizer, grammar: Grammar) -> None:
-    with pytest.raises(ValueError, match="cannot be used"):
-        compiler(bpe).start(grammar)
+@pytest.mark.parametrize(
+    ("grammar", "reason"),
+    [
+        (Grammar.regex("[a&&b]"), "no text fits it"),
+        (Grammar.json({"$ref": "#"}), "no text fits it"),
+        (Grammar.regex(""), "only the empty text fits it"),
+        (Grammar.regex("z"), "no token of the model can begin it"),
+        (Grammar.regex("z?"), "no token of the model can begin it"),
+        (Grammar.regex("[α-ω]+"), "no token of the model can begin it"),
+    ],
+)
+def test_what_nothing_fits_is_refused_before_the_first_token(grammar: Grammar, reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"^The grammar cannot be used: {reason}\.$"):
+        compiler(Tokenizer.characters("ab{}")).start(grammar)
 
 
 def nested(depth: int) -> dict[str, object]:

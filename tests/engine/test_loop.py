@@ -309,11 +309,65 @@ def test_what_does_not_fit_into_the_cache_is_refused_and_what_just_fits_is_not(l
         ({"speculate": "magic"}, "speculate='magic' is unknown; choose None, 'mtp' or 'ngram'"),
         ({"speculate": "mtp"}, "needs a multi-token prediction module, and this model has none"),
         ({"parity": True, "dtype": "bfloat16"}, "parity=True needs float32 weights on a CPU"),
+        ({"parity": True, "quantize": "int8"}, "parity=True needs float32 weights on a CPU, not quantised"),
+        ({"parity": 1}, "parity=1 must be True or False"),
+        ({"prefix_cache": None}, "prefix_cache=None must be True or False"),
+        ({"quantize": "int8", "group_size": 48}, "group_size=48 must be one of 32, 64, 128"),
+        ({"quantize": "int8", "group_size": 64.0}, "group_size=64.0 must be one of"),
+        ({"group_size": 64}, "group_size=64 goes with quantize='int8' or 'int4'"),
+        ({"block_size": 81, "max_cached_tokens": 80}, "block_size=81 must be at most max_cached_tokens=80"),
+        ({"block_size": 10**9}, "block_size=1000000000 must be at most max_cached_tokens="),
+        ({"max_cached_tokens": 10**9}, "max_cached_tokens=1000000000 needs more memory .* room for about"),
+        ({"max_cached_tokens": 10**15}, "needs more memory than this machine has"),
+        ({"max_cached_tokens": 10**9, "block_size": 10**9}, "needs more memory than this machine has"),
     ],
 )
-def test_engines_that_make_no_sense_are_refused(lm: LanguageModel, options: dict[str, Any], complaint: str) -> None:
+def test_engines_that_make_no_sense_are_refused(
+    lm: LanguageModel, options: dict[str, Any], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("luciola.hardware.memory_bytes", lambda: 8 << 30)
     with pytest.raises(ValueError, match=complaint):
         Engine(lm, **{"dtype": "model", **options})
+
+
+def test_the_cache_may_take_as_much_as_the_error_says(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luciola.hardware.memory_bytes", lambda: 32 << 20)
+    for block_size in (1, 5, 16):
+        with pytest.raises(ValueError, match="room for about") as refused:
+            Engine(lm, dtype="model", max_cached_tokens=10**7, block_size=block_size)
+        most = int(str(refused.value).rsplit(maxsplit=1)[-1])
+        engine = Engine(lm, dtype="model", max_cached_tokens=most - block_size, block_size=block_size)
+        assert engine.max_cached_tokens * engine.cache_bytes_per_token > 16 << 20
+    assert Engine(lm, dtype="model", max_cached_tokens=10).max_cached_tokens == 16, "a block at the least"
+
+
+def test_a_system_that_gives_less_memory_is_no_riddle(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("luciola.engine.cache._zeros", refused)
+    with pytest.raises(ValueError, match="max_cached_tokens=500 needs more memory than the system gives"):
+        Engine(lm, dtype="model", max_cached_tokens=500)
+
+
+def test_an_engine_is_made_of_a_language_model(lm: LanguageModel) -> None:
+    for other in ("runs/quickstart", lm.model, None):
+        with pytest.raises(ValueError, match=r"must be a LanguageModel; luciola.load\(path\) gives one"):
+            Engine(other)  # type: ignore[arg-type]
+
+
+def test_weights_are_quantised_once(lm: LanguageModel) -> None:
+    shape = {"model_type": "llama", "vocab_size": 40, "hidden_size": 128, "intermediate_size": 128}
+    whole = LanguageModel.create(shape | {"num_hidden_layers": 1, "num_attention_heads": 2})
+    quantised = LanguageModel(Engine(whole, dtype="float32", quantize="int8").model)
+    for options, complaint in (
+        ({"quantize": "int8"}, "the weights are quantised already; leave it out"),
+        ({"quantize": "int4", "group_size": 64}, "the weights are quantised already"),
+        ({"parity": True}, "parity=True needs float32 weights on a CPU, not quantised"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            Engine(quantised, dtype="float32", **options)
+    assert len(Engine(quantised, dtype="float32").generate([[3]], LONG)[0]) == LONG.n
 
 
 @pytest.mark.parametrize("priority", [-1, 1.5, True])

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,12 @@ from luciola.engine.params import SamplingParams
         ("stop", 3), ("stop_token_ids", 5), ("stop_token_ids", [-1]), ("stop_token_ids", [1.0]),
         ("stop_token_ids", "12"), ("stop_token_ids", None), ("top_logprobs", -1), ("top_logprobs", True),
         ("logprobs", 5), ("speculate", None), ("ignore_eos", "no"), ("routes", 0), ("logit_bias", 3),
-        ("logit_bias", [1, 2]), ("logit_bias", "ab"),
+        ("logit_bias", [1, 2]), ("logit_bias", "ab"), ("top_k", 2**63), ("max_tokens", 2**63), ("min_tokens", 10**400),
+        ("n", 2**63), ("seed", 2**63), ("seed", -(2**63)), ("seed", 10**400), ("top_logprobs", np.uint64(2**63)),
+        ("stop_token_ids", [2**63]), ("temperature", 10**400), ("temperature", Fraction(10**400)), ("top_p", 10**400),
+        ("min_p", -(10**400)), ("presence_penalty", 10**400), ("frequency_penalty", -(10**400)),
+        ("repetition_penalty", 10**400), ("repetition_penalty", 1e-40), ("repetition_penalty", 1e-300),
+        ("repetition_penalty", 0.0099), ("repetition_penalty", 1.1e6),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(name: str, value: object) -> None:
@@ -32,15 +38,30 @@ def test_settings_that_make_no_sense_are_named(name: str, value: object) -> None
         SamplingParams(**{name: value})  # type: ignore[arg-type]
 
 
+def test_a_number_too_long_to_be_written_is_refused_in_a_sentence() -> None:
+    for name in ("temperature", "seed", "top_k"):
+        with pytest.raises(ValueError, match=f"^{name}=a number of thousands of digits must be"):
+            SamplingParams(**{name: 10**5000})
+
+
+def test_the_ends_of_every_range_are_taken() -> None:
+    most = 2**63 - 1
+    SamplingParams(max_tokens=most, min_tokens=most, top_k=most, n=most, seed=most, stop_token_ids=[most])
+    SamplingParams(seed=-most, repetition_penalty=0.01, min_p=1, top_p=1, logit_bias={most: -100})
+    SamplingParams(repetition_penalty=10**6, presence_penalty=-2, frequency_penalty=2, temperature=1e300)
+
+
 @pytest.mark.parametrize(
     ("params", "complaint"),
     [
         ({"min_tokens": 6, "max_tokens": 5}, "min_tokens=6 must be at most max_tokens=5"),
-        ({"logit_bias": {-1: 2.0}}, "logit_bias has token -1; tokens must be whole numbers, at least 0"),
+        ({"logit_bias": {-1: 2.0}}, "logit_bias has token -1; tokens must be whole numbers"),
         ({"logit_bias": {"7": 2.0}}, "logit_bias has token '7'; tokens must be whole numbers"),
         ({"logit_bias": {7: float("inf")}}, "logit_bias of token 7 is inf; it must be a number between -100 and 100"),
         ({"logit_bias": {7: float("nan")}}, "logit_bias of token 7 is nan"),
         ({"logit_bias": {7: 100.5}}, "logit_bias of token 7 is 100.5"),
+        ({"logit_bias": {7: 10**400}}, "logit_bias of token 7 is 1000.* it must be a number between -100 and 100"),
+        ({"logit_bias": {2**63: 1}}, "logit_bias has token 9223372036854775808; tokens must be whole numbers"),
         ({"logit_bias": {7: None}}, "logit_bias of token 7 is None"),
         ({"logit_bias": [(3, 1.0), (3, 2.0)]}, "logit_bias names token 3 twice"),
     ],

@@ -77,6 +77,28 @@ def test_a_position_does_not_depend_on_what_follows_or_stands_beside_it(model: L
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("tokens", "complaint"),
+    [
+        (torch.tensor([[3, 61]]), "tokens_BT has token 61, outside the vocabulary of 61"),
+        (torch.tensor([[3], [-1]]), "tokens_BT has token -1, outside the vocabulary of 61"),
+        (torch.tensor([1, 2, 3]), r"tokens_BT=\[3\], torch.int64 must be rows of at least one token id"),
+        (torch.zeros(1, 0, dtype=torch.long), r"tokens_BT=\[1, 0\], torch.int64 must be rows"),
+        (torch.zeros(0, 4, dtype=torch.long), r"tokens_BT=\[0, 4\], torch.int64 must be rows"),
+        (torch.ones(1, 3), r"tokens_BT=\[1, 3\], torch.float32 must be rows"),
+        ([[1, 2]], "tokens_BT=<class 'list'> must be rows"),
+        (torch.zeros(1, 301, dtype=torch.long), "rows of 301 tokens; the model's context has room for 300"),
+    ],
+)
+def test_tokens_that_have_no_exact_logits_are_named(model: LanguageModel, tokens: Any, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        model.model.exact_logits(tokens)
+
+
+def test_the_whole_context_has_exact_logits(model: LanguageModel) -> None:
+    assert model.model.exact_logits(torch.full((1, 300), 60)).shape == (1, 300, 61)
+
+
 def test_the_trainers_pass_is_the_same_but_for_rounding(model: LanguageModel) -> None:
     rows = torch.randint(0, 61, (2, 50), generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(model.model.exact_logits(rows), model.model(rows), atol=3e-4, rtol=1e-4)

@@ -214,17 +214,30 @@ def test_a_row_is_the_same_bit_for_bit_whatever_its_neighbours_are(V: int) -> No
             assert all_rows.top_logprobs.get(b) == alone.top_logprobs.get(0)
 
 
-def test_settings_are_kept_for_any_rows_in_any_number() -> None:
-    logits = torch.randn(len(MIXED), 500, generator=torch.Generator().manual_seed(1))
-    rows = torch.tensor([7, 3, 3, 0, 5, 5, 5, 8])
-    histories = [History([4]) for _ in MIXED]
-    kept = Settings.of(MIXED, ENDS).keep(rows)
-    for u in (0.1, 0.5, 0.9):
-        uniform = torch.full((len(MIXED),), u)
-        whole = sample(logits, Settings.of(MIXED, ENDS), uniform, histories=histories).tokens
-        some = sample(logits[rows], kept, uniform[rows], histories=[histories[b] for b in rows.tolist()]).tokens
-        assert torch.equal(some, whole[rows])
-    assert len(sample(logits[:0], kept.keep(torch.tensor([], dtype=torch.long)), torch.empty(0)).tokens) == 0
+def test_more_likeliest_tokens_than_there_are_are_all() -> None:
+    logits = torch.randn(1, 500, generator=torch.Generator().manual_seed(1)).expand(9, -1)
+    uniform = [i / 9 for i in range(9)]
+    for most in (500, 10**6, 2**63 - 1):
+        assert draw(logits, [SamplingParams(top_k=most)] * 9, uniform) == draw(logits, [SamplingParams()] * 9, uniform)
+
+
+def test_a_huge_temperature_draws_evenly_among_what_is_allowed() -> None:
+    logits = torch.tensor([[5.0, -5.0, 0.0, 3.0]])
+    allowed = {0: torch.tensor([True, False, True, True])}
+    for temperature in (1e30, 1e39, 1e300):
+        for u, token in ((0.2, 0), (0.5, 2), (0.9, 3)):
+            params = [SamplingParams(temperature=temperature)]
+            assert sample(logits, Settings.of(params), torch.tensor([u]), allowed=allowed).tokens.tolist() == [token]
+
+
+def test_the_strongest_repetition_penalties_make_no_infinities() -> None:
+    logits = torch.tensor([[1000.0, -1000.0, 0.0, 3.0]])
+    for penalty in (0.01, 1e6):
+        out = sample(
+            logits, Settings.of([SamplingParams(repetition_penalty=penalty)]), torch.tensor([0.0]), False,
+            [History([0, 1, 2, 3])],
+        )  # fmt: skip
+        assert out.tokens.tolist() == [0]
 
 
 def test_the_first_of_equally_likely_tokens_is_the_greedy_one() -> None:

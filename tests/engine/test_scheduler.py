@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from luciola.engine.blocks import BlockPool, block_key
-from luciola.engine.sampler import SamplingParams
+from luciola.engine.params import SamplingParams
 from luciola.engine.scheduler import PATIENCE, SHORT, Scheduler
 from luciola.engine.sequence import Sequence
 

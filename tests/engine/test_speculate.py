@@ -128,6 +128,21 @@ def test_a_text_that_repeats_is_foreseen(script: Callable[..., LanguageModel]) -
     assert stats["steps"] < 25
 
 
+@METHODS
+def test_every_completion_has_its_own_account_of_drafts(model: LanguageModel, method: str) -> None:
+    engine = Engine(model, dtype="model", speculate=method)
+    params = [SamplingParams(max_tokens=40, n=2, seed=i, ignore_eos=True, speculate=i < 3) for i in range(4)]
+    groups = engine.generate([[1, 2, 3, 1, 2, 3]] * 4, params)
+    completions = [completion for group in groups for completion in group]
+    assert sum(c.drafted for c in completions) == engine.stats["drafted"] > 0
+    assert sum(c.accepted for c in completions) == engine.stats["accepted"] > 0
+    assert all(0 <= c.accepted <= c.drafted for c in completions)
+    assert len({c.drafted for c in completions}) > 2, "a share of the whole would be the same for all"
+    assert [(c.drafted, c.accepted) for c in groups[3]] == [(0, 0)] * 2
+    plain = Engine(model, dtype="model").generate([[1, 2, 3, 1, 2, 3]] * 4, params)
+    assert plain == groups, "the account is no part of what is compared"
+
+
 def test_speculation_that_does_not_pay_is_given_up_for_that_request() -> None:
     wasteful, useful = Pace(), Pace()
     for _ in range(30):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from luciola.engine.engine import Completion
-from luciola.engine.sampler import SamplingParams
+from luciola.engine.params import SamplingParams
 from luciola.evaluate.metrics import wilson_interval
 from luciola.evaluate.run import Evaluation, evaluate
 from luciola.model.language_model import LanguageModel

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from luciola.engine.engine import Completion, Engine
-from luciola.engine.sampler import SamplingParams
+from luciola.engine.params import SamplingParams
 from luciola.model.language_model import LanguageModel
 from luciola.recipe import GrpoRecipe
 from luciola.rl.rollout import Rollout, rollout

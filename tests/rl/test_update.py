@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from luciola.engine.engine import Completion, Engine
-from luciola.engine.sampler import SamplingParams
+from luciola.engine.params import SamplingParams
 from luciola.model.language_model import LanguageModel
 from luciola.model.transformer import Transformer
 from luciola.recipe import GrpoRecipe

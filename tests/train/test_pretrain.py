@@ -96,7 +96,7 @@ def test_a_dry_run_counts_what_the_run_will_take(recipe: Make) -> None:
 def test_fine_tuning_learns_the_answers(recipe: Make, tmp_path: Path) -> None:
     """From conversations: after a few steps the model answers as it was shown."""
     from luciola.engine.engine import Engine
-    from luciola.engine.sampler import SamplingParams
+    from luciola.engine.params import SamplingParams
 
     shape: dict[str, Any] = recipe().model.config or {}
     base = pretrain(recipe("base", steps=1, model={"config": shape | {"initializer_range": 0.2}}))

@@ -108,7 +108,7 @@ def luciola(
 ) -> Step:
     """Our engine, made with the arguments `engine`."""
     from luciola.engine.engine import Engine
-    from luciola.engine.sampler import SamplingParams
+    from luciola.engine.params import SamplingParams
     from luciola.model.language_model import load
 
     hardware.keep_freed_memory()

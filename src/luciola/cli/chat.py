@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from luciola.cli.ask import (
+    GROUP,
     Dtype,
+    GroupSize,
     MaxTokens,
     MinP,
     Model,
@@ -21,6 +23,8 @@ from luciola.cli.ask import (
     Temperature,
     TopK,
     TopP,
+    as_options,
+    opened,
     run_settings,
 )
 
@@ -54,6 +58,7 @@ def chat(
     seed: Seed = None,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
+    group_size: GroupSize = GROUP,
     speculate: Speculate = None,
 ) -> None:
     """Talk to a model; its thinking is shown dim, then its answer.
@@ -65,18 +70,18 @@ def chat(
       luciola chat runs/quickstart
       printf '12+34 = ?\\n' | luciola chat runs/quickstart --hide-thinking
     """
-    from luciola import Engine, SamplingParams, load
+    from luciola import SamplingParams
 
     task = run_settings(Path(model)).get("task", {})
     if system is None:
         system = task.get("instruction", "")
     if history is None:
         history = not task
-    lm = load(model)
-    params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
-    )
-    engine = Engine(lm, dtype=dtype, quantize=quantize, speculate=speculate)
+    with as_options():
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
+        )
+    lm, engine = opened(model, quantize, group_size=group_size, dtype=dtype, speculate=speculate)
     talk = Conversation(lm, engine, params, system, hide_thinking, history)
     if sys.stdin.isatty():
         _talk_to_a_person(talk, model)

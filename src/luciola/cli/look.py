@@ -120,7 +120,9 @@ def _peers(known: Mapping[str, tuple[str, ...]], wanted: str | None) -> dict[str
     """The peers of each comparison: of several wanted ones those it has, which must be one at the least."""
     if wanted is None:
         return {name: peers[:1] for name, peers in known.items()}
-    asked = tuple(dict.fromkeys(peer.strip() for peer in wanted.split(",")))
+    asked = tuple(dict.fromkeys(peer.strip() for peer in wanted.split(",") if peer.strip()))
+    if not asked:
+        raise ValueError(f"--against {wanted!r} names nobody; give a peer, or several (a,b)")
     anywhere = {peer for peers in known.values() for peer in peers}
     chosen = {}
     for name, peers in known.items():

@@ -11,9 +11,8 @@ import contextlib
 import copy
 import itertools
 import operator
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -32,17 +31,18 @@ from luciola.engine.sequence import Sequence as Row
 from luciola.engine.speculate import Speculator
 from luciola.engine.stopping import StopTexts
 from luciola.engine.writer import Writer
+from luciola.model.language_model import LanguageModel
 from luciola.model.native import build
-from luciola.model.quant_layers import Report, quantize_model
-
-if TYPE_CHECKING:
-    from luciola.model.language_model import LanguageModel
-    from luciola.model.transformer import Transformer
+from luciola.model.quant import BLOCK, GROUPS
+from luciola.model.quant_layers import Report, is_quantised, quantize_model
+from luciola.model.transformer import Transformer
+from luciola.text.untrusted import shortened
 
 BLOCK_SIZE = 16  # tokens of a block
 MAX_RUNNING = 1024  # sequences that run at once
 CHUNK = 8192  # prompt tokens that one step reads
 MOST_TOKENS = 1 << 20  # that the cache holds unless more are asked for
+BOOKS = 64  # bytes that a block takes in the books of the pool
 
 Prompt = str | Sequence[int]
 
@@ -56,7 +56,9 @@ class Engine:
         dtype: "auto" measures which precision this machine multiplies fastest; "float32", "bfloat16", or "model" to
             take the weights as they are.
         quantize: None: weights as they are. "int8" or "int4": matrices in groups of 8 or 4 bit numbers, each with the
-            fewest bits that a measured error allows (`engine.quantization` says which).
+            fewest bits that a measured error allows (`engine.quantization` says which). Weights that were loaded with
+            `quantized=True` are quantised already: leave it None.
+        group_size: with `quantize`, numbers that share a scale: 32, 64 or 128. More take less memory, less exactly.
         max_cached_tokens: tokens that the cache has room for; what does not fit waits. None: as many as fit into a
             quarter of the memory that is free now, a million at the most.
         speculate: None, "mtp" (guess with the model's multi-token prediction modules) or "ngram" (guess that what
@@ -64,7 +66,7 @@ class Engine:
         prefix_cache: keep what has been computed, for prompts that begin in the same way.
         chunk: prompt tokens that one step reads, so that long prompts do not hold up those who are being answered.
         max_running: sequences that are continued at once.
-        block_size: tokens of a block of the cache.
+        block_size: tokens of a block of the cache, not more than it holds.
         parity: compute every token, of prompts too, by the kernels whose result for a row never depends on other rows,
             so that logits equal those of `lm.model.exact_logits` bit for bit (float32, CPU, C compiler).
 
@@ -79,6 +81,7 @@ class Engine:
         quantize: str | None = None,
         max_cached_tokens: int | None = None,
         *,
+        group_size: int = BLOCK,
         speculate: str | None = None,
         prefix_cache: bool = True,
         chunk: int = CHUNK,
@@ -86,6 +89,8 @@ class Engine:
         block_size: int = BLOCK_SIZE,
         parity: bool = False,
     ) -> None:
+        if not isinstance(lm, LanguageModel):
+            raise ValueError(f"lm={shortened(lm)} must be a LanguageModel; luciola.load(path) gives one")
         numbers = {
             "max_cached_tokens": max_cached_tokens,
             "chunk": chunk,
@@ -94,16 +99,30 @@ class Engine:
         }
         for name, number in numbers.items():
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-                raise ValueError(f"{name}={number!r} must be a whole number, at least 1")
+                raise ValueError(f"{name}={shortened(number)} must be a whole number, at least 1")
+        for name, flag in (("prefix_cache", prefix_cache), ("parity", parity)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name}={shortened(flag)} must be True or False")
         if quantize not in (None, "int8", "int4"):
             raise ValueError(f"quantize={quantize!r} is unknown; choose None, 'int8' or 'int4'")
+        if not isinstance(group_size, int) or group_size not in GROUPS:
+            raise ValueError(f"group_size={shortened(group_size)} must be one of {', '.join(map(str, GROUPS))}")
+        if group_size != BLOCK and quantize is None:
+            raise ValueError(f"group_size={group_size} goes with quantize='int8' or 'int4'; give one of them too")
+        quantised = is_quantised(lm.model)
+        if quantised and quantize is not None:
+            raise ValueError(
+                f"quantize={quantize!r} cannot be had: the weights are quantised already; leave it out, or load the "
+                "model without quantized=True"
+            )
         self.tokenizer, self.config = lm.tokenizer, lm.config
         self._source = lm.model
         parameter = next(self._source.parameters())
         wanted = parameter.dtype if dtype == "model" else getattr(torch, hardware.choose_dtype(dtype)[0])
-        if parity and (reason := _no_parity(wanted, parameter.device, quantize)):
+        if parity and (reason := _no_parity(wanted, parameter.device, quantised or quantize is not None)):
             raise ValueError(f"parity=True needs {reason}")
-        self.dtype, self.device, self._quantize = wanted, parameter.device, quantize
+        self.dtype, self.device = wanted, parameter.device
+        self._quantize, self._group_size = quantize, group_size
         self._make_model()
         self._speculator = Speculator(self.model, speculate) if speculate is not None else None
         layers = self.config.num_hidden_layers + (self._speculator.layers if self._speculator else 0)
@@ -111,12 +130,17 @@ class Engine:
         if max_cached_tokens is None:
             fits = hardware.available_memory_bytes() // 4 // self.cache_bytes_per_token
             max_cached_tokens = min(MOST_TOKENS, max(4096, fits))
-        blocks = -(-max_cached_tokens // block_size)
+        blocks = _blocks(max_cached_tokens, block_size, self.cache_bytes_per_token, self.device)
         self.max_cached_tokens = blocks * block_size
         max_running = min(max_running, blocks)
         self._pool = BlockPool(blocks, block_size)
         self._scheduler = Scheduler(self._pool, max_running, chunk)
-        self._cache = PagedCache(self.config, layers, blocks, block_size, max_running, wanted, self.device)
+        try:
+            self._cache = PagedCache(self.config, layers, blocks, block_size, max_running, wanted, self.device)
+        except (OSError, MemoryError) as error:  # a limit of the process, say
+            raise ValueError(
+                f"max_cached_tokens={max_cached_tokens} needs more memory than the system gives; make it smaller"
+            ) from error
         self._ends = frozenset(_end_tokens(lm))
         self._runner = Runner(
             self.model, lm.tokenizer, self._scheduler, self._cache, self._ends, self._speculator, prefix_cache, parity
@@ -131,7 +155,9 @@ class Engine:
         self.model: Transformer = self._source
         self.quantization: Report | None = None
         if self._quantize is not None:
-            self.model, self.quantization = quantize_model(self._source, 8 if self._quantize == "int8" else 4)
+            self.model, self.quantization = quantize_model(
+                self._source, 8 if self._quantize == "int8" else 4, self._group_size
+            )
         elif self.dtype != next(self._source.parameters()).dtype:
             self.model = copy.deepcopy(self._source).to(self.dtype)
 
@@ -158,7 +184,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Iterable[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         priority: int = 0,
     ) -> list[list[Completion]]:
@@ -166,7 +192,7 @@ class Engine:
 
         Args:
             prompts: texts, encoded as they are (use `lm.tokenizer.chat` for conversations), or lists of token ids.
-            params: one for all prompts, or one for each.
+            params: one for all prompts, or one for each; None: the defaults of `SamplingParams`.
             priority: 0 or more; lower numbers are served first.
 
         Raises:
@@ -176,9 +202,11 @@ class Engine:
             Where one request fails while it runs the others are finished all the same: the exception's `completions`
             holds the result, that of the failed one as far as it came.
         """
-        if isinstance(prompts, str):
+        if isinstance(prompts, str | bytes | bytearray):
             raise ValueError("prompts must be a list; put the single prompt in brackets")
-        groups = self._sequences(prompts, params or SamplingParams(), priority)
+        if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
+            raise ValueError(f"prompts={shortened(prompts)} must be a list of texts or lists of token ids")
+        groups = self._sequences(list(prompts), params, priority)
         rows = [row for group in groups for row in group]
         with contextlib.closing(self._run(rows)) as steps:
             for _ in steps:
@@ -193,10 +221,11 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0) -> Iterator[str]:
         """Yield the text of one completion as it grows; a character is held back until it is whole, a text that may
         become a stop text until it is known."""
-        params = params or SamplingParams()
+        if params is None:
+            params = SamplingParams()
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, so its tokens cannot be streamed as text; use generate")
-        if params.n != 1:
+        if isinstance(params, SamplingParams) and params.n != 1:
             raise ValueError(f"one completion can be streamed, not n={params.n}; use generate")
         ((row,),) = self._sequences([prompt], params, priority, streamed=True)
         told: list[Delta | Exception] = []
@@ -218,7 +247,7 @@ class Engine:
         Many of these may run at once, in one or several event loops: one thread of the engine serves them together.
         Closing the iterator, or cancelling the task that reads it, ends the request and frees its blocks within a step.
         """
-        (rows,) = self._sequences([prompt], params or SamplingParams(), priority, streamed=True)
+        (rows,) = self._sequences([prompt], params, priority, streamed=True)
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
 
@@ -315,12 +344,14 @@ class Engine:
     def _sequences(
         self,
         prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams],
+        params: SamplingParams | Sequence[SamplingParams] | None,
         priority: int,
         streamed: bool = False,
     ) -> list[list[Row]]:
-        settings = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if not all(isinstance(p, SamplingParams) for p in settings):
+        if params is None:
+            params = SamplingParams()
+        settings = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        if not isinstance(settings, list | tuple) or not all(isinstance(p, SamplingParams) for p in settings):
             raise ValueError("params must be SamplingParams, one for all prompts or one for each")
         if len(settings) != len(prompts):
             raise ValueError(f"{len(settings)} sampling params for {len(prompts)} prompts; give one, or one for each")
@@ -378,7 +409,10 @@ class Engine:
             ids = self.tokenizer.encode(prompt)
         else:
             try:
-                ids = [operator.index(t) for t in prompt]
+                listed = list(prompt)
+                if isinstance(prompt, bytes | bytearray) or any(isinstance(t, bool) for t in listed):
+                    raise TypeError("bytes and truth values count as numbers in Python, and are no tokens")
+                ids = [operator.index(t) for t in listed]
             except TypeError as error:
                 raise ValueError(f"prompt {i} is neither a text nor a list of token ids (whole numbers)") from error
         if not ids:
@@ -416,9 +450,24 @@ def _stamp(model: torch.nn.Module) -> list[tuple[int, int]]:
     ]
 
 
-def _no_parity(dtype: torch.dtype, device: torch.device, quantize: str | None) -> str:
+def _blocks(tokens: int, block_size: int, bytes_per_token: int, device: torch.device) -> int:
+    """The blocks of a cache for so many tokens, if there can be such a cache."""
+    if block_size > max(tokens, BLOCK_SIZE):
+        raise ValueError(f"block_size={block_size} must be at most max_cached_tokens={tokens}")
+    blocks = -(-tokens // block_size)
+    # Only what is written takes memory, so that the cache may be larger than what is free now.
+    most = hardware.memory_bytes()
+    if device.type == "cpu" and blocks * (block_size * bytes_per_token + BOOKS) > most:
+        fit = most // (bytes_per_token + -(-BOOKS // block_size))
+        raise ValueError(
+            f"max_cached_tokens={tokens} needs more memory than this machine has; it has room for about {fit}"
+        )
+    return blocks
+
+
+def _no_parity(dtype: torch.dtype, device: torch.device, quantised: bool) -> str:
     """What parity lacks here; empty if nothing."""
-    if dtype != torch.float32 or device.type != "cpu" or quantize is not None:
+    if dtype != torch.float32 or device.type != "cpu" or quantised:
         return "float32 weights on a CPU, not quantised"
     return build.reason() and f"the native kernels ({build.reason()})"
 

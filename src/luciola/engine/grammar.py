@@ -38,6 +38,8 @@ LIMITS = LLParserLimits(
 )
 # Between the parts of a JSON text: a blank, or a new line with its indentation; unbounded, small models stay there.
 WHITESPACE = r"[ \t]|\n[ \t]{0,40}"
+# llguidance's own, in a schema's key "x-guidance".
+OPTIONS = {"whitespace_pattern": WHITESPACE, "coerce_one_of": True}
 
 
 class DeadEndError(ValueError):
@@ -59,7 +61,9 @@ class Grammar:
     @classmethod
     def json(cls, schema: dict[str, Any] | str | bool | None = None) -> Grammar:
         """JSON texts that fit `schema`: a JSON schema (draft 2020-12), the same as text, True for any value, or None
-        for any object. Properties come in the schema's order.
+        for any object. Properties come in the schema's order. Where the schema says `oneOf`, any of the branches may
+        match, as if it said `anyOf`: that no second one does is not enforced. Branches that differ in a constant, such
+        as pydantic's discriminated unions, exclude each other anyway.
 
         Raises:
             ValueError: not a JSON schema, one with a keyword that cannot be kept, one that nothing fits, or one that is
@@ -81,7 +85,7 @@ class Grammar:
         if "x-guidance" in schema:
             raise ValueError("schema has the key 'x-guidance', which would change what counts as JSON; take it out.")
         try:
-            text = json.dumps(schema | {"x-guidance": {"whitespace_pattern": WHITESPACE}}, allow_nan=False)
+            text = json.dumps(schema | {"x-guidance": OPTIONS}, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"schema cannot be written as JSON: {printable(str(error))}.") from error
         return cls._checked("schema", f"start: %json {text}")
@@ -209,9 +213,12 @@ class _Compiled:
         first = np.zeros(vocabulary.words, dtype=np.int32)
         self.beginning.deep_copy().unsafe_compute_mask_ptr(first.ctypes.data, first.nbytes)
         if not vocabulary.allowed_V(first).any():
-            raise ValueError(
-                "The grammar cannot be used: nothing but the empty text fits it, or no token of the model can begin it."
-            )
+            # The mask also says which bytes could come first, though no token has them.
+            if np.unpackbits(first.view(np.uint8), bitorder="little")[vocabulary.V :][:256].any():
+                reason = "no token of the model can begin it"
+            else:
+                reason = "only the empty text fits it" if self.beginning.is_accepting() else "no text fits it"
+            raise ValueError(f"The grammar cannot be used: {reason}.")
         self._waiting: dict[int, Tensor] = {}
 
     def waiting_V(self, overlap: int) -> Tensor:

@@ -10,21 +10,26 @@ from typing import Any
 
 import numpy as np
 
+from luciola.text.untrusted import shortened
+
+MOST = 2**63 - 1  # that tensors of int64 hold
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to continue one prompt. Numbers may be numpy's; sequences are copied to tuples.
+    """How to continue one prompt. Numbers may be numpy's, whole ones at most 2**63 - 1; sequences are copied to tuples.
 
     Args:
         max_tokens: most new tokens of a completion, at least 1.
         min_tokens: before that many tokens neither an end token (unless `ignore_eos`) nor one of `stop_token_ids` is
-            drawn; at most `max_tokens`.
+            drawn; at most `max_tokens`. A text that its grammar lets go on no further ends earlier all
+            the same.
         temperature: 0 takes the likeliest token; 1 samples from the model as it is.
         top_p: sample among the likeliest tokens that together reach this probability; 1 keeps all.
-        top_k: sample among this many likeliest tokens; 0 keeps all.
+        top_k: sample among this many likeliest tokens; 0, or more than there are, keeps all.
         min_p: sample among the tokens at least this times as likely as the likeliest; 0 keeps all.
         repetition_penalty: positive logits of tokens of the prompt and the completion are divided by it, negative ones
-            multiplied; above 0, 1 is none (CTRL, section 4.1).
+            multiplied; 0.01 to 1,000,000, 1 is none (CTRL, section 4.1).
         presence_penalty: subtracted from the logit of every token generated before; -2 to 2, 0 is none.
         frequency_penalty: subtracted once for every time it was generated; -2 to 2, 0 is none.
         logit_bias: token id -> what is added to its logit, -100 to 100; kept as (token, bias) pairs in order of tokens.
@@ -69,34 +74,34 @@ class SamplingParams:
         if self.stop is None or isinstance(self.stop, str):
             self._set("stop", () if self.stop is None else (self.stop,))
         self._set("logit_bias", _pairs(self.logit_bias))
-        for name, kind in (("stop", "texts, none empty"), ("stop_token_ids", "token ids, whole numbers from 0")):
+        for name, kind in (
+            ("stop", "texts, none empty"),
+            ("stop_token_ids", "token ids, whole numbers from 0 to 2**63 - 1"),
+        ):
             value = getattr(self, name)
             if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-                raise ValueError(f"{name}={value!r} must be a list of {kind}")
+                raise ValueError(f"{name}={shortened(value)} must be a list of {kind}")
             self._set(name, tuple(value))
         checks: list[tuple[bool, str, str]] = [
-            (_whole(self.max_tokens, 1), "max_tokens", "a whole number, at least 1"),
-            (_whole(self.min_tokens, 0), "min_tokens", "a whole number, at least 0"),
+            (_whole(self.max_tokens, 1), "max_tokens", "a whole number from 1 to 2**63 - 1"),
+            (_whole(self.min_tokens, 0), "min_tokens", "a whole number from 0 to 2**63 - 1"),
             (_within(self.temperature, 0.0, math.inf), "temperature", "0 or a finite positive number"),
             (_within(self.top_p, 0.0, 1.0) and self.top_p > 0, "top_p", "above 0 and at most 1"),
-            (_whole(self.top_k, 0), "top_k", "0 (all tokens) or a positive whole number"),
+            (_whole(self.top_k, 0), "top_k", "0 (all tokens) or a whole number up to 2**63 - 1"),
             (_within(self.min_p, 0.0, 1.0), "min_p", "between 0 (all tokens) and 1"),
-            (
-                _within(self.repetition_penalty, 0.0, math.inf) and self.repetition_penalty > 0,
-                "repetition_penalty",
-                "a finite number above 0; 1 is none",
-            ),
+            # Beyond these, float32 could make infinities of sound logits.
+            (_within(self.repetition_penalty, 0.01, 1e6), "repetition_penalty", "between 0.01 and 1000000; 1 is none"),
             (_within(self.presence_penalty, -2.0, 2.0), "presence_penalty", "between -2 and 2; 0 is none"),
             (_within(self.frequency_penalty, -2.0, 2.0), "frequency_penalty", "between -2 and 2; 0 is none"),
-            (_whole(self.n, 1), "n", "a whole number, at least 1"),
-            (self.seed is None or _whole(self.seed), "seed", "a whole number or None"),
+            (_whole(self.n, 1), "n", "a whole number from 1 to 2**63 - 1"),
+            (self.seed is None or _whole(self.seed), "seed", "a whole number below 2**63 in size, or None"),
             (all(isinstance(s, str) and s for s in self.stop), "stop", "a list of texts, none empty"),
             (
                 all(_whole(t, 0) for t in self.stop_token_ids),
                 "stop_token_ids",
-                "a list of token ids, whole numbers from 0",
+                "a list of token ids, whole numbers from 0 to 2**63 - 1",
             ),
-            (_whole(self.top_logprobs, 0), "top_logprobs", "0 (none) or a positive whole number"),
+            (_whole(self.top_logprobs, 0), "top_logprobs", "0 (none) or a whole number up to 2**63 - 1"),
             *(
                 (isinstance(getattr(self, flag), bool | np.bool_), flag, "True or False")
                 for flag in ("logprobs", "ignore_eos", "routes", "speculate")
@@ -104,7 +109,7 @@ class SamplingParams:
         ]
         for ok, name, expected in checks:
             if not ok:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {expected}")
+                raise ValueError(f"{name}={shortened(getattr(self, name))} must be {expected}")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}")
         self._set("stop_token_ids", tuple(dict.fromkeys(int(t) for t in self.stop_token_ids)))
@@ -135,7 +140,8 @@ class SamplingParams:
 
 def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
     """A logit bias as (token, bias) pairs, ascending by token; pairs are taken too, so that `replace` works."""
-    complaint = f"logit_bias={bias!r} must map token ids, whole numbers from 0, to numbers between -100 and 100"
+    given = shortened(bias)
+    complaint = f"logit_bias={given} must map token ids, whole numbers from 0, to numbers between -100 and 100"
     if bias is None:
         return ()
     if not isinstance(bias, Mapping | tuple | list):
@@ -147,21 +153,26 @@ def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
             raise ValueError(complaint)
         token, value = entry
         if not _whole(token, 0):
-            raise ValueError(f"logit_bias has token {token!r}; tokens must be whole numbers, at least 0")
+            raise ValueError(f"logit_bias has token {shortened(token)}; tokens must be whole numbers, 0 to 2**63 - 1")
         if not _within(value, -100.0, 100.0):
-            raise ValueError(f"logit_bias of token {token} is {value!r}; it must be a number between -100 and 100")
+            raise ValueError(
+                f"logit_bias of token {token} is {shortened(value)}; it must be a number between -100 and 100"
+            )
         if int(token) in pairs:
             raise ValueError(f"logit_bias names token {token} twice; give each token once")
         pairs[int(token)] = float(value)
     return tuple(sorted(pairs.items()))
 
 
-def _whole(value: object, least: int | None = None) -> bool:
+def _whole(value: object, least: int = -MOST) -> bool:
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return whole and (least is None or int(value) >= least)  # type: ignore[call-overload]
+    return whole and least <= int(value) <= MOST  # type: ignore[call-overload]
 
 
 def _within(value: object, least: float, most: float) -> bool:
     """Whether `value` is a finite number in [least, most]."""
     number = isinstance(value, Real) and not isinstance(value, bool)
-    return number and math.isfinite(value) and least <= value <= most  # type: ignore[arg-type, operator]
+    try:
+        return number and math.isfinite(value) and least <= value <= most  # type: ignore[arg-type, operator]
+    except OverflowError:  # a whole number that no float holds
+        return False

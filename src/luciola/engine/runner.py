@@ -401,6 +401,8 @@ class Runner:
             top_logprobs=sequence.top if params.top_logprobs else None,
             routes=torch.cat([x[start:end] for x, start, end in sequence.routes]) if sequence.routes else None,
             cached_tokens=sequence.cached_tokens or 0,
+            drafted=sequence.drafted,
+            accepted=sequence.accepted,
         )
 
     def counts(self) -> dict[str, int | float]:

@@ -30,9 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luciola.engine.params import SamplingParams as SamplingParams
+from luciola.engine.params import SamplingParams
 
 BLOCK = 64  # uniform numbers drawn from a stream at a time
+HOT = 1e30  # temperatures above are taken as this: float32 would make some of them infinite
 COLD = 1e-6  # temperatures below are taken as 0: logits divided by them can overflow
 SMALL = 1e-30  # smaller top_p could round to 0, which keeps nothing; the likeliest token alone reaches either
 CANDIDATES = 256  # likeliest tokens that top-k, top-p and min-p look at first
@@ -85,14 +86,12 @@ class UniformStream:
     def number(self, i: int) -> float:
         """Number i of the stream, however often and in whatever order it is asked for."""
         while i >= len(self._numbers):
-            self.block()
+            self._block()
         return self._numbers[i]
 
-    def block(self) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        """The next BLOCK numbers that nobody has seen."""
-        block = self._generator.random(BLOCK, dtype=np.float32)
-        self._numbers += block.tolist()
-        return block
+    def _block(self) -> None:
+        """Draw the next BLOCK numbers."""
+        self._numbers += self._generator.random(BLOCK, dtype=np.float32).tolist()
 
 
 class History:
@@ -173,8 +172,6 @@ class Settings:
     those that top-k, top-p and min-p leave).
     """
 
-    rows: tuple[SamplingParams, ...]
-    ends: tuple[int, ...]
     temperature_B1: Tensor | None  # None: 1 everywhere
     greedy: Tensor
     plain: Tensor
@@ -195,15 +192,13 @@ class Settings:
         for b, p in enumerate(rows):
             whole = p.top_k == 0 and p.top_p >= 1.0 and p.min_p <= 0.0
             kinds["greedy" if p.temperature < COLD else "plain" if whole else "cut"].append(b)
-        temperatures = [float(p.temperature) if p.temperature >= COLD else 1.0 for p in rows]
+        temperatures = [min(float(p.temperature), HOT) if p.temperature >= COLD else 1.0 for p in rows]
         cut = [rows[b] for b in kinds["cut"]]
         edits: dict[int, _Edit] = {}  # by identity: the samples of a request share one
         for p in rows:
             if id(p) not in edits and (p.needs_history or p.logit_bias):
                 edits[id(p)] = _Edit(p, ends, device)
         return cls(
-            rows=tuple(rows),
-            ends=tuple(ends),
             temperature_B1=None if set(temperatures) <= {1.0} else torch.tensor(temperatures, device=device)[:, None],
             **{kind: torch.tensor(members, dtype=torch.long, device=device) for kind, members in kinds.items()},
             top_k_C1=torch.tensor([int(p.top_k) for p in cut], dtype=torch.long, device=device)[:, None],
@@ -212,10 +207,6 @@ class Settings:
             edits=tuple((b, edits[id(p)]) for b, p in enumerate(rows) if id(p) in edits),
             top_logprobs=tuple((b, int(p.top_logprobs)) for b, p in enumerate(rows) if p.top_logprobs),
         )
-
-    def keep(self, rows: Tensor) -> Settings:
-        """The settings of these rows, in this order; a row may come several times."""
-        return Settings.of([self.rows[b] for b in rows.tolist()], self.ends, self.greedy.device)
 
 
 class Sampled(NamedTuple):

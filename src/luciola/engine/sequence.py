@@ -34,6 +34,7 @@ class Completion:
         routes: experts of each prompt and generated token but the last, (T - 1, MoE layers, K) int16 (with
         `routes=True`).
         cached_tokens: tokens of the prompt that a prefix in the cache saved from being computed.
+        drafted, accepted: tokens that speculation has guessed for it, and how many of them were right.
     """
 
     text: str
@@ -44,6 +45,8 @@ class Completion:
     top_logprobs: list[dict[int, float]] | None = None
     routes: Tensor | None = field(default=None, repr=False, compare=False)
     cached_tokens: int = field(default=0, compare=False)
+    drafted: int = field(default=0, compare=False)
+    accepted: int = field(default=0, compare=False)
 
 
 @dataclass(slots=True)
@@ -100,6 +103,8 @@ class Sequence:
     history: History | None = None
     grammar: GrammarState | None = None
     pace: Pace | None = None
+    drafted: int = 0
+    accepted: int = 0
     listener: Callable[[Delta | Exception], None] | None = None
     told: int = 0  # tokens that the listener has been told of
 

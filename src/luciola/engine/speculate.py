@@ -114,6 +114,8 @@ class Speculator:
         """A step with drafts has been checked."""
         self.drafted += drafted
         self.accepted += accepted
+        sequence.drafted += drafted
+        sequence.accepted += accepted
         assert sequence.pace is not None
         sequence.pace.judge(drafted, accepted, self.most, self.clock.cost(sequences))
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 
 from luciola.model.config import ModelConfig
-from luciola.model.quant_layers import QuantWeight
+from luciola.model.quant_layers import is_quantised
 from luciola.model.transformer import Transformer
 from luciola.run import publish_folder
 from luciola.text.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ class LanguageModel:
         Raises:
             ValueError: the model is quantised, or `folder` holds something else.
         """
-        if any(isinstance(module, QuantWeight) for module in self.model.modules()):
+        if is_quantised(self.model):
             raise ValueError("the model is quantised, for inference only; save the one that it was made from")
         with publish_folder(folder) as unfinished:
             eos_token_ids = () if self.tokenizer is None else self.tokenizer.eos_token_ids

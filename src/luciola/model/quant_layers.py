@@ -64,6 +64,11 @@ class QuantWeight(nn.Module):
         return f"{list(self.shape)}, bits={self.quantized.bits}, group={self.group}"
 
 
+def is_quantised(model: nn.Module) -> bool:
+    """Whether any of its matrices is."""
+    return any(isinstance(module, QuantWeight) for module in model.modules())
+
+
 class _Quantised(nn.Module):
     """What both layers share: their products hold addresses, so they are made at the first call and again after the
     tensors have moved, and no copy of the layer takes them along."""

@@ -227,9 +227,24 @@ class Transformer(nn.Module):
         The promise needs float32 weights, not quantised, on a CPU, and the native kernels; it holds from one run to the
         next on the same machine, whatever the number of threads. It does not reach to `forward`, which a GEMM computes
         in another order (float32 rounding apart, the same), nor to other processors.
+
+        Raises:
+            ValueError: `tokens_BT` is not rows of token ids of this model, or they go beyond its context.
         """
-        self.prepare()
+        vocabulary, context = self.config.vocab_size, self.config.max_position_embeddings
+        whole = isinstance(tokens_BT, Tensor) and tokens_BT.dtype in (torch.int64, torch.int32)
+        if not whole or tokens_BT.ndim != 2 or not tokens_BT.numel():
+            given = f"{list(tokens_BT.shape)}, {tokens_BT.dtype}" if isinstance(tokens_BT, Tensor) else type(tokens_BT)
+            raise ValueError(
+                f"tokens_BT={given} must be rows of at least one token id, (B, T) int64; torch.tensor([ids]) makes one"
+            )
         B, T = tokens_BT.shape
+        if context < T:
+            raise ValueError(f"tokens_BT has rows of {T} tokens; the model's context has room for {context}")
+        for token in (int(tokens_BT.min()), int(tokens_BT.max())):
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"tokens_BT has token {token}, outside the vocabulary of {vocabulary}")
+        self.prepare()
         device = tokens_BT.device
         shape = (B * T, self.config.cached_per_token_and_layer)
         pools = [torch.zeros(shape, dtype=self.norm.weight.dtype, device=device) for _ in self.layers]

@@ -67,7 +67,10 @@ def is_name(text: str) -> bool:
 
 def shortened(value: object) -> str:
     """A value from such a file as it can stand in the sentence of an error."""
-    return printable(repr(value), 80)
+    try:
+        return printable(repr(value), 80)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def printable(text: str, length: int = 200) -> str:

@@ -1,8 +1,8 @@
 """Compile the C kernels of this folder, once per machine, and load them.
 
-All `*.c` files become one shared library in the user's cache folder, named by a digest of the sources, the compiler and
-the processor, so that a changed source or another machine compiles anew. OpenMP's runtime is the one that torch has
-loaded already: both share one pool of threads.
+All `*.c` files become one shared library in the user's cache folder, named by a digest of the sources, the compiler
+with its arguments and the processor, so that a changed source or another machine compiles anew. OpenMP's runtime is the
+one that torch has loaded already: both share one pool of threads.
 
 Set LUCIOLA_NATIVE=0 to do without.
 """
@@ -51,7 +51,9 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
         return None, f"{compiler[0]} failed: {lines[0] if lines else 'it says nothing'}"
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        return None, f"{compiler[0]} did not finish within {SECONDS} seconds"
+    except OSError as error:
         return None, f"{compiler[0]} failed: {error}"
 
 
@@ -65,7 +67,13 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
     sources = sorted(FOLDER.glob("*.c"))
     told = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=SECONDS).stdout
     facts = [source.read_bytes() for source in (*sources, *sorted(FOLDER.glob("*.h")))]
-    facts += [told, " ".join(FLAGS).encode(), hardware.cpu_name().encode(), " ".join(hardware.cpu_features()).encode()]
+    facts += [
+        told,
+        *map(str.encode, compiler[1:]),
+        " ".join(FLAGS).encode(),
+        hardware.cpu_name().encode(),
+        " ".join(hardware.cpu_features()).encode(),
+    ]
     digest = hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
     folder = hardware.cache_folder()
     path = folder / f"native-{digest}.so"
