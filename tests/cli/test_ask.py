@@ -217,7 +217,7 @@ def test_evaluate_scores_a_text(model: str, tmp_path: Path, monkeypatch: pytest.
         def __init__(self, lm: Any, dtype: str, quantize: str | None = None, group_size: int = 32) -> None:
             super().__init__(lm, dtype)
             if quantize is not None:
-                self.model = copy.deepcopy(self.model)
+                self._weights.model = copy.deepcopy(self.model)
                 for parameter in self.model.parameters():
                     parameter.data = parameter.data.mul(100).round().div(100)
 

@@ -238,7 +238,7 @@ def test_short_prompts_count_as_prompts(lm: LanguageModel) -> None:
     """However many there are, a step reads `chunk` tokens of prompts at the most."""
     engine = Engine(lm, dtype="model", chunk=5)
     read = [0]
-    for _ in engine._run([row for group in engine._sequences([[3, 4, 5]] * 20, LONG, 0) for row in group]):
+    for _ in engine._run([row for group in engine._requests.sequences([[3, 4, 5]] * 20, LONG, 0) for row in group]):
         read.append(int(engine.stats["prompt_tokens"] + engine.stats["cached_tokens"]))
     assert max(b - a for a, b in itertools.pairwise(read)) <= 5
     assert read[-1] == 60

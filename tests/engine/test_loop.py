@@ -208,7 +208,7 @@ class Faulty:
 def test_an_error_in_one_request_stays_with_it(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(lm, dtype="model", block_size=4)
     expected = [c for (c,) in engine.generate(prompts(4), LONG)]
-    real = engine._sequences
+    real = engine._requests.sequences
 
     def sequences(asked: Any, *more: Any, **named: Any) -> Any:
         groups = real(asked, *more, **named)
@@ -216,7 +216,7 @@ def test_an_error_in_one_request_stays_with_it(lm: LanguageModel, monkeypatch: p
             groups[0][0].grammar = Faulty(lm.config.vocab_size)
         return groups
 
-    monkeypatch.setattr(engine, "_sequences", sequences)
+    monkeypatch.setattr(engine._requests, "sequences", sequences)
 
     async def everybody() -> list[Any]:
         asked = [collect(engine, p, LONG) for p in [*prompts(2), [9, 9, 9], *prompts(4)[2:]]]

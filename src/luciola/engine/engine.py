@@ -8,33 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
-import itertools
-import operator
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from luciola import hardware
 from luciola.engine.blocks import BlockPool
 from luciola.engine.cache import PagedCache
-from luciola.engine.grammar import GrammarCompiler
 from luciola.engine.loop import Loop
 from luciola.engine.params import SamplingParams
+from luciola.engine.requests import Prompt, Requests
 from luciola.engine.runner import Runner
-from luciola.engine.sampler import History, UniformStream
-from luciola.engine.scheduler import PATIENCE, Scheduler
+from luciola.engine.scheduler import Scheduler
 from luciola.engine.sequence import Completion, Delta
 from luciola.engine.sequence import Sequence as Row
 from luciola.engine.speculate import Speculator
-from luciola.engine.stopping import StopTexts
-from luciola.engine.writer import Writer
+from luciola.engine.weights import Weights
 from luciola.model.language_model import LanguageModel
 from luciola.model.native import build
 from luciola.model.quant import BLOCK, GROUPS
-from luciola.model.quant_layers import Report, is_quantised, quantize_model
+from luciola.model.quant_layers import Report, is_quantised
 from luciola.model.transformer import Transformer
 from luciola.text.untrusted import shortened
 
@@ -43,8 +37,6 @@ MAX_RUNNING = 1024  # sequences that run at once
 CHUNK = 8192  # prompt tokens that one step reads
 MOST_TOKENS = 1 << 20  # that the cache holds unless more are asked for
 BOOKS = 64  # bytes that a block takes in the books of the pool
-
-Prompt = str | Sequence[int]
 
 
 class Engine:
@@ -116,14 +108,13 @@ class Engine:
                 "model without quantized=True"
             )
         self.tokenizer, self.config = lm.tokenizer, lm.config
-        self._source = lm.model
-        parameter = next(self._source.parameters())
+        parameter = next(lm.model.parameters())
         wanted = parameter.dtype if dtype == "model" else getattr(torch, hardware.choose_dtype(dtype)[0])
         if parity and (reason := _no_parity(wanted, parameter.device, quantised or quantize is not None)):
             raise ValueError(f"parity=True needs {reason}")
         self.dtype, self.device = wanted, parameter.device
-        self._quantize, self._group_size = quantize, group_size
-        self._make_model()
+        bits = {"int8": 8, "int4": 4}.get(quantize or "")
+        self._weights = Weights(lm.model, wanted, bits, group_size)
         self._speculator = Speculator(self.model, speculate) if speculate is not None else None
         layers = self.config.num_hidden_layers + (self._speculator.layers if self._speculator else 0)
         self.cache_bytes_per_token = self.config.cached_per_token_and_layer * layers * (torch.finfo(wanted).bits // 8)
@@ -145,21 +136,18 @@ class Engine:
         self._runner = Runner(
             self.model, lm.tokenizer, self._scheduler, self._cache, self._ends, self._speculator, prefix_cache, parity
         )
-        self._numbers = itertools.count()
+        self._requests = Requests(self.config, lm.tokenizer, self.max_cached_tokens, self._ends)
         self._loop = Loop(self._step)
-        self._runner.prepare(self.model)
-        self._stamp = _stamp(self._source)  # of the weights that the cache's content was computed with
 
-    def _make_model(self) -> None:
-        """The weights that are computed with: those of the model that was given, or a copy in another form."""
-        self.model: Transformer = self._source
-        self.quantization: Report | None = None
-        if self._quantize is not None:
-            self.model, self.quantization = quantize_model(
-                self._source, 8 if self._quantize == "int8" else 4, self._group_size
-            )
-        elif self.dtype != next(self._source.parameters()).dtype:
-            self.model = copy.deepcopy(self._source).to(self.dtype)
+    @property
+    def model(self) -> Transformer:
+        """What is computed with: the model that was given, or a copy of it in another form."""
+        return self._weights.model
+
+    @property
+    def quantization(self) -> Report | None:
+        """Which matrices have how many bits; None without `quantize`."""
+        return self._weights.report
 
     @property
     def blocks_used(self) -> int:
@@ -206,12 +194,12 @@ class Engine:
             raise ValueError("prompts must be a list; put the single prompt in brackets")
         if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
             raise ValueError(f"prompts={shortened(prompts)} must be a list of texts or lists of token ids")
-        groups = self._sequences(list(prompts), params, priority)
+        groups = self._requests.sequences(list(prompts), params, priority)
         rows = [row for group in groups for row in group]
         with contextlib.closing(self._run(rows)) as steps:
             for _ in steps:
                 pass
-        completions = [[self._runner.completion(row) for row in group] for group in groups]
+        completions = [[row.completion(self.tokenizer) for row in group] for group in groups]
         for row in rows:
             if row.error is not None:
                 row.error.completions = completions  # type: ignore[attr-defined]
@@ -227,7 +215,7 @@ class Engine:
             raise ValueError("this model has no tokenizer, so its tokens cannot be streamed as text; use generate")
         if isinstance(params, SamplingParams) and params.n != 1:
             raise ValueError(f"one completion can be streamed, not n={params.n}; use generate")
-        ((row,),) = self._sequences([prompt], params, priority, streamed=True)
+        ((row,),) = self._requests.sequences([prompt], params, priority, streamed=True)
         told: list[Delta | Exception] = []
         row.listener = told.append
         with contextlib.closing(self._run([row])) as steps:
@@ -247,7 +235,7 @@ class Engine:
         Many of these may run at once, in one or several event loops: one thread of the engine serves them together.
         Closing the iterator, or cancelling the task that reads it, ends the request and frees its blocks within a step.
         """
-        (rows,) = self._sequences([prompt], params, priority, streamed=True)
+        (rows,) = self._requests.sequences([prompt], params, priority, streamed=True)
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
 
@@ -315,7 +303,9 @@ class Engine:
 
     def _begin(self, rows: list[Row]) -> None:
         try:
-            self._follow_weights()
+            if self._weights.follow():
+                self._pool.forget()  # what the cache keeps was computed with other weights
+                self._runner.take(self.model)
         except Exception as error:
             for row in rows:
                 row.error = error
@@ -325,129 +315,11 @@ class Engine:
             if row.leader is None:
                 self._scheduler.add(row)
 
-    def _follow_weights(self) -> None:
-        """Take note of weights that have changed since the last request."""
-        if self._stamp == _stamp(self._source):
-            return
-        self._pool.forget()
-        if self.model is not self._source:
-            self._make_model()
-        self._runner.prepare(self.model)
-        self._stamp = _stamp(self._source)  # preparing may have moved them
-
     def _end(self, rows: list[Row]) -> None:
         ended = [row for row in rows if not row.ended]
         for row in ended:
             row.finish = "abort"
         self._runner.finish(ended)
-
-    def _sequences(
-        self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
-        priority: int,
-        streamed: bool = False,
-    ) -> list[list[Row]]:
-        if params is None:
-            params = SamplingParams()
-        settings = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        if not isinstance(settings, list | tuple) or not all(isinstance(p, SamplingParams) for p in settings):
-            raise ValueError("params must be SamplingParams, one for all prompts or one for each")
-        if len(settings) != len(prompts):
-            raise ValueError(f"{len(settings)} sampling params for {len(prompts)} prompts; give one, or one for each")
-        if isinstance(priority, bool) or not isinstance(priority, int) or priority < 0:
-            raise ValueError(f"priority={priority!r} must be a whole number, 0 (first) or more")
-        groups = []
-        for i, (prompt, p) in enumerate(zip(prompts, settings, strict=True)):
-            ids = self._tokens(prompt, i)
-            room = self._room(ids, i)
-            if p.stop and self.tokenizer is None:
-                raise ValueError("stop texts need a tokenizer, and this model has none")
-            p.check_vocabulary(self.config.vocab_size)
-            stops = StopTexts(p.stop)
-            grammar = None if p.grammar is None else self._compiler.start(p.grammar)
-            rows = []
-            for j in range(p.n):
-                number = next(self._numbers)
-                row = Row(
-                    prompt_length=len(ids),
-                    params=p,
-                    index=j,
-                    max_tokens=min(p.max_tokens, room),
-                    tokens=list(ids),
-                    stream=UniformStream(p.seed, j, ids),
-                    order=(number + priority * PATIENCE, number),
-                )
-                row.grammar = None if grammar is None else grammar.fork()
-                row.history = History(ids) if p.needs_history else None
-                if self.tokenizer is not None and (p.stop or streamed):
-                    row.writer = Writer(self.tokenizer, stops)
-                rows.append(row)
-            for row in rows[1:]:
-                row.leader = rows[0]
-            rows[0].followers = rows[1:]
-            groups.append(rows)
-        return groups
-
-    def _room(self, ids: list[int], i: int) -> int:
-        context = self.config.max_position_embeddings
-        if len(ids) >= context:
-            raise ValueError(
-                f"prompt {i} has {len(ids)} tokens; the model's context of {context} leaves no room to answer"
-            )
-        if len(ids) > self.max_cached_tokens:
-            raise ValueError(
-                f"prompt {i} has {len(ids)} tokens; the cache has room for {self.max_cached_tokens}: "
-                "give the engine more max_cached_tokens"
-            )
-        return min(context - len(ids), self.max_cached_tokens - len(ids) + 1)
-
-    def _tokens(self, prompt: Prompt, i: int) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("this model has no tokenizer; give prompts as lists of token ids")
-            ids = self.tokenizer.encode(prompt)
-        else:
-            try:
-                listed = list(prompt)
-                if isinstance(prompt, bytes | bytearray) or any(isinstance(t, bool) for t in listed):
-                    raise TypeError("bytes and truth values count as numbers in Python, and are no tokens")
-                ids = [operator.index(t) for t in listed]
-            except TypeError as error:
-                raise ValueError(f"prompt {i} is neither a text nor a list of token ids (whole numbers)") from error
-        if not ids:
-            raise ValueError(f"prompt {i} is empty; give at least one token")
-        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            bad = next(t for t in ids if not 0 <= t < self.config.vocab_size)
-            raise ValueError(f"prompt {i} has token {bad}, outside the vocabulary of {self.config.vocab_size}")
-        return ids
-
-    @cached_property
-    def _compiler(self) -> GrammarCompiler:
-        if self.tokenizer is None:
-            raise ValueError("a grammar needs a tokenizer, and this model has none")
-        return GrammarCompiler(self.tokenizer, self.config.vocab_size, sorted(self._ends))
-
-
-_optimizer_steps = itertools.count(1)
-_last_optimizer_step = 0
-
-
-def _count_optimizer_step(*_: object) -> None:
-    global _last_optimizer_step
-    _last_optimizer_step = next(_optimizer_steps)
-
-
-# Fused optimizers change weights without raising their version.
-register_optimizer_step_post_hook(_count_optimizer_step)
-
-
-def _stamp(model: torch.nn.Module) -> list[tuple[int, int]]:
-    """Changes whenever weights may have changed: by an optimizer's step, any operation in place, or a move."""
-    return [
-        (0, _last_optimizer_step),
-        *((x.data_ptr(), 0 if x.is_inference() else x._version) for x in (*model.parameters(), *model.buffers())),
-    ]
 
 
 def _blocks(tokens: int, block_size: int, bytes_per_token: int, device: torch.device) -> int:

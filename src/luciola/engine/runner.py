@@ -12,9 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +21,9 @@ from luciola.engine.cache import PagedCache, Piece, PromptCache
 from luciola.engine.params import SamplingParams
 from luciola.engine.sampler import History, NotFiniteError, NothingAllowedError, Sampled, Settings, sample
 from luciola.engine.scheduler import Scheduler
-from luciola.engine.sequence import Completion, Delta, Sequence
+from luciola.engine.sequence import Sequence
+from luciola.engine.steps import Steps
 from luciola.model.moe import Routing
-from luciola.model.native.attention import Step
 from luciola.model.transformer import Transformer
 from luciola.text.tokenizer import Tokenizer
 
@@ -32,16 +31,7 @@ if TYPE_CHECKING:
     from luciola.engine.speculate import Speculator
 
 
-MOST_STEPS = 64  # tokens of a step that is kept
 _ANYTHING = SamplingParams()  # for a row that has failed: what is drawn for it is thrown away
-
-
-class _Kept(NamedTuple):
-    """A step to be written anew, with arrays over the memory of its tensors."""
-
-    step: Step
-    rows_N: np.ndarray[tuple[int], np.dtype[np.int32]]
-    positions_N: np.ndarray[tuple[int], np.dtype[np.int32]]
 
 
 class Ready:
@@ -84,7 +74,7 @@ class Runner:
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.steps = 0
         self.grammar_tokens, self.grammar_seconds = 0, 0.0
         self._settings: tuple[list[Sequence], Settings] = ([], Settings.of([]))
-        self._steps: dict[int, _Kept] = {}  # by number of tokens
+        self.flat = Steps(model, cache)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -113,7 +103,7 @@ class Runner:
         ended = [sequence for sequence in touched if sequence.ended]
         for sequence in touched:
             if sequence.listener is not None and not sequence.ended:
-                self._tell(sequence)
+                sequence.tell(self.tokenizer)
         if ended:
             self.finish(ended)
 
@@ -156,7 +146,7 @@ class Runner:
             fed += tokens
             rows += [sequence.row] * len(tokens)
             positions += range(start, start + len(tokens))
-        step = self.flat_step(rows, positions)
+        step = self.flat.step(rows, positions)
         tokens_N = torch.tensor(fed, device=self.device)
         states_ND, routings = self.model.decode(tokens_N, step, self.cache.pools, self.exact)
         if self.speculator is not None and any(count > 1 for _, count in work):
@@ -199,30 +189,12 @@ class Runner:
         if copies:
             self.cache.copy(copies)
 
-    def flat_step(self, rows: Many[int], positions: Many[int]) -> Step:
-        """What all layers share when tokens of these rows of the table, at these positions, are read."""
-        cos, sin = self.model.rope.table(max(positions) + 1, self.device)
-        known = self._steps.get(len(rows))
-        if known is not None and known.step.cos is cos:
-            known.rows_N[:], known.positions_N[:] = rows, positions
-            return known.step
-        on_host = (np.array(rows, dtype=np.int32), np.array(positions, dtype=np.int32))
-        rows_N, positions_N = (torch.from_numpy(x).to(self.device) for x in on_host)
-        keep = len(rows) <= MOST_STEPS and self.device.type == "cpu"
-        step = Step(
-            rows_N, positions_N, self.cache.table_RM, self.cache.block_size, cos, sin, again={} if keep else None
-        )
-        if keep:
-            self._steps[len(rows)] = _Kept(step, *on_host)
-        return step
-
-    def prepare(self, model: Transformer) -> None:
-        """To be done when the model's weights have changed, or there is another model in its place."""
+    def take(self, model: Transformer) -> None:
+        """Go on with this model, whose weights are others."""
         self.model = model
+        self.flat = Steps(model, self.cache)
         if self.speculator is not None:
             self.speculator.model = model
-        model.prepare()
-        self._steps.clear()  # what they repeat refers to the weights of before
 
     def _advance(self, sequence: Sequence, count: int) -> None:
         sequence.computed += count
@@ -370,40 +342,8 @@ class Runner:
                 self.grammar_tokens += sequence.grammar.tokens
                 self.grammar_seconds += sequence.grammar.seconds
             if sequence.listener is not None:
-                self._tell(sequence)
+                sequence.tell(self.tokenizer)
             sequence.done = True  # last of all: threads that wait for it look here without the lock
-
-    def _tell(self, sequence: Sequence) -> None:
-        assert sequence.listener is not None
-        if sequence.error is not None:
-            sequence.listener(sequence.error)
-            return
-        start = sequence.prompt_length + sequence.told
-        tokens = sequence.tokens[start:]
-        sequence.told += len(tokens)
-        text = sequence.writer.take() if sequence.writer is not None else ""
-        whole = self.completion(sequence) if sequence.finish is not None else None
-        sequence.listener(Delta(sequence.index, text, tokens, whole))
-
-    def completion(self, sequence: Sequence) -> Completion:
-        """What a sequence that has ended has come to."""
-        params, tokens = sequence.params, sequence.tokens[sequence.prompt_length :]
-        if sequence.writer is not None:
-            text = sequence.writer.text
-        else:
-            text = "" if self.tokenizer is None else self.tokenizer.decode(tokens)
-        return Completion(
-            text=text,
-            token_ids=tokens,
-            finish_reason=sequence.finish or "abort",
-            logprobs=sequence.logprobs if params.logprobs else None,
-            tempered_logprobs=sequence.tempered if params.logprobs else None,
-            top_logprobs=sequence.top if params.top_logprobs else None,
-            routes=torch.cat([x[start:end] for x, start, end in sequence.routes]) if sequence.routes else None,
-            cached_tokens=sequence.cached_tokens or 0,
-            drafted=sequence.drafted,
-            accepted=sequence.accepted,
-        )
 
     def counts(self) -> dict[str, int | float]:
         """What has been done so far."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from luciola.engine.params import SamplingParams
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from luciola.engine.sampler import History, UniformStream
     from luciola.engine.speculate import Pace
     from luciola.engine.writer import Writer
+    from luciola.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -122,3 +124,32 @@ class Sequence:
     def ended(self) -> bool:
         """Whether nothing is to be done for it any more."""
         return self.finish is not None or self.error is not None
+
+    def completion(self, tokenizer: Tokenizer | None) -> Completion:
+        """What it has come to."""
+        params, tokens = self.params, self.tokens[self.prompt_length :]
+        text = "" if tokenizer is None else tokenizer.decode(tokens)
+        return Completion(
+            text=text if self.writer is None else self.writer.text,
+            token_ids=tokens,
+            finish_reason=self.finish or "abort",
+            logprobs=self.logprobs if params.logprobs else None,
+            tempered_logprobs=self.tempered if params.logprobs else None,
+            top_logprobs=self.top if params.top_logprobs else None,
+            routes=torch.cat([x[start:end] for x, start, end in self.routes]) if self.routes else None,
+            cached_tokens=self.cached_tokens or 0,
+            drafted=self.drafted,
+            accepted=self.accepted,
+        )
+
+    def tell(self, tokenizer: Tokenizer | None) -> None:
+        """Tell the listener what is new since it was told last."""
+        assert self.listener is not None
+        if self.error is not None:
+            self.listener(self.error)
+            return
+        tokens = self.tokens[self.prompt_length + self.told :]
+        self.told += len(tokens)
+        text = self.writer.take() if self.writer is not None else ""
+        whole = self.completion(tokenizer) if self.finish is not None else None
+        self.listener(Delta(self.index, text, tokens, whole))

@@ -149,7 +149,7 @@ class Speculator:
             positions += range(start, start + len(following))
             tokens += following
             place += count + len(sequence.drafts)
-        step = runner.flat_step(rows, positions)
+        step = runner.flat.step(rows, positions)
         tokens_N = torch.tensor(tokens, device=states_ND.device)
         self.model.mtp_decode(states_ND[kept], tokens_N, step, runner.cache.pools[-1])
 
@@ -180,7 +180,7 @@ class Speculator:
             positions += range(s.computed - new, s.computed)
             tokens += s.tokens[s.computed - new + 1 : s.computed + 1]
             last.append(len(rows) - 1)
-        step = runner.flat_step(rows, positions)
+        step = runner.flat.step(rows, positions)
         tokens_N = torch.tensor(tokens, device=states_ND.device)
         states_ND = self.model.mtp_decode(states_ND, tokens_N, step, runner.cache.pools[-1])
         going = [place for place, go in zip(last, ready, strict=True) if go]
