@@ -74,6 +74,7 @@ def test_standings_take_the_best_of_each_and_count_agreement_up_to_the_first_dif
     assert (result["best"], result["peer"]) == ("int8", "peer q4")
     assert result["tokens_per_second"] == {"float32": 2.0, "int8": 4 / 0.75, "peer f32": 1.0, "peer q4": 4 / 3}
     assert result["ratio"] == 4.5 and result["ratio_lowest"] == 3.0 and result["ratio_highest"] == 6.0
+    assert result["ratios"] == {"peer f32": 6.0, "peer q4": 4.5}
     assert result["same_tokens"] == 5 / 8
     assert result["peer_own_clock"] == clock
     prefill = standings(turns, ["float32"], peers, prompts, 1)

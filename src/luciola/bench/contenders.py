@@ -51,9 +51,9 @@ def race(
 
     Returns:
         `tokens_per_second` of every contender (new ones, or with a single new token those of the prompts), `ratio` of
-        our `best` precision to the peer's best file with its spread, `same_tokens` (the share of new tokens in which
-        our first precision agrees with the peer's first; a difference ends the agreement of its row), `weight_bytes`,
-        and the peer's own clock where it has one.
+        our `best` precision to the peer's best file with its spread, and to each where there are several (`ratios`),
+        `same_tokens` (the share of new tokens in which our first precision agrees with the peer's first; a difference
+        ends the agreement of its row), `weight_bytes`, and the peer's own clock where it has one.
     """
     shared: dict[str, Any] = {"prompts": prompts, "new_tokens": new_tokens}
     contenders: dict[str, tuple[str, dict[str, Any]]] = {
@@ -84,6 +84,8 @@ def standings(
         "peer": peer,
     }
     result |= {name: value for name, value in compare(turns, best, peer).items() if not name.endswith("_seconds")}
+    if len(peers) > 1:
+        result["ratios"] = {name: compare(turns, best, name)["ratio"] for name in peers}
     ours, theirs = ([turn.said["tokens"] for turn in turns[name]] for name in (precisions[0], peers[0]))
     agreeing = sum(itertools.starmap(_agreement, itertools.chain.from_iterable(map(zip, ours, theirs))))
     result["same_tokens"] = agreeing / sum(len(row) for said in theirs for row in said)

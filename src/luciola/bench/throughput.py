@@ -16,7 +16,7 @@ from luciola.bench.subjects import SMOLLM2, SMOLLM2_VOCABULARY, V3_SHAPE, random
 from luciola.bench.turns import machine
 
 PEERS = ("transformers", "llama.cpp")
-ROUNDS, WARMUP = 3, 1
+ROUNDS, WARMUP = 2, 1
 ROWS, PROMPT, NEW_TOKENS = 16, 32, 64
 
 
