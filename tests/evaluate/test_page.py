@@ -19,33 +19,31 @@ HOSTILE = [
     '" autofocus onfocus="alert(1)',
     "<meta http-equiv=refresh content='0;url=http://evil.example'>",
 ]
-OURS = set(
-    [
-        "html",
-        "head",
-        "meta",
-        "title",
-        "style",
-        "body",
-        "h1",
-        "h2",
-        "table",
-        "tr",
-        "td",
-        "p",
-        "nav",
-        "label",
-        "select",
-        "option",
-        "small",
-        "section",
-        "pre",
-        "details",
-        "summary",
-        "article",
-        "script",
-    ]
-)
+OURS = {
+    "html",
+    "head",
+    "meta",
+    "title",
+    "style",
+    "body",
+    "h1",
+    "h2",
+    "table",
+    "tr",
+    "td",
+    "p",
+    "nav",
+    "label",
+    "select",
+    "option",
+    "small",
+    "section",
+    "pre",
+    "details",
+    "summary",
+    "article",
+    "script",
+}
 
 
 class Reader(HTMLParser):
