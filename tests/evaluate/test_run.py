@@ -34,12 +34,19 @@ class Scripted:
     def __init__(self, texts: list[list[str]]) -> None:
         self.texts = texts
         self.calls: list[list[SamplingParams]] = []
+        self.left = iter(texts)
+        self.samples: list[str] = []
 
-    def generate(self, prompts: list[list[int]], params: Any) -> list[list[Completion]]:
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        self.calls.append(each)
-        which = slice(0, 1) if each[0].temperature == 0 else slice(1, None)
-        return [[self.completion(text) for text in texts[which]] for texts in self.texts]
+    def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[Completion]]:
+        self.calls.append(params)
+        return [[self.completion(text) for text in self.next(one)] for one in params]
+
+    def next(self, params: SamplingParams) -> list[str]:
+        """The greedy text of the next problem, or the samples of the last one."""
+        if params.temperature == 0:
+            greedy, *self.samples = next(self.left)
+            return [greedy]
+        return self.samples
 
     @staticmethod
     def completion(text: str) -> Completion:
@@ -79,11 +86,11 @@ def test_every_figure_by_hand(lm: LanguageModel) -> None:
     assert figures["format_rate"] == pytest.approx(2 / 3)  # greedy only; the third lacks its thinking
     assert figures["truncated"] == 0.0
     assert figures["verdicts"] == {"correct": 5, "wrong": 5, "no_answer": 5, "timeout": 0, "crash": 0}
-    texts = [c.text for row in result.judged for c in row.completions]
+    texts = [attempt.text for row in result.judged for attempt in row.attempts]
     assert figures["tokens"] == sum(map(len, texts))
-    assert figures["mean_length"] == pytest.approx(sum(len(row.completions[0].text) for row in result.judged) / 3)
+    assert figures["mean_length"] == pytest.approx(sum(len(row.greedy.text) for row in result.judged) / 3)
     assert (figures["problems"], figures["samples"]) == (3, 4)
-    assert [len(row.verdicts) for row in result.judged] == [5, 5, 5]
+    assert [len(row.attempts) for row in result.judged] == [5, 5, 5]
 
 
 def test_truncated_answers_are_counted(lm: LanguageModel) -> None:
@@ -95,7 +102,8 @@ def test_truncated_answers_are_counted(lm: LanguageModel) -> None:
 def test_the_greedy_pass_is_greedy_and_the_samples_have_seeds_of_their_own(lm: LanguageModel) -> None:
     engine: Any = Scripted([["1"] * 3] * 5)
     evaluate(lm, Arithmetic(), problems=5, samples=2, temperature=0.7, top_p=0.9, max_tokens=33, engine=engine)
-    greedy, sampled = engine.calls
+    (asked,) = engine.calls
+    greedy, sampled = asked[::2], asked[1::2]
     assert all((p.temperature, p.n, p.max_tokens) == (0.0, 1, 33) for p in greedy)
     assert all((p.temperature, p.top_p, p.n, p.max_tokens) == (0.7, 0.9, 2, 33) for p in sampled)
     assert len({p.seed for p in sampled}) == 5
@@ -105,7 +113,7 @@ def test_the_greedy_pass_is_greedy_and_the_samples_have_seeds_of_their_own(lm: L
 def test_the_same_seed_gives_the_same_numbers(lm: LanguageModel) -> None:
     def texts(seed: int) -> list[list[str]]:
         result = evaluate(lm, Arithmetic(), problems=6, samples=3, max_tokens=8, seed=seed, temperature=1.5)
-        return [[row.problem.key, *(c.text for c in row.completions)] for row in result.judged]
+        return [[row.problem.key, *(attempt.text for attempt in row.attempts)] for row in result.judged]
 
     assert texts(0) == texts(0)
     assert texts(0) != texts(1)

@@ -162,7 +162,7 @@ def test_quickstart_refuses_what_cannot_be_learnt_from() -> None:
         ("task.name=arithmetc", "did you mean 'arithmetic'?"),
     ]:
         assert expected in message(GrpoRecipe, "quickstart", override)
-    with pytest.raises(RecipeError, match="accuracy and format are both 0"):
+    with pytest.raises(RecipeError, match="all weights are 0"):
         load(GrpoRecipe, "quickstart", ["reward.accuracy=0", "reward.format=0"])
 
 

@@ -38,7 +38,7 @@ def sampled(lm: LanguageModel, *, temperature: float = 1.0, unknown: bool = True
         known[1, 2] = False
     if flat:
         rewards[3] = 0.1
-    return Rollout([], prompts, completions, [], torch.zeros(P, G), rewards, known, 0.0, 0.0)
+    return Rollout([], prompts, completions, [], {}, rewards, known, 0.0, 0.0)
 
 
 def settings(recipe: Make, *, group_size: int = G, **grpo: Any) -> GrpoRecipe:
@@ -131,7 +131,7 @@ def test_micro_batches_and_order_change_nothing(lm: LanguageModel, recipe: Make,
     order = [2, 0, 3, 1]
     shuffled = Rollout(
         [], [rollout.prompts[p] for p in order], [rollout.completions[p][::-1] for p in order], [],
-        rollout.formats_PG, rollout.rewards_PG[order].flip(1), rollout.known_PG[order].flip(1), 0.0, 0.0,
+        rollout.parts, rollout.rewards_PG[order].flip(1), rollout.known_PG[order].flip(1), 0.0, 0.0,
     )  # fmt: skip
     for other, tokens in ((rollout, 1), (rollout, 30), (shuffled, 8192), (shuffled, 17)):
         metrics, found, _ = run(lm, other, settings(recipe, beta=beta, micro_batch_tokens=tokens), reference)

@@ -111,21 +111,29 @@ GOOD: dict[str, object] = {"question": "a", "answer": "x #### 1"}
     [
         ([], {}, "has no rows"),
         (["\n\n"], {}, "has no rows"),
-        ([GOOD, "{broken\n"], {}, "row 2: "),
-        ([GOOD, "[1, 2]\n"], {}, "row 2: a row must be a JSON object"),
-        ([GOOD, {"question": "b"}], {}, "row 2: expected text in the field 'answer'; the row has the fields: question"),
-        ([{}], {}, "row 1: expected text in the field 'question'; the row has the fields: none"),
-        ([{"question": "b", "answer": None}], {}, "row 1: expected text in the field 'answer'"),
-        ([{"question": "b", "answer": True}], {}, "row 1: expected text in the field 'answer'"),
-        ([{"question": " ", "answer": "1"}], {}, "row 1: the field 'question' is empty"),
+        ([GOOD, "{broken\n"], {}, "line 2: "),
+        ([GOOD, "[1, 2]\n"], {}, "line 2: a row must be a JSON object"),
+        (
+            [GOOD, {"question": "b"}],
+            {},
+            "line 2: expected text in the field 'answer'; the row has the fields: question",
+        ),
+        ([{}], {}, "line 1: expected text in the field 'question'; the row has the fields: none"),
+        ([{"question": "b", "answer": None}], {}, "line 1: expected text in the field 'answer'"),
+        ([{"question": "b", "answer": True}], {}, "line 1: expected text in the field 'answer'"),
+        ([{"question": " ", "answer": "1"}], {}, "line 1: the field 'question' is empty"),
         ([GOOD], {"question": "problem"}, "'problem'; the row has the fields: question, answer"),
-        ([GOOD, {"question": "b", "answer": "1"}], {"answer_after": "####"}, "row 2: .* does not contain answer_after"),
+        (
+            [GOOD, {"question": "b", "answer": "1"}],
+            {"answer_after": "####"},
+            "line 2: .* does not contain answer_after",
+        ),
         (
             [{"question": "b", "answer": "1 ####"}],
             {"answer_after": "####"},
-            "row 1: the field 'answer' holds no answer",
+            "line 1: the field 'answer' holds no answer",
         ),
-        ([GOOD], {"answer_boxed": True}, "row 1: .* has no"),
+        ([GOOD], {"answer_boxed": True}, "line 1: .* has no"),
     ],
 )
 def test_mistakes_in_files_name_the_row(tmp_path: Path, rows: list[Any], fields: dict[str, Any], message: str) -> None:
@@ -140,7 +148,7 @@ def test_other_mistakes(tmp_path: Path) -> None:
         Jsonl(path=Path("nowhere.jsonl")).size("train")
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes('{"question": "é", "answer": "1"}\n'.encode("latin-1"))
-    with pytest.raises(ValueError, match="row 1: 'utf-8' codec"):
+    with pytest.raises(ValueError, match="line 1: 'utf-8' codec"):
         Jsonl(path=latin).size("train")
     one = Jsonl(path=write(tmp_path / "one.jsonl", [{"question": "a", "answer": "1"}]), held_out_fraction=0.001)
     with pytest.raises(ValueError, match=r"heldout split of .* is empty"):

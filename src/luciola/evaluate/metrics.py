@@ -65,7 +65,10 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int | No
 def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's score interval for a proportion: 95 % confidence with the default z. (0, 1) without any trials.
 
-    It stays inside 0..1 and is honest at 0 % and 100 %, where the usual normal interval has no width. (Wilson 1927.)
+    It stays inside 0..1 and is honest at 0 % and 100 %, where the usual normal interval and the bootstrap have no
+    width. (Wilson 1927.) A trial is a problem, never a sample: samples of one problem are not independent. `successes`
+    may be a sum of shares, such as pass@1 of each problem; these vary less than zeros and ones of the same mean, so
+    that the interval is then wider than it need be, never too narrow.
 
     Raises:
         ValueError: unless 0 <= successes <= trials.

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from luciola.engine.engine import Engine
 from luciola.engine.params import SamplingParams
 from luciola.engine.sampler import derived_seed
-from luciola.engine.sequence import Completion
-from luciola.evaluate.metrics import maj_at_k, pass_at_k, wilson_interval
+from luciola.evaluate.figures import Attempt, Judged, figures
 from luciola.model.language_model import LanguageModel
+from luciola.run import read_records
+from luciola.run.records import RecordFile
 from luciola.tasks.base import Problem, Task
 from luciola.tasks.judge import judge
-from luciola.verify import answer
-from luciola.verify.style import format_reward
+from luciola.text.tokenizer import Tokenizer
 from luciola.verify.verdict import Verdict
 
 MAX_TOKENS = 1024
+# Completions in the engine at once, about: enough to keep it busy, few enough to lose little when a process is killed.
+AT_ONCE = 1024
 
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """One held-out problem: the greedy completion first, then the samples, each with its verdict."""
-
-    problem: Problem
-    completions: list[Completion]
-    verdicts: list[Verdict]
+Advance = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,44 +48,83 @@ def evaluate(
     max_tokens: int = MAX_TOKENS,
     seed: int = 0,
     engine: Engine | None = None,
+    kept: Path | None = None,
+    advance: Advance = lambda note, count: None,
 ) -> Evaluation:
     """Complete held-out problems once greedily and `samples` times at `temperature`, and judge every completion.
 
-    The same seed gives the same problems and the same samples.
+    The same seed gives the same problems and the same samples, however many problems are asked together.
 
     Args:
         problems: held-out problems, at most as many as a finite task has.
         samples: completions a problem for pass@k and maj@k (k = samples); 0 leaves them out.
         engine: an engine on `lm`, where there is one already.
+        kept: a file for the judged problems, one a line, written as they come. Those that are in it already, of an
+            evaluation that was stopped or killed, are not asked again; they must be of the same model and settings,
+            which is for the caller to know.
+        advance: told after each few problems how many were right so far, and how many are new.
 
     Returns:
-        figures: `accuracy` (greedy) with its 95 % interval, `pass@1` (mean over samples), `pass@k`, `maj@k`,
-        `format_rate`, `truncated`, `mean_length` (all three greedy), `verdicts` (counts over everything), `tokens`,
-        `seconds`.
+        figures: `accuracy` (greedy), `pass@1` (the mean over samples), `pass@2`, `pass@4` and so on, `pass@k`, `maj@k`,
+        each with its 95 % interval (`accuracy_low`, `accuracy_high`); `format_rate`, `truncated`, `mean_length` (all
+        three greedy), `verdicts` (counts over everything), `tokens`, `seconds`; `categories`, where the task has some.
 
     Raises:
-        ValueError: the model has no tokenizer, or the task no held-out problem.
+        ValueError: the model has no tokenizer, the task no held-out problem, or `kept` holds other problems.
     """
     if lm.tokenizer is None:
         raise ValueError("this model has no tokenizer, so no problem can be put to it")
-    began = time.perf_counter()
     engine = engine or Engine(lm)
     chosen = list(_held_out(task, problems, seed))
-    prompts = [lm.tokenizer.chat(task.messages(problem)) for problem in chosen]
-    greedy = engine.generate(prompts, SamplingParams(max_tokens=max_tokens, temperature=0.0))
-    sampled: list[list[Completion]] = [[] for _ in chosen]
-    if samples:
-        params = [
-            SamplingParams(
-                max_tokens=max_tokens, temperature=temperature, top_p=top_p, n=samples, seed=derived_seed(seed, i)
+    together = max(1, AT_ONCE // (samples + 1))
+    judged = _read(kept, chosen, samples, together) if kept is not None else []
+    if judged:
+        advance(_note(judged), len(judged))
+    file = None if kept is None else RecordFile(kept)
+    for start in range(len(judged), len(chosen), together):
+        began = time.perf_counter()
+        part = chosen[start : start + together]
+        params = [[SamplingParams(max_tokens=max_tokens, temperature=0.0)] for _ in part]
+        for i, each in enumerate(params if samples else [], start=start):
+            each.append(
+                SamplingParams(
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    n=samples,
+                    seed=derived_seed(seed, i),
+                )
             )
-            for i in range(len(chosen))
-        ]
-        sampled = engine.generate(prompts, params)
-    completions = [one + many for one, many in zip(greedy, sampled, strict=True)]
-    verdicts = judge(task, chosen, [[c.text for c in group] for group in completions])
-    judged = [Judged(*row) for row in zip(chosen, completions, verdicts, strict=True)]
-    return Evaluation(_figures(judged, samples, time.perf_counter() - began), judged)
+        attempts = _attempts(engine, lm.tokenizer, task, part, params)
+        seconds = (time.perf_counter() - began) / len(part)
+        new = [Judged(problem, group, seconds) for problem, group in zip(part, attempts, strict=True)]
+        for i, row in enumerate(new, start=start):
+            if file is not None:
+                file.append(i, _record(row))
+        judged += new
+        advance(_note(judged), len(new))
+    if file is not None:
+        file.close()
+    return Evaluation(figures(judged), judged)
+
+
+def _attempts(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    task: Task,
+    problems: Sequence[Problem],
+    params: Sequence[Sequence[SamplingParams]],
+) -> list[list[Attempt]]:
+    """All completions of each problem, in the order of its params, judged."""
+    prompts = [tokenizer.chat(task.messages(problem)) for problem in problems]
+    asked = [(prompt, one) for prompt, each in zip(prompts, params, strict=True) for one in each]
+    found = iter(engine.generate([prompt for prompt, _ in asked], [one for _, one in asked]))
+    completions = [[completion for _ in each for completion in next(found)] for each in params]
+    verdicts = judge(task, problems, [[c.text for c in group] for group in completions])
+    return [
+        [Attempt(c.text, len(c.token_ids), c.finish_reason, v) for c, v in zip(group, given, strict=True)]
+        for group, given in zip(completions, verdicts, strict=True)
+    ]
 
 
 def _held_out(task: Task, wanted: int, seed: int) -> Iterator[Problem]:
@@ -106,31 +143,43 @@ def _held_out(task: Task, wanted: int, seed: int) -> Iterator[Problem]:
             return
 
 
-def _figures(judged: list[Judged], samples: int, seconds: float) -> dict[str, Any]:
-    count = len(judged)
-    if count == 0:
-        raise ValueError("the task has no held-out problem to evaluate on; raise its held-out share")
-    first = [row.completions[0] for row in judged]
-    right = sum(row.verdicts[0].kind == "correct" for row in judged)
-    low, high = wilson_interval(right, count)
-    kinds = [verdict.kind for row in judged for verdict in row.verdicts]
-    figures: dict[str, Any] = {
-        "accuracy": right / count,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "format_rate": sum(format_reward(c.text) for c in first) / count,
-        "truncated": sum(c.finish_reason == "length" for c in first) / count,
-        "mean_length": sum(len(c.token_ids) for c in first) / count,
-        "problems": count,
-        "samples": samples,
-        "verdicts": {kind: kinds.count(kind) for kind in ("correct", "wrong", "no_answer", "timeout", "crash")},
-        "tokens": sum(len(c.token_ids) for row in judged for c in row.completions),
-        "seconds": round(seconds, 2),
+def _note(judged: Sequence[Judged]) -> str:
+    right = sum(attempt.verdict.kind == "correct" for row in judged for attempt in row.attempts)
+    return f"right {right / sum(len(row.attempts) for row in judged):.1%}"
+
+
+def _record(row: Judged) -> dict[str, Any]:
+    problem = row.problem
+    return {
+        "problem": _identity(problem),
+        "prompt": problem.prompt,
+        "truth": problem.truth,
+        "categories": dict(problem.categories),
+        "seconds": row.seconds,
+        "attempts": [asdict(attempt) for attempt in row.attempts],
     }
-    if samples:
-        correct = [[v.kind == "correct" for v in row.verdicts[1:]] for row in judged]
-        answers = [[answer.extract(c.text) for c in row.completions[1:]] for row in judged]
-        figures["pass@1"] = sum(pass_at_k(samples, sum(c), 1) for c in correct) / count
-        figures["pass@k"] = sum(pass_at_k(samples, sum(c), samples) for c in correct) / count
-        figures["maj@k"] = sum(maj_at_k(a, c) for a, c in zip(answers, correct, strict=True)) / count
-    return figures
+
+
+def _read(kept: Path, chosen: Sequence[Problem], samples: int, together: int) -> list[Judged]:
+    """The judged problems in the file, which loses those of a batch that did not come to its end.
+
+    A batch that is asked again is asked whole: float arithmetic may differ in the last bits between batches.
+    """
+    if not kept.exists():
+        return []
+    records = read_records(kept)
+    whole = len(chosen) if len(records) >= len(chosen) else len(records) // together * together
+    RecordFile(kept).truncate(whole - 1)
+    judged = []
+    for problem, record in zip(chosen, records[:whole], strict=False):
+        if record["problem"] != _identity(problem) or len(record["attempts"]) != samples + 1:
+            raise ValueError(f"{kept} holds other problems or another number of samples; choose another folder")
+        attempts = [Attempt(**{**a, "verdict": Verdict(**a["verdict"])}) for a in record["attempts"]]
+        judged.append(Judged(problem, attempts, record["seconds"]))
+    return judged
+
+
+def _identity(problem: Problem) -> str:
+    """A digest of what is asked and what is right: a file that has changed since has other problems."""
+    content = json.dumps([problem.key, problem.prompt, problem.truth])
+    return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()

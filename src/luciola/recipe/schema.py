@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from luciola.tasks import TaskConfig
+from luciola.verify.style import Language
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Count = Annotated[int, Field(ge=1)]  # at least one
@@ -264,16 +265,32 @@ class GrpoSection(Section):
     micro_batch_tokens: Count = Field(8192, description="tokens, padding included, in one forward and backward pass")
 
 
-class RewardSection(Section):
-    """What a completion earns: a weighted sum."""
+def _function_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", name):
+        raise ValueError("must name a function as module:function")
+    return name
 
-    accuracy: Amount = Field(1.0, description="reward of a right answer")
-    format: Amount = Field(0.1, description="reward of the form <think>...</think><answer>...</answer>")
+
+class RewardSection(Section):
+    """What a completion earns: a weighted sum of parts, each logged under its name."""
+
+    accuracy: Amount = Field(1.0, description="weight of a right answer")
+    format: Amount = Field(0.1, description="weight of the form <think>...</think><answer>...</answer>")
+    length: Amount = Field(
+        0.0, description="weight of brevity within a group, from 0.5 to -0.5; a wrong answer never earns by it"
+    )
+    repetition: Amount = Field(0.0, description="weight of minus the share of three-word sequences that are repeats")
+    language: Amount = Field(0.0, description="weight of the share of the thinking's words in target_language")
+    target_language: Language = Field("en", description="en: words in Latin letters; zh: Han characters")
+    own: dict[Annotated[str, AfterValidator(_function_name)], Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        {}, description='weight of each function (prompt, completion, truth) -> number: "module:function" = 0.5'
+    )
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Self:
-        if self.accuracy == 0 and self.format == 0:
-            raise ValueError("accuracy and format are both 0, so that nothing would be learnt; raise one")
+        weights = (self.accuracy, self.format, self.length, self.repetition, self.language, *self.own.values())
+        if not any(weights):
+            raise ValueError("all weights are 0, so that nothing would be learnt; raise accuracy, format or another")
         return self
 
 

@@ -32,6 +32,7 @@ from luciola.train import state
 from luciola.train.optim import Optimizer
 from luciola.train.schedule import learning_rate
 from luciola.train.stopping import Diverged, stop_on_signal
+from luciola.verify import own
 
 
 def grpo(recipe: GrpoRecipe, resume: bool = False) -> Path:
@@ -39,6 +40,8 @@ def grpo(recipe: GrpoRecipe, resume: bool = False) -> Path:
     with Run.create(recipe, "grpo", resume) as run:
         if run.finished:
             return run.path
+        for name in recipe.reward.own:  # before an hour of pre-training, not after it
+            own.check(name)
         lm = starting_model(recipe, run)
         if recipe.rollout.max_tokens >= lm.config.max_position_embeddings:
             raise ValueError(
@@ -87,7 +90,7 @@ def _write_held_out(run: Run, before: dict[str, Any], after: Evaluation) -> None
 
 
 def _greedy(evaluation: Evaluation) -> list[dict[str, str]]:
-    return [{"completion": row.completions[0].text, "verdict": row.verdicts[0].kind} for row in evaluation.judged]
+    return [{"completion": row.greedy.text, "verdict": row.greedy.verdict.kind} for row in evaluation.judged]
 
 
 def _base_folder(recipe: GrpoRecipe) -> Path:

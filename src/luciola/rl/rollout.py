@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from luciola.engine.engine import Engine
@@ -16,14 +15,11 @@ from luciola.engine.params import SamplingParams
 from luciola.engine.sampler import derived_seed
 from luciola.engine.sequence import Completion
 from luciola.recipe import GrpoRecipe
+from luciola.rl.reward import refuse_failures, rewards
 from luciola.tasks.base import Problem
 from luciola.tasks.judge import judge
 from luciola.text.tokenizer import Tokenizer
-from luciola.verify.style import format_reward
 from luciola.verify.verdict import Verdict
-
-VERIFIER_FAILED = ("timeout", "crash")  # such a verdict says nothing about the answer
-TOO_MANY_FAILURES = 0.05  # share of verdicts beyond which rewards are not to be trusted
 
 
 @dataclass(slots=True)
@@ -32,7 +28,8 @@ class Rollout:
 
     Attributes:
         prompts: token ids of each prompt.
-        rewards_PG, known_PG: what each completion earned, and whether the verifier could tell.
+        parts: what the rewards are the weighted sum of, (P, G) each.
+        rewards_PG, known_PG: what each completion earned, and whether the verifiers could tell.
         seconds_sampling, seconds_verifying: wall time of the two halves.
     """
 
@@ -40,7 +37,7 @@ class Rollout:
     prompts: list[list[int]]
     completions: list[list[Completion]]
     verdicts: list[list[Verdict]]
-    formats_PG: Tensor
+    parts: dict[str, Tensor]
     rewards_PG: Tensor
     known_PG: Tensor
     seconds_sampling: float
@@ -55,7 +52,10 @@ class Rollout:
         return {
             "reward/mean": float(known.mean()) if len(known) else 0.0,
             "reward/std": float(known.std()) if len(known) > 1 else 0.0,
-            "reward/format": float(self.formats_PG.mean()),
+            **{
+                f"reward/{name}": float(values_PG[self.known_PG].mean()) if len(known) else 0.0
+                for name, values_PG in self.parts.items()
+            },
             **{f"verdict/{kind}": verdicts[kind] for kind in ("correct", "wrong", "no_answer", "timeout", "crash")},
             "completion/length": sum(lengths) / len(lengths),
             "completion/max_length": max(lengths),
@@ -73,6 +73,7 @@ class Rollout:
                 "verdict": self.verdicts[p][g].kind,
                 "detail": self.verdicts[p][g].detail,
                 "reward": float(self.rewards_PG[p, g]),
+                "rewards": {name: float(values_PG[p, g]) for name, values_PG in self.parts.items()},
                 "finish_reason": self.completions[p][g].finish_reason,
             }
             for p in places
@@ -83,7 +84,7 @@ class Rollout:
 def rollout(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int) -> Rollout:
     """Sample and judge the groups of step `step`, a pure function of the weights and (seed, step).
 
-    Raises ValueError when the verifier fails on more than 5 % of the completions.
+    Raises ValueError when the verifiers fail on more than 5 % of the completions.
     """
     settings, task = recipe.rollout, recipe.task
     first = step * settings.prompts
@@ -106,25 +107,16 @@ def rollout(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int)
     completions = engine.generate(prompts, params)
     sampled = time.perf_counter()
     verdicts = judge(task, problems, [[c.text for c in group] for group in completions])
-    formats_PG = torch.tensor([[format_reward(c.text) for c in group] for group in completions])
-    correct_PG = torch.tensor([[v.reward for v in group] for group in verdicts])
-    known_PG = torch.tensor([[v.kind not in VERIFIER_FAILED for v in group] for group in verdicts])
-    failed = int((~known_PG).sum())
-    if failed > TOO_MANY_FAILURES * known_PG.numel():
-        example = next(v for group in verdicts for v in group if v.kind in VERIFIER_FAILED)
-        raise ValueError(
-            f"the verifier failed on {failed / known_PG.numel():.0%} of the completions of step {step + 1} "
-            f"({example.kind}: {example.detail}); "
-            "rewards would be wrong, so the run has stopped; mend the verifier or give it more time"
-        )
+    earned = rewards(recipe.reward, problems, completions, verdicts)
+    refuse_failures(earned.verdicts, step)
     return Rollout(
         problems=problems,
         prompts=prompts,
         completions=completions,
-        verdicts=verdicts,
-        formats_PG=formats_PG,
-        rewards_PG=recipe.reward.accuracy * correct_PG + recipe.reward.format * formats_PG,
-        known_PG=known_PG,
+        verdicts=earned.verdicts,
+        parts=earned.parts,
+        rewards_PG=earned.total_PG,
+        known_PG=earned.known_PG,
         seconds_sampling=sampled - began,
         seconds_verifying=time.perf_counter() - sampled,
     )

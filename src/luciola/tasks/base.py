@@ -21,11 +21,18 @@ R1_INSTRUCTION = (
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One instance: what is asked, the reference answer, and the key that identifies it across splits."""
+    """One instance: what is asked, the reference answer, and the key that identifies it across splits.
+
+    Attributes:
+        categories: (kind, category) pairs under which an evaluation lists it, such as ("level", "Level 3").
+        source: what the task needs to find the problem again when it judges; empty where the truth is enough.
+    """
 
     prompt: str
     truth: str
     key: str
+    categories: tuple[tuple[str, str], ...] = ()
+    source: str = ""
 
 
 class Task(Protocol):

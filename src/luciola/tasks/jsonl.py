@@ -6,6 +6,7 @@
     answer_after = "####"                  question = "problem"
                                            answer = "solution"
                                            answer_boxed = true
+                                           categories = ["type", "level"]
 
 A row is held out by a hash of its question, so that a question which occurs twice is never on both sides; or
 `heldout_path` names a file of its own, whose questions are then left out of training.
@@ -38,6 +39,9 @@ class Jsonl(BaseModel):
         None, min_length=1, description="the answer follows the last such mark; GSM8K: ####"
     )
     answer_boxed: bool = Field(False, description="the answer is the content of the last \\boxed{} in its field")
+    categories: tuple[str, ...] = Field(
+        (), description="fields by which an evaluation breaks its figures down; MATH: type and level"
+    )
     heldout_path: Path | None = Field(None, description="a file of problems to evaluate on, instead of a share of path")
     held_out_fraction: float = Field(0.1, gt=0, lt=1, description="share of the questions kept for evaluation")
     instruction: str = Field(R1_INSTRUCTION, description="a system message before every problem; none when empty")
@@ -52,7 +56,7 @@ class Jsonl(BaseModel):
         """Row `index` of the split in a shuffled order, which is another one in each pass over the data.
 
         Raises:
-            ValueError: when a file is missing or malformed (with the number of the row), or the split has no rows.
+            ValueError: when a file is missing or malformed (with the number of the line), or the split has no rows.
         """
         rows = self._rows(split)
         if not rows:
@@ -110,7 +114,7 @@ def _read(task: Jsonl, path: Path) -> list[Problem]:
                 try:
                     rows.append(_problem(task, json.loads(line.decode("utf-8-sig"))))
                 except ValueError as error:  # also what json and the decoder raise
-                    raise ValueError(f"{path}, row {number}: {error}") from error
+                    raise ValueError(f"{path}, line {number}: {error}") from error
     if not rows:
         raise ValueError(f"{path} has no rows; it should hold one JSON object a line.")
     return rows
@@ -132,7 +136,8 @@ def _problem(task: Jsonl, row: object) -> Problem:
     if not answer_text.strip():
         raise ValueError(f"the field {task.answer!r} holds no answer")
     key = hashlib.blake2b(" ".join(question.split()).encode(), digest_size=16).hexdigest()
-    return Problem(question.strip(), answer_text.strip(), key)
+    categories = tuple((name, _field(row, name).strip()) for name in task.categories)
+    return Problem(question.strip(), answer_text.strip(), key, categories)
 
 
 def _field(row: dict[str, object], name: str) -> str:

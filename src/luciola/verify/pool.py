@@ -29,6 +29,8 @@ MEMORY_MB = 1024
 _START_SECONDS = 60.0  # for an interpreter to import sympy on a machine that is busy with training
 _REPLACE_AFTER = 2000  # comparisons; sympy's caches grow
 
+ALGEBRA = Path(__file__).with_name("worker.py")
+
 
 class Pool:
     """Up to `size` worker processes, shared by any number of threads.
@@ -37,36 +39,44 @@ class Pool:
         size: how many comparisons may run at once; by default one for each core this process may use, at most four.
         seconds: wall time for one comparison.
         memory_mb: address space of one worker (on Linux; macOS cannot limit it).
+        program: the worker's file, which calls `luciola.verify.serving.serve`; by default algebra's.
     """
 
-    def __init__(self, size: int | None = None, seconds: float = SECONDS, memory_mb: int = MEMORY_MB) -> None:
+    def __init__(
+        self,
+        size: int | None = None,
+        seconds: float = SECONDS,
+        memory_mb: int = MEMORY_MB,
+        program: Path = ALGEBRA,
+    ) -> None:
         self.size = size or min(4, hardware.cores())
         self.seconds = seconds
         self.memory_mb = memory_mb
+        self.program = program
         self._places = threading.BoundedSemaphore(self.size)
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
 
-    def check(self, answer: str, truth: str) -> Verdict:
-        """Compare one answer with its reference. Waits while all workers are busy; the wait is not counted as time."""
+    def check(self, *request: object) -> Verdict:
+        """Ask a worker, algebra's for (answer, truth). Waits while all are busy; the wait is not counted as time."""
         with self._places:
             with self._lock:
-                worker = self._idle.pop() if self._idle else _Worker(self.memory_mb)
+                worker = self._idle.pop() if self._idle else _Worker(self.program, self.memory_mb)
                 self._busy.add(worker)
             try:
-                return worker.check(answer, truth, self.seconds)
+                return worker.check(request, self.seconds)
             finally:
                 with self._lock:
                     self._busy.discard(worker)
                     self._idle.append(worker)
 
-    def check_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """`check` for each (answer, truth), side by side; verdicts in the order of the pairs."""
-        if len(pairs) < 2:
-            return [self.check(answer, truth) for answer, truth in pairs]
+    def check_many(self, requests: Sequence[tuple[object, ...]]) -> list[Verdict]:
+        """`check` for each request, side by side; verdicts in the order of the requests."""
+        if len(requests) < 2:
+            return [self.check(*request) for request in requests]
         with ThreadPoolExecutor(self.size) as threads:
-            return list(threads.map(lambda pair: self.check(*pair), pairs))
+            return list(threads.map(lambda request: self.check(*request), requests))
 
     def close(self) -> None:
         """End all workers. The pool may be used again: they start anew."""
@@ -107,33 +117,35 @@ def grade_many(pairs: Sequence[tuple[str, str]], pool: Pool | None = None) -> li
     return [verdicts[index] for index in range(len(pairs))]
 
 
-_of_process: dict[int, Pool] = {}  # by process id: a forked child must not share its parent's pipes
+# by process id: a forked child must not share its parent's pipes
+_of_process: dict[tuple[int, Path], Pool] = {}
 _choosing = threading.Lock()
 
 
-def shared() -> Pool:
-    """The pool which all callers in this process share; it closes when the process ends."""
+def shared(program: Path = ALGEBRA, seconds: float = SECONDS, memory_mb: int = MEMORY_MB) -> Pool:
+    """The pool of this program that all callers in this process share; it closes when the process ends."""
     with _choosing:
-        if os.getpid() not in _of_process:
-            pool = _of_process[os.getpid()] = Pool()
+        if (os.getpid(), program) not in _of_process:
+            pool = _of_process[os.getpid(), program] = Pool(seconds=seconds, memory_mb=memory_mb, program=program)
             atexit.register(pool.close)
-        return _of_process[os.getpid()]
+        return _of_process[os.getpid(), program]
 
 
 class _Worker:
     """One process, started when first asked and again after it was killed."""
 
-    def __init__(self, memory_mb: int) -> None:
+    def __init__(self, program: Path, memory_mb: int) -> None:
+        self._program = program
         self._memory_mb = memory_mb
         self._process: subprocess.Popen[bytes] | None = None
         self._served = 0
 
-    def check(self, answer: str, truth: str, seconds: float) -> Verdict:
+    def check(self, request: Sequence[object], seconds: float) -> Verdict:
         process = self._running()
         self._served += 1
         try:
             assert process.stdin is not None
-            process.stdin.write(json.dumps([answer, truth, seconds]).encode() + b"\n")
+            process.stdin.write(json.dumps([*request, seconds]).encode() + b"\n")
             process.stdin.flush()
             reply = _read_line(process, seconds)
         except TimeoutError:
@@ -145,7 +157,7 @@ class _Worker:
         except BaseException:  # an interrupt must not leave this reply in the pipe for the next answer
             self.kill()
             raise
-        return Verdict(reply["kind"], float(reply["kind"] == "correct"), reply["detail"])
+        return Verdict(reply["kind"], reply.get("reward", float(reply["kind"] == "correct")), reply["detail"])
 
     def kill(self) -> None:
         if self._process is not None:
@@ -164,7 +176,7 @@ class _Worker:
         # -P keeps the file names of this folder out of the child's imports. A session of its own, so that Ctrl-C
         # reaches only the parent; a fixed hash seed, so that the order of sympy's sets is the same in every worker.
         process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), str(self._memory_mb)],
+            [sys.executable, "-P", str(self._program), str(self._memory_mb)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -177,7 +189,7 @@ class _Worker:
             process.kill()
             process.communicate()
             raise RuntimeError(
-                "The process that compares answers did not start; `python -c 'import math_verify'` may say why."
+                f"The process that judges answers did not start; `python {self._program} 1024` may say why."
             ) from error
         return process
 

@@ -1,24 +1,19 @@
 """The process that compares answers by algebra, with math-verify. `pool.py` starts it by file name and may kill it.
 
-Protocol: one line of JSON each way. In: [answer, truth, seconds]. Out: {"kind", "detail"}; first of all a line "ready".
-
-Answers are parsed by a grammar (latex2sympy2_extended, which math-verify brings), never with eval. What the process may
-use is limited here; how long it may take is its parent's business, because neither an alarm nor a thread can interrupt
-a power of large integers.
+In: [answer, truth, seconds]. Out: {"kind", "detail"}. Answers are parsed by a grammar (latex2sympy2_extended, which
+math-verify brings), never with eval.
 """
 
-import json
 import math
-import os
 import re
-import resource
-import sys
 from typing import Any
 
 from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
 from math_verify import verify
 from math_verify.grader import should_treat_as_complex
 from sympy import nan, zoo
+
+from luciola.verify.serving import serve
 
 _NORMALIZE = NormalizationConfig(
     basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none", equations=False
@@ -89,37 +84,5 @@ def _decimal_places(gold: Any) -> int:
     return min(300, 6 + max(0, math.ceil(-math.log10(size)))) if math.isfinite(size) else 6
 
 
-def _limit(memory_mb: int) -> None:
-    for what, limit in (
-        (resource.RLIMIT_AS, memory_mb << 20),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        if sys.platform == "linux" or what != resource.RLIMIT_AS:  # macOS refuses to limit address space
-            resource.setrlimit(what, (limit, limit))
-
-
-def _limit_processor_time(seconds: float) -> None:
-    """For a parent that dies while this process hangs: end a little after the parent would have ended it."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = math.ceil(used.ru_utime + used.ru_stime + seconds) + 2
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-
-
-def main() -> None:
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not look like a reply
-    _limit(int(sys.argv[1]))
-    print(json.dumps("ready"), file=replies, flush=True)
-    for line in sys.stdin:
-        answer, truth, seconds = json.loads(line)
-        _limit_processor_time(seconds)
-        try:
-            reply = check(answer, truth)
-        except Exception as error:
-            reply = {"kind": "crash", "detail": f"the comparison failed: {type(error).__name__}"}
-        print(json.dumps(reply), file=replies, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(check)

@@ -1,0 +1,105 @@
+"""What completions earn: a weighted sum of named parts, each logged.
+
+    reward = accuracy * right + format * form + length * brevity - repetition * repeats + language * consistency
+             + the sum over one's own functions of weight * value
+
+P problems, G completions of each. A part whose verifier crashed or timed out is not a 0: the completion's verdict says
+so, and its reward is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from luciola import hardware
+from luciola.engine.sequence import Completion
+from luciola.recipe import RewardSection
+from luciola.tasks.base import Problem
+from luciola.verify import own
+from luciola.verify.style import format_reward, language_reward, length_rewards, repetition_reward
+from luciola.verify.verdict import Verdict
+
+VERIFIER_FAILED = ("timeout", "crash")  # such a verdict says nothing about the answer
+TOO_MANY_FAILURES = 0.05  # share of verdicts beyond which rewards are not to be trusted
+
+
+@dataclass(frozen=True, slots=True)
+class Rewards:
+    """The rewards of a step.
+
+    Attributes:
+        verdicts: those of the task, or of the first of one's own functions that failed.
+        parts: each part before its weight, (P, G): accuracy and format always, others where they have a weight.
+        total_PG, known_PG: the weighted sum, and whether every verifier could tell.
+    """
+
+    verdicts: list[list[Verdict]]
+    parts: dict[str, Tensor]
+    total_PG: Tensor
+    known_PG: Tensor
+
+
+def rewards(
+    section: RewardSection,
+    problems: Sequence[Problem],
+    completions: Sequence[Sequence[Completion]],
+    verdicts: Sequence[Sequence[Verdict]],
+) -> Rewards:
+    """The reward of every completion, from the task's verdicts and its text."""
+    texts = [[completion.text for completion in group] for group in completions]
+    judged = [list(group) for group in verdicts]
+    parts = {
+        "accuracy": [[verdict.reward for verdict in group] for group in verdicts],
+        "format": [[format_reward(text) for text in group] for group in texts],
+    }
+    if section.length:
+        parts["length"] = [_lengths(group, given) for group, given in zip(completions, verdicts, strict=True)]
+    if section.repetition:
+        parts["repetition"] = [[repetition_reward(text) for text in group] for group in texts]
+    if section.language:
+        parts["language"] = [[language_reward(text, section.target_language) for text in group] for group in texts]
+    for name in section.own:
+        called = _called(name, problems, texts)
+        parts[name] = [[verdict.reward for verdict in group] for group in called]
+        judged = [
+            [new if new.kind in VERIFIER_FAILED and old.kind not in VERIFIER_FAILED else old for old, new in pairs]
+            for pairs in (zip(old, new, strict=True) for old, new in zip(judged, called, strict=True))
+        ]
+    weights = {"accuracy": section.accuracy, "format": section.format, "length": section.length}
+    weights |= {"repetition": section.repetition, "language": section.language, **section.own}
+    parts_PG = {name: torch.tensor(values, dtype=torch.float32) for name, values in parts.items()}
+    return Rewards(
+        verdicts=judged,
+        parts=parts_PG,
+        total_PG=torch.stack([weights[name] * values_PG for name, values_PG in parts_PG.items()]).sum(0),
+        known_PG=torch.tensor([[verdict.kind not in VERIFIER_FAILED for verdict in group] for group in judged]),
+    )
+
+
+def refuse_failures(verdicts: Sequence[Sequence[Verdict]], step: int) -> None:
+    """Raises ValueError when the verifiers failed on more than 5 % of a step's completions."""
+    flat = [verdict for group in verdicts for verdict in group]
+    failed = [verdict for verdict in flat if verdict.kind in VERIFIER_FAILED]
+    if len(failed) > TOO_MANY_FAILURES * len(flat):
+        raise ValueError(
+            f"the verifier failed on {len(failed) / len(flat):.0%} of the completions of step {step + 1} "
+            f"({failed[0].kind}: {failed[0].detail}); "
+            "rewards would be wrong, so the run has stopped; mend the verifier or give it more time"
+        )
+
+
+def _lengths(group: Sequence[Completion], verdicts: Sequence[Verdict]) -> list[float]:
+    return length_rewards([len(c.token_ids) for c in group], [verdict.kind == "correct" for verdict in verdicts])
+
+
+def _called(name: str, problems: Sequence[Problem], texts: Sequence[Sequence[str]]) -> list[list[Verdict]]:
+    """One's own function on every completion; verdicts in their order, whoever ends first."""
+    asked = [(problem, text) for problem, group in zip(problems, texts, strict=True) for text in group]
+    with ThreadPoolExecutor(hardware.cores()) as threads:
+        found = iter(list(threads.map(lambda pair: own.call(name, pair[0].prompt, pair[1], pair[0].truth), asked)))
+    return [[next(found) for _ in group] for group in texts]
