@@ -156,7 +156,7 @@ def test_quickstart_refuses_what_cannot_be_learnt_from() -> None:
     for override, expected in [
         ("rollout.group_size=1", "must be at least 2"),
         ("grpo.group_size=4", "did you mean rollout.group_size?"),
-        ("grpo.clip_low=1.0", "must be less than 1"),
+        ("objective.clip_low=1.0", "must be less than 1"),
         ("grpo.updates_per_rollout=3", "must divide rollout.prompts = 32"),
         ("model.path=somewhere", "give exactly one of model.path (a stored model) and [base]"),
         ("task.name=arithmetc", "did you mean 'arithmetic'?"),

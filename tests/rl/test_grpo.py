@@ -25,7 +25,8 @@ Steps = Callable[[Path], list[dict[str, Any]]]
 PHYSICAL = {"seconds", "training_seconds"}
 # Everything that a checkpoint has to remember: a reference that is refreshed, moments, biases, the place in the data.
 FULL: dict[str, dict[str, Any]] = {
-    "grpo": {"steps": 8, "beta": 0.1, "reference_refresh": 3, "updates_per_rollout": 2, "epochs": 2},
+    "grpo": {"steps": 8, "reference_refresh": 3, "updates_per_rollout": 2, "epochs": 2},
+    "objective": {"beta": 0.1},
     "evaluate": {"every": 3, "problems": 4, "samples": 2},
     "optim": {"lr": 3e-3, "schedule": "cosine", "warmup_steps": 2},
 }
@@ -136,7 +137,7 @@ def test_the_reference_is_refreshed_when_the_recipe_says_so(recipe: Make, monkey
         return real(model, optimizer, reference, *more)
 
     monkeypatch.setattr(module, "update", update)
-    grpo(recipe(grpo={"steps": 6, "beta": 0.1, "reference_refresh": 2}))
+    grpo(recipe(grpo={"steps": 6, "reference_refresh": 2}, objective={"beta": 0.1}))
     for step, (policy, reference) in enumerate(seen):
         assert torch.equal(reference, seen[step - step % 2][0])
         assert torch.equal(policy, reference) == (step % 2 == 0)
@@ -198,7 +199,8 @@ def test_the_reward_rises(recipe: Make, steps_of: Steps) -> None:
         "learning",
         checkpoint_every=0,
         rollout={"prompts": 8, "group_size": 16, "max_tokens": 1},
-        grpo={"steps": 100, "aggregation": "token"},
+        grpo={"steps": 100},
+        objective={"aggregation": "token"},
         optim={"lr": 1e-2, "schedule": "linear", "final_lr_ratio": 0.0},
     )
     rewards = [step["reward/mean"] for step in steps_of(grpo(learning))]

@@ -9,10 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from luciola.rl.objective import Loss, grpo_loss, kl_estimate, token_weights
+from luciola.recipe.objective import ObjectiveSection
+from luciola.rl.objective import Loss, Tokens, kl_estimate, policy_loss, token_weights
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
+
+
+def grpo_loss(
+    logp: Tensor, old: Tensor, advantages: Tensor, weights: Tensor, reference_logp_N: Tensor | None = None, **parts: Any
+) -> Loss:
+    """The loss of tokens that are a sequence each."""
+    sequence = torch.arange(len(logp))
+    tokens = Tokens(logp, old, old, advantages, weights, sequence, reference_logp_N)
+    return policy_loss(tokens, ObjectiveSection(**parts))
 
 
 def loss_of(ratio: list[float], advantages: list[float], **more: Any) -> tuple[Loss, Tensor]:

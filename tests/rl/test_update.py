@@ -15,8 +15,10 @@ from luciola.model.language_model import LanguageModel
 from luciola.model.transformer import Transformer
 from luciola.recipe import GrpoRecipe
 from luciola.rl.advantage import group_advantages
+from luciola.rl.batch import micro_batches
+from luciola.rl.credit import sequences
 from luciola.rl.rollout import Rollout
-from luciola.rl.update import micro_batches, sequences, update
+from luciola.rl.update import update
 from luciola.train.optim import Optimizer
 
 Make = Callable[..., GrpoRecipe]
@@ -41,11 +43,15 @@ def sampled(lm: LanguageModel, *, temperature: float = 1.0, unknown: bool = True
     return Rollout([], prompts, completions, [], {}, rewards, known, 0.0, 0.0)
 
 
-def settings(recipe: Make, *, group_size: int = G, **grpo: Any) -> GrpoRecipe:
+LOOP = ("updates_per_rollout", "epochs", "replay_routes", "micro_batch_tokens")  # the others are the objective's
+
+
+def settings(recipe: Make, *, group_size: int = G, **changes: Any) -> GrpoRecipe:
     """Without clipping of gradients and weight decay, so that the first moment shows the gradient."""
     return recipe(
         rollout={"prompts": P, "group_size": group_size},
-        grpo=grpo,
+        grpo={k: v for k, v in changes.items() if k in LOOP},
+        objective={k: v for k, v in changes.items() if k not in LOOP},
         optim={"lr": 1e-3, "clip_grad_norm": 0, "weight_decay": 0},
     )
 
@@ -65,8 +71,9 @@ def run(lm: LanguageModel, rollout: Rollout, recipe: GrpoRecipe, reference: Tran
 
 def by_hand(model: Transformer, rollout: Rollout, recipe: GrpoRecipe, reference: Transformer | None) -> float:
     """The loss, one sequence after the other, all logits, written as in the papers; leaves gradients behind."""
-    grpo, total = recipe.grpo, torch.zeros(())
-    advantages = group_advantages(rollout.rewards_PG, rollout.known_PG, scale=grpo.scale_rewards)
+    grpo, total = recipe.objective, torch.zeros(())
+    scale = grpo.advantage == "group"
+    advantages = group_advantages(rollout.rewards_PG, rollout.known_PG, scale=scale)
     known = rollout.known_PG
     tokens = sum(len(c.token_ids) for p in range(P) for g, c in enumerate(rollout.completions[p]) if known[p, g])
     for p, (prompt, group) in enumerate(zip(rollout.prompts, rollout.completions, strict=True)):
@@ -74,7 +81,7 @@ def by_hand(model: Transformer, rollout: Rollout, recipe: GrpoRecipe, reference:
             if not known[p, g]:
                 continue
             row = torch.tensor([prompt + c.token_ids])
-            routes = c.routes[None] if c.routes is not None and grpo.replay_routes else None
+            routes = c.routes[None] if c.routes is not None and recipe.grpo.replay_routes else None
 
             def logp(m: Transformer, routes: Tensor | None, row: Tensor = row, start: int = len(prompt) - 1) -> Tensor:
                 logits = m.lm_head(m.hidden(row[:, :-1], routes_BTLK=routes).states) / recipe.rollout.temperature
@@ -100,7 +107,7 @@ def by_hand(model: Transformer, rollout: Rollout, recipe: GrpoRecipe, reference:
     [
         {},
         {"aggregation": "token"},
-        {"scale_rewards": False},
+        {"advantage": "centred"},
         {"beta": 0.3},
         {"beta": 0.3, "aggregation": "token", "replay_routes": False},
     ],
@@ -112,7 +119,7 @@ def test_an_update_follows_the_gradient_of_the_formula(
     rollout = sampled(lm, temperature=temperature)
     chosen = settings(recipe, **grpo)
     chosen = chosen.model_copy(update={"rollout": chosen.rollout.model_copy(update={"temperature": temperature})})
-    reference = LanguageModel.create(lm.config, lm.tokenizer, seed=5).model if chosen.grpo.beta else None
+    reference = LanguageModel.create(lm.config, lm.tokenizer, seed=5).model if chosen.objective.beta else None
     metrics, found, _ = run(lm, rollout, chosen, reference)
     slow = copy.deepcopy(lm.model)
     loss = by_hand(slow, rollout, chosen, reference)

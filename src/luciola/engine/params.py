@@ -42,6 +42,7 @@ class SamplingParams:
             `logprobs`.
         ignore_eos: go on past the model's end token (for timing).
         routes: record the experts of every token (for replay in a GRPO update).
+        kept_tokens: record at every token which ones top_k, top_p and min_p left to draw from; implies `logprobs`.
         speculate: let the engine draft tokens ahead where it can; the distribution is the same either way.
         grammar: what the text must follow, or None.
 
@@ -67,6 +68,7 @@ class SamplingParams:
     top_logprobs: int = 0
     ignore_eos: bool = False
     routes: bool = False
+    kept_tokens: bool = False
     speculate: bool = True
     grammar: Any = None
 
@@ -104,7 +106,7 @@ class SamplingParams:
             (_whole(self.top_logprobs, 0), "top_logprobs", "0 (none) or a whole number up to 2**63 - 1"),
             *(
                 (isinstance(getattr(self, flag), bool | np.bool_), flag, "True or False")
-                for flag in ("logprobs", "ignore_eos", "routes", "speculate")
+                for flag in ("logprobs", "ignore_eos", "routes", "kept_tokens", "speculate")
             ),
         ]
         for ok, name, expected in checks:
@@ -113,7 +115,7 @@ class SamplingParams:
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}")
         self._set("stop_token_ids", tuple(dict.fromkeys(int(t) for t in self.stop_token_ids)))
-        self._set("logprobs", bool(self.logprobs or self.top_logprobs))
+        self._set("logprobs", bool(self.logprobs or self.top_logprobs or self.kept_tokens))
 
     @property
     def penalises(self) -> bool:

@@ -269,6 +269,9 @@ class Runner:
                     if params.top_logprobs:
                         assert drawn.top_logprobs is not None
                         sequence.top.append(dict(drawn.top_logprobs[number]))
+                    if params.kept_tokens:
+                        assert drawn.kept is not None
+                        sequence.kept.append(drawn.kept[number])
                 sequence.tokens.append(token)
                 new += 1
                 self._look(sequence, token)

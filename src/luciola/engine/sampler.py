@@ -181,6 +181,7 @@ class Settings:
     min_p_C1: Tensor
     edits: tuple[tuple[int, _Edit], ...]
     top_logprobs: tuple[tuple[int, int], ...]  # (row, how many)
+    kept: tuple[int, ...] = ()  # rows whose kept tokens are recorded
 
     @classmethod
     def of(
@@ -206,18 +207,28 @@ class Settings:
             min_p_C1=torch.tensor([float(p.min_p) for p in cut], device=device)[:, None],
             edits=tuple((b, edits[id(p)]) for b, p in enumerate(rows) if id(p) in edits),
             top_logprobs=tuple((b, int(p.top_logprobs)) for b, p in enumerate(rows) if p.top_logprobs),
+            kept=tuple(b for b, p in enumerate(rows) if p.kept_tokens),
         )
+
+
+class Kept(NamedTuple):
+    """The tokens that top-k, top-p and min-p left to draw from, ids ascending, and the log-probability of the one drawn
+    among them, at the sampling temperature."""
+
+    ids: Tensor
+    logprob: float
 
 
 class Sampled(NamedTuple):
     """The tokens drawn, (B,) int64; their log-probability under the model, and at the sampling temperature, (B,)
-    float32; and by row the likeliest tokens with theirs, the likeliest first, for the rows that ask. All but the tokens
-    are None where nothing is recorded."""
+    float32; and by row the likeliest tokens with theirs, the likeliest first, and what the cuts left, for the rows that
+    ask. All but the tokens are None where nothing is recorded."""
 
     tokens: Tensor
     logprobs: Tensor | None = None
     tempered_logprobs: Tensor | None = None
     top_logprobs: dict[int, list[tuple[int, float]]] | None = None
+    kept: dict[int, Kept] | None = None
 
 
 def sample(
@@ -250,6 +261,7 @@ def sample(
         return Sampled(best.indices)
     p_BV = _softmax(scores_BV, settings.temperature_B1)
     _check(p_BV[:, 0].isfinite(), logits_BV, scores_BV)  # one bad number makes the whole row NaN
+    left: list[Tensor] | None = None
     tokens_B = torch.empty(len(logits_BV), dtype=torch.long, device=logits_BV.device)
     if len(rows := settings.greedy):
         tokens_B[rows] = _rows(scores_BV, rows).max(-1).indices  # argmax takes twice the time
@@ -257,9 +269,18 @@ def sample(
         tokens_B[rows] = _draw(_rows(p_BV, rows), uniform_B[rows])
     if len(rows := settings.cut):
         p_CV, limits = _rows(p_BV, rows), (settings.top_k_C1, settings.top_p_C1, settings.min_p_C1)
-        tokens_B[rows] = _draw_from_head(p_CV, *limits, uniform_B[rows])
+        left = [torch.empty(0)] * len(rows) if settings.kept else None
+        tokens_B[rows] = _draw_from_head(p_CV, *limits, uniform_B[rows], left)
     if not logprobs:
         return Sampled(tokens_B)
+    kept = {}
+    if settings.kept:
+        of_row = dict(zip(settings.cut.tolist(), left or [], strict=True))
+        for b in settings.kept:  # rows that nothing cuts keep every token they may draw at all
+            ids = of_row[b] if b in of_row else (p_BV[b] > 0).nonzero().squeeze(1)
+            if b in settings.greedy:
+                ids = tokens_B[b : b + 1]
+            kept[b] = Kept(ids, float((p_BV[b, tokens_B[b]] / p_BV[b, ids].sum()).log()))
     if scores_BV is not logits_BV:
         p_BV = _softmax(logits_BV, settings.temperature_B1)
     plain_B = tempered_B = _logprobs(logits_BV, p_BV, tokens_B[:, None], settings.temperature_B1).squeeze(1)
@@ -267,7 +288,7 @@ def sample(
         p_BV = logits_BV.softmax(-1)
         plain_B = _logprobs(logits_BV, p_BV, tokens_B[:, None]).squeeze(1)
     top = {b: _likeliest(logits_BV[b], p_BV[b], k) for b, k in settings.top_logprobs}
-    return Sampled(tokens_B, plain_B, tempered_B, top)
+    return Sampled(tokens_B, plain_B, tempered_B, top, kept)
 
 
 def _edited(
@@ -316,9 +337,15 @@ def _draw(p_CK: Tensor, uniform_C: Tensor) -> Tensor:
 
 
 def _draw_from_head(
-    p_CV: Tensor, top_k_C1: Tensor, top_p_C1: Tensor, min_p_C1: Tensor, uniform_C: Tensor, most: int = CANDIDATES
+    p_CV: Tensor,
+    top_k_C1: Tensor,
+    top_p_C1: Tensor,
+    min_p_C1: Tensor,
+    uniform_C: Tensor,
+    left: list[Tensor] | None = None,
+    most: int = CANDIDATES,
 ) -> Tensor:
-    """Draw from the likeliest tokens that top-k (of these) top-p (of these) min-p leave.
+    """Draw from the likeliest tokens that top-k (of these) top-p (of these) min-p leave; ids go to `left`.
 
     Tokens are ranked by probability, equal ones by id. What is left is a head of that ranking, so its first few tokens
     tell it, and only rows for which they do not are ranked further.
@@ -343,11 +370,17 @@ def _draw_from_head(
     ids_CK, _ = ids_CK.masked_fill(~kept_CK, V).sort(dim=-1)
     p_CK = p_CV.gather(1, ids_CK.clamp(max=V - 1)).masked_fill(ids_CK == V, 0.0)
     tokens_C = ids_CK.gather(1, _draw(p_CK, uniform_C)[:, None]).squeeze(1)
+    if left is not None:
+        left[:] = [ids_K[: int(count)] for ids_K, count in zip(ids_CK, count_C1, strict=True)]
     short_C1 = (count_C1 == K) | (top_k_C1 >= K)
     if K < V and bool(short_C1.any()):
         short = short_C1.squeeze(1).nonzero().squeeze(1)
         limits = (top_k_C1[short], top_p_C1[short], min_p_C1[short])
-        tokens_C[short] = _draw_from_head(p_CV[short], *limits, uniform_C[short], most * MORE)
+        again = None if left is None else [left[c] for c in short.tolist()]
+        tokens_C[short] = _draw_from_head(p_CV[short], *limits, uniform_C[short], again, most * MORE)
+        if left is not None and again is not None:
+            for c, ids in zip(short.tolist(), again, strict=True):
+                left[c] = ids
     return tokens_C
 
 

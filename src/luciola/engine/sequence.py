@@ -35,6 +35,8 @@ class Completion:
         top_logprobs: for each token the likeliest ones, id to log-probability (with `top_logprobs`).
         routes: experts of each prompt and generated token but the last, (T - 1, MoE layers, K) int16 (with
         `routes=True`).
+        kept_tokens: for each token the ids it was drawn from (with `kept_tokens=True`), ascending.
+        kept_logprobs: log-probability of each token among those, at the sampling temperature.
         cached_tokens: tokens of the prompt that a prefix in the cache saved from being computed.
         drafted, accepted: tokens that speculation has guessed for it, and how many of them were right.
     """
@@ -46,6 +48,8 @@ class Completion:
     tempered_logprobs: list[float] | None = None
     top_logprobs: list[dict[int, float]] | None = None
     routes: Tensor | None = field(default=None, repr=False, compare=False)
+    kept_tokens: list[Tensor] | None = field(default=None, repr=False, compare=False)
+    kept_logprobs: list[float] | None = None
     cached_tokens: int = field(default=0, compare=False)
     drafted: int = field(default=0, compare=False)
     accepted: int = field(default=0, compare=False)
@@ -95,6 +99,7 @@ class Sequence:
     cached_tokens: int | None = None
     logprobs: list[float] = field(default_factory=list)
     tempered: list[float] = field(default_factory=list)
+    kept: list[tuple[Tensor, float]] = field(default_factory=list)
     top: list[dict[int, float]] = field(default_factory=list)
     routes: list[tuple[Tensor, int, int]] = field(default_factory=list)  # rows start to end of a step's routes
     routed: int = 0
@@ -137,6 +142,8 @@ class Sequence:
             tempered_logprobs=self.tempered if params.logprobs else None,
             top_logprobs=self.top if params.top_logprobs else None,
             routes=torch.cat([x[start:end] for x, start, end in self.routes]) if self.routes else None,
+            kept_tokens=[ids for ids, _ in self.kept] if params.kept_tokens else None,
+            kept_logprobs=[logp for _, logp in self.kept] if params.kept_tokens else None,
             cached_tokens=self.cached_tokens or 0,
             drafted=self.drafted,
             accepted=self.accepted,

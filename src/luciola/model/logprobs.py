@@ -11,6 +11,8 @@ Shapes: N rows (tokens), D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -83,6 +85,27 @@ def token_logprobs(h_ND: Tensor, W_VD: Tensor, targets_N: Tensor, temperature: f
     """log softmax(W h / temperature)[target] of each row, (N,) float32, differentiable in h and W."""
     logp: Tensor = _LogProbsFunction.apply(h_ND, W_VD, targets_N, 1.0 / temperature, False)[0]
     return logp
+
+
+def kept_logprobs(
+    h_ND: Tensor, W_VD: Tensor, targets_N: Tensor, kept: Sequence[Tensor], temperature: float = 1.0
+) -> Tensor:
+    """Log-probability of each row's target among the tokens that sampling kept there, (N,) float32, differentiable.
+
+        logp_n = l_n[t_n] - logsumexp over kept_n of l_n
+
+    Only the kept logits are computed, so memory follows the number of kept tokens times D.
+
+    Args:
+        kept: ids of each row's kept tokens, its target among them.
+    """
+    counts_N = torch.tensor([len(ids) for ids in kept])
+    rows_K, ids_K = torch.arange(len(kept)).repeat_interleave(counts_N), torch.cat(list(kept)).long()
+    l_K = (h_ND.index_select(0, rows_K) * W_VD.index_select(0, ids_K)).sum(-1).float() / temperature
+    l_N = l_K.new_zeros(len(kept)).index_add(0, rows_K, torch.where(ids_K == targets_N[rows_K], l_K, 0.0))
+    most_N = l_K.new_full((len(kept),), -torch.inf).scatter_reduce(0, rows_K, l_K.detach(), "amax")
+    sums_N = l_K.new_zeros(len(kept)).index_add(0, rows_K, (l_K - most_N[rows_K]).exp())
+    return l_N - most_N - sums_N.log()
 
 
 def token_logprobs_and_entropy(

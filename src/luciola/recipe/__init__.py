@@ -7,6 +7,7 @@
 
 from luciola.recipe.check import RecipeError, check, documented_keys
 from luciola.recipe.files import assemble, load, read_toml, resolve, shipped, to_toml
+from luciola.recipe.objective import ObjectiveSection
 from luciola.recipe.schema import (
     EvaluateSection,
     GrpoRecipe,
@@ -30,6 +31,7 @@ __all__ = [
     "GrpoRecipe",
     "GrpoSection",
     "ModelSection",
+    "ObjectiveSection",
     "OptimSection",
     "PretrainDataSection",
     "PretrainRecipe",

@@ -12,7 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from luciola.recipe.objective import NEEDS_GROUP, ObjectiveSection
 from luciola.tasks import TaskConfig
+from luciola.tasks.base import GradesSteps
 from luciola.verify.style import Language
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -238,8 +240,8 @@ class RolloutSection(Section):
     """The completions sampled in each step."""
 
     prompts: Count = Field(16, description="prompts a step")
-    group_size: Annotated[int, Field(ge=2)] = Field(
-        16, description="completions a prompt, at least 2: an advantage compares a completion with its group"
+    group_size: Count = Field(
+        16, description="completions a prompt; at least 2 where the advantage compares a completion with its group"
     )
     max_tokens: Count = Field(256, description="longest completion, in tokens; leave room for the longest right answer")
     temperature: Positive = Field(1.0, description="sampling temperature")
@@ -248,19 +250,13 @@ class RolloutSection(Section):
 
 
 class GrpoSection(Section):
-    """Group relative policy optimisation (DeepSeekMath, section 4.1; R1, section 2.2.1)."""
+    """The steps of reinforcement learning (DeepSeekMath, section 4.1; R1, section 2.2.1)."""
 
     steps: Count = Field(50, description="rollouts, each followed by its updates")
-    clip_low: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="the ratio is clipped below at 1 - clip_low")
-    clip_high: Amount = Field(0.2, description="and above at 1 + clip_high (DAPO: clip-higher)")
-    beta: Amount = Field(0.0, description="weight of the KL divergence from the reference; 0: none is kept")
-    aggregation: Literal["sequence", "token"] = Field(
-        "sequence", description="loss: the mean over sequences of token means (the papers), or over all tokens (DAPO)"
-    )
     updates_per_rollout: Count = Field(1, description="optimiser steps on a rollout, on a share of its groups each")
     epochs: Count = Field(1, description="passes over a rollout")
     reference_refresh: CountOrZero = Field(0, description="steps until the policy becomes the reference; 0: never")
-    scale_rewards: bool = Field(True, description="divide by the group's standard deviation; false: Dr. GRPO")
+    replay: Share = Field(0.0, description="groups of earlier rollouts added to a step, as a share of rollout.prompts")
     replay_routes: bool = Field(True, description="the update uses the experts that the rollout chose")
     micro_batch_tokens: Count = Field(8192, description="tokens, padding included, in one forward and backward pass")
 
@@ -319,7 +315,8 @@ class GrpoRecipe(Section):
     base: Pretraining | None = Field(None, description="pre-train the model first; inherits seed, run and task")
     model: ModelSection | None = Field(None, description="the model to start from (model.path)")
     rollout: RolloutSection = Field(RolloutSection(), description="sampling")
-    grpo: GrpoSection = Field(GrpoSection(), description="the objective")
+    grpo: GrpoSection = Field(GrpoSection(), description="the steps")
+    objective: ObjectiveSection = Field(ObjectiveSection(), description="what they maximise")
     reward: RewardSection = Field(RewardSection(), description="rewards")
     optim: FineTuningOptimSection = Field(FineTuningOptimSection(), description="optimiser")
     evaluate: EvaluateSection = Field(EvaluateSection(), description="held-out evaluation")
@@ -338,6 +335,35 @@ class GrpoRecipe(Section):
         if prompts % updates:
             raise ValueError(
                 f"grpo.updates_per_rollout = {updates} must divide rollout.prompts = {prompts} (whole groups)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _objective_has_what_it_needs(self) -> Self:
+        rollout, objective = self.rollout, self.objective
+        if rollout.group_size < 2 and objective.advantage in NEEDS_GROUP:
+            raise ValueError(
+                f"rollout.group_size = {rollout.group_size} must be at least 2: objective.advantage = "
+                f"'{objective.advantage}' compares a completion with its group"
+            )
+        if self.grpo.reference_refresh and objective.beta == 0:
+            raise ValueError(
+                "grpo.reference_refresh needs a reference, which objective.beta = 0 does without; raise it"
+            )
+        if objective.keep_sampling_mask and rollout.top_p == 1 and rollout.top_k == 0:
+            raise ValueError(
+                "objective.keep_sampling_mask has nothing to keep where rollout.top_p = 1 and top_k = 0 leave every "
+                "token; lower one of them, or leave it out"
+            )
+        if objective.supervision == "process" and not isinstance(self.task, GradesSteps):
+            raise ValueError(
+                f"objective.supervision = 'process' needs a task that grades steps, which '{self.task.name}' does not; "
+                "choose task.name = 'arithmetic', or 'outcome'"
+            )
+        if objective.importance_cap and not self.grpo.replay:
+            raise ValueError(
+                "objective.importance_cap weighs replayed groups, and grpo.replay = 0 has none; raise it, or leave the "
+                "cap out"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""`luciola grpo`: group relative policy optimisation with rule-based rewards only, as R1-Zero was trained.
+"""`luciola grpo`: reinforcement learning with rule-based rewards only, as R1-Zero was trained, whatever the objective.
 
 A step is a rollout (prompts x group_size completions), its verdicts, and one or more updates. The run starts from a
 stored model, or from a base that it pre-trains first.
@@ -23,6 +23,7 @@ from luciola.model.flops import forward_flops
 from luciola.model.language_model import LanguageModel, load
 from luciola.model.transformer import Transformer
 from luciola.recipe import GrpoRecipe
+from luciola.rl.replay import Replay
 from luciola.rl.rollout import rollout
 from luciola.rl.update import update
 from luciola.run import Run, atomic_write
@@ -121,13 +122,16 @@ class _Trainer:
         self.optimizer = Optimizer(self.model, recipe.optim)
         self.engine = Engine(lm, dtype="model")
         self.reference: Transformer | None = None
-        if recipe.grpo.beta:
+        if recipe.objective.beta:
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
+        self.replay = Replay(recipe.grpo.replay, recipe.rollout.prompts) if recipe.grpo.replay else None
         restored = state.restore(run, self.model, self.optimizer)
         self.start, self.facts = restored.step, restored.facts
         self._began: float = time.perf_counter() - self.facts.get("seconds", 0.0)
         if self.reference is not None and "reference" in restored.extra:
             self.reference.load_state_dict(restored.extra["reference"])
+        if self.replay is not None and "replay" in restored.extra:
+            self.replay.restore(restored.extra["replay"])
 
     def before(self) -> dict[str, Any]:
         """The held-out `figures` and `greedy` completions of the model as it came; measured once, kept with the run."""
@@ -190,7 +194,7 @@ class _Trainer:
             raise Diverged("a logit", math.nan, step + 1, state.last_checkpoint(self.run)) from error
         updating = time.perf_counter()
         lr = learning_rate(recipe.optim, step, recipe.grpo.steps)
-        metrics = update(self.model, self.optimizer, self.reference, sampled, recipe, step, lr)
+        metrics = update(self.model, self.optimizer, self.reference, sampled, recipe, step, lr, self.replay)
         ended = time.perf_counter()
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
@@ -215,6 +219,8 @@ class _Trainer:
     def save(self, done: int) -> None:
         """A checkpoint after `done` steps."""
         extra = {} if self.reference is None else {"reference": _untied(self.reference)}
+        if self.replay is not None:
+            extra["replay"] = self.replay.state()
         state.save(self.run, done, self.model, self.optimizer, facts={"seconds": self.seconds()}, extra=extra)
 
 
@@ -244,10 +250,10 @@ def describe(recipe: GrpoRecipe) -> dict[str, Any]:
     # At the most: completions may end early. Rollout and update read a prompt once for its whole group.
     tokens = recipe.grpo.steps * settings.prompts * (prompt + settings.group_size * settings.max_tokens)
     # A forward pass to sample, three (forward and backward) to learn, one more for a reference.
-    passes = 1 + recipe.grpo.epochs * (3 + (recipe.grpo.beta > 0))
+    passes = 1 + recipe.grpo.epochs * (3 + (recipe.objective.beta > 0))
     peak = hardware.gemm_peak(dtype)
     stored = sum(p.numel() for p in model.parameters())
-    models = 16 + 4 * (recipe.grpo.beta > 0)
+    models = 16 + 4 * (recipe.objective.beta > 0)
     cache = sequences * length * config.cached_per_token_and_layer * config.num_hidden_layers * 4
     slots = min(recipe.grpo.micro_batch_tokens, sequences * length)
     activations = slots * pretraining.activation_bytes(config, recipe.activation_checkpointing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ from luciola.engine.params import SamplingParams
 from luciola.engine.sampler import derived_seed
 from luciola.engine.sequence import Completion
 from luciola.recipe import GrpoRecipe
+from luciola.rl.advantage import spread
 from luciola.rl.reward import refuse_failures, rewards
-from luciola.tasks.base import Problem
+from luciola.tasks.base import GradesSteps, Problem
 from luciola.tasks.judge import judge
 from luciola.text.tokenizer import Tokenizer
+from luciola.text.untrusted import shortened
 from luciola.verify.verdict import Verdict
 
 
@@ -28,6 +30,8 @@ class Rollout:
 
     Attributes:
         prompts: token ids of each prompt.
+        steps: process supervision only: of each completion (index of the last token, reward) of its steps.
+        refilled: groups of equal rewards that dynamic sampling has replaced.
         parts: what the rewards are the weighted sum of, (P, G) each.
         rewards_PG, known_PG: what each completion earned, and whether the verifiers could tell.
         seconds_sampling, seconds_verifying: wall time of the two halves.
@@ -42,6 +46,8 @@ class Rollout:
     known_PG: Tensor
     seconds_sampling: float
     seconds_verifying: float
+    steps: list[list[list[tuple[int, float]]]] = field(default_factory=list)
+    refilled: int = 0
 
     def metrics(self) -> dict[str, Any]:
         """Rewards, verdicts by kind, lengths."""
@@ -60,6 +66,7 @@ class Rollout:
             "completion/length": sum(lengths) / len(lengths),
             "completion/max_length": max(lengths),
             "completion/truncated": sum(c.finish_reason == "length" for c in flat) / len(flat),
+            **({"groups/refilled": self.refilled} if self.refilled else {}),
         }
 
     def samples(self, groups: int = 2, each: int = 2) -> list[dict[str, Any]]:
@@ -84,11 +91,29 @@ class Rollout:
 def rollout(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int) -> Rollout:
     """Sample and judge the groups of step `step`, a pure function of the weights and (seed, step).
 
-    Raises ValueError when the verifiers fail on more than 5 % of the completions.
+    With dynamic sampling (DAPO) groups whose rewards are all equal are replaced by those of new problems, at most
+    `objective.refills` times; what is then still without a difference stays.
+
+    Raises ValueError when the verifiers fail on more than 5 % of the completions, or give a reward that is no number.
     """
-    settings, task = recipe.rollout, recipe.task
-    first = step * settings.prompts
-    problems = [task.problem("train", first + i, recipe.seed) for i in range(settings.prompts)]
+    most = recipe.rollout.prompts
+    found = _round(engine, tokenizer, recipe, step, 0, most)
+    for number in range(1, recipe.objective.refills + 1):
+        flat = (~spread(found.rewards_PG, found.known_PG)).nonzero().flatten().tolist()
+        if not flat:
+            break
+        new = _round(engine, tokenizer, recipe, step, number, len(flat))
+        useful = spread(new.rewards_PG, new.known_PG).nonzero().flatten().tolist()
+        found = _replaced(found, flat, new, useful)
+    return found
+
+
+def _round(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int, number: int, count: int) -> Rollout:
+    """Groups for the first `count` problems of round `number`; every round has problems and seeds of its own."""
+    settings, task, objective = recipe.rollout, recipe.task, recipe.objective
+    place = number * settings.prompts
+    first = step * settings.prompts * (objective.refills + 1) + place
+    problems = [task.problem("train", first + i, recipe.seed) for i in range(count)]
     prompts = [tokenizer.chat(task.messages(problem)) for problem in problems]
     params = [
         SamplingParams(
@@ -97,11 +122,12 @@ def rollout(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int)
             top_p=settings.top_p,
             top_k=settings.top_k,
             n=settings.group_size,
-            seed=derived_seed(recipe.seed, step, i),
+            seed=derived_seed(recipe.seed, step, place + i),
             logprobs=True,
             routes=recipe.grpo.replay_routes,
+            kept_tokens=objective.keep_sampling_mask,
         )
-        for i in range(settings.prompts)
+        for i in range(count)
     ]
     began = time.perf_counter()
     completions = engine.generate(prompts, params)
@@ -109,6 +135,14 @@ def rollout(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int)
     verdicts = judge(task, problems, [[c.text for c in group] for group in completions])
     earned = rewards(recipe.reward, problems, completions, verdicts)
     refuse_failures(earned.verdicts, step)
+    _refuse_no_numbers(earned.total_PG, completions, step)
+    steps = []
+    if objective.supervision == "process":
+        assert isinstance(task, GradesSteps)  # the recipe's own check
+        steps = [
+            [step_ends(tokenizer, c.token_ids, task.grade_steps(problem, c.text)) for c in group]
+            for problem, group in zip(problems, completions, strict=True)
+        ]
     return Rollout(
         problems=problems,
         prompts=prompts,
@@ -119,4 +153,46 @@ def rollout(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int)
         known_PG=earned.known_PG,
         seconds_sampling=sampled - began,
         seconds_verifying=time.perf_counter() - sampled,
+        steps=steps,
     )
+
+
+def _replaced(old: Rollout, places: list[int], new: Rollout, useful: list[int]) -> Rollout:
+    """`old` with its groups at the first of `places` replaced by the `useful` ones of `new`."""
+    order = list(range(len(old.prompts)))
+    for place, g in zip(places, useful, strict=False):
+        order[place] = len(order) + g
+
+    def merged(a: Any, b: Any) -> Any:
+        return torch.cat((a, b))[order] if isinstance(a, Tensor) else [[*a, *b][g] for g in order] if a else []
+
+    lists = ("problems", "prompts", "completions", "verdicts", "rewards_PG", "known_PG", "steps")
+    return replace(
+        old,
+        **{name: merged(getattr(old, name), getattr(new, name)) for name in lists},
+        parts={name: merged(old.parts[name], new.parts[name]) for name in old.parts},
+        seconds_sampling=old.seconds_sampling + new.seconds_sampling,
+        seconds_verifying=old.seconds_verifying + new.seconds_verifying,
+        refilled=old.refilled + min(len(places), len(useful)),
+    )
+
+
+def _refuse_no_numbers(rewards_PG: Tensor, completions: list[list[Completion]], step: int) -> None:
+    """One NaN among the rewards would make a whole group's advantages NaN, and the weights after them."""
+    bad = (~rewards_PG.isfinite()).nonzero().tolist()
+    if bad:
+        p, g = bad[0]
+        raise ValueError(
+            f"the reward of a completion of step {step + 1} is {float(rewards_PG[p, g])}, not a finite number "
+            f"(completion: {shortened(completions[p][g].text)}); the run has stopped before it could learn from it; "
+            "mend the reward function"
+        )
+
+
+def step_ends(tokenizer: Tokenizer, token_ids: list[int], steps: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """(characters, reward) of each step as (index of the token that holds its last character, reward)."""
+    if not token_ids:
+        return []
+    lengths = [len(tokenizer.decode(token_ids[: t + 1])) for t in range(len(token_ids))]
+    last = len(token_ids) - 1
+    return [(next((t for t, n in enumerate(lengths) if n >= end), last), reward) for end, reward in steps]

@@ -129,6 +129,20 @@ class Arithmetic(BaseModel):
             return wrong("the answer is not a whole number")
         return correct() if plain.number(found.answer) == int(problem.truth) else wrong()
 
+    def grade_steps(self, problem: Problem, completion: str) -> list[tuple[int, float]]:
+        """1 for each line of the thinking that is the line due there, 0 for any other; then the answer's reward."""
+        a, op, b = _parts(problem)
+        due = (_add if op == "+" else _subtract)(a, b, random.Random(0), 0.0)[0].split("\n")
+        end = completion.find("</think>")
+        steps: list[tuple[int, float]] = []
+        place = 0
+        for line in completion[:end].splitlines(keepends=True) if end >= 0 else ():
+            place += len(line)
+            if line.strip() not in ("", "<think>"):
+                right = len(steps) < len(due) and line.strip() == due[len(steps)]
+                steps.append((place, float(right)))
+        return [*steps, (len(completion), self.grade(problem, completion).reward)]
+
     def size(self, split: Split) -> int | None:
         return None
 

@@ -7,7 +7,7 @@ whenever. All randomness comes from (seed, split, index), so that a stopped run 
 import hashlib
 import random
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from luciola.verify.verdict import Verdict
 
@@ -65,6 +65,15 @@ class Task(Protocol):
 
     def size(self, split: Split) -> int | None:
         """How many problems a data set has in this split; None where problems are made up as they are needed."""
+        ...
+
+
+@runtime_checkable
+class GradesSteps(Protocol):
+    """A task that can also tell which steps of a solution are right (process supervision)."""
+
+    def grade_steps(self, problem: Problem, completion: str) -> list[tuple[int, float]]:
+        """(number of characters up to the end of the step, reward) of each step, in order, the answer as the last."""
         ...
 
 

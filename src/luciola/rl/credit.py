@@ -1,0 +1,127 @@
+"""Credit: from the rewards of a rollout to the advantage of every token, as the objective asks for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from luciola.model.transformer import Transformer
+from luciola.recipe import GrpoRecipe
+from luciola.rl.advantage import (
+    batch_scaled,
+    global_advantages,
+    group_advantages,
+    leave_one_out,
+    overlong_penalty,
+    pairs,
+    process_advantages,
+    returns_with_kl,
+)
+from luciola.rl.batch import Sample, per_sample
+from luciola.rl.rollout import Rollout
+
+
+def sequences(rollout: Rollout, recipe: GrpoRecipe, reference: Transformer | None = None) -> list[Sample]:
+    """The completions of a rollout with their advantages, group by group.
+
+    Args:
+        reference: pi_ref, needed where the KL divergence is part of the reward.
+    """
+    samples = _samples(rollout, recipe)
+    rewards_PG, known_PG = shaped_rewards(rollout, recipe)
+    for sample, known in zip(samples, known_PG.flatten().tolist(), strict=True):
+        sample.known = known
+    if recipe.objective.advantage == "pairs":
+        return _paired(samples, rollout, known_PG)
+    for sample, advantages_T in zip(samples, _advantages(samples, rewards_PG, rollout, recipe, reference), strict=True):
+        sample.advantages_T = advantages_T
+    return samples
+
+
+def shaped_rewards(rollout: Rollout, recipe: GrpoRecipe) -> tuple[Tensor, Tensor]:
+    """Rewards, and whether they count, after what the objective does about long completions, (P, G) both."""
+    longest, objective = recipe.rollout.max_tokens, recipe.objective
+    rewards_PG, known_PG = rollout.rewards_PG, rollout.known_PG
+    if objective.overlong == "penalty":
+        lengths_PG = torch.tensor([[len(c.token_ids) for c in group] for group in rollout.completions])
+        buffer = max(1, round(objective.overlong_buffer * longest))
+        rewards_PG = rewards_PG + overlong_penalty(lengths_PG, longest, buffer)
+    elif objective.overlong == "mask":
+        cut_PG = torch.tensor([[c.finish_reason == "length" for c in group] for group in rollout.completions])
+        known_PG = known_PG & ~cut_PG
+    return rewards_PG, known_PG
+
+
+def _samples(rollout: Rollout, recipe: GrpoRecipe) -> list[Sample]:
+    samples = []
+    for prompt, group in zip(rollout.prompts, rollout.completions, strict=True):
+        for completion in group:
+            logp, kept = completion.tempered_logprobs, completion.kept_tokens
+            assert logp is not None
+            if recipe.objective.keep_sampling_mask:
+                assert kept is not None and completion.kept_logprobs is not None
+                logp = completion.kept_logprobs
+            samples.append(
+                Sample(
+                    prompt,
+                    completion.token_ids,
+                    logp,
+                    logp,
+                    torch.zeros(len(logp)),
+                    known=True,
+                    routes_TLK=completion.routes if recipe.grpo.replay_routes else None,
+                    kept=kept,
+                )
+            )
+    return samples
+
+
+def _advantages(
+    samples: list[Sample], rewards_PG: Tensor, rollout: Rollout, recipe: GrpoRecipe, reference: Transformer | None
+) -> list[Tensor]:
+    """A of every token of every sample, (T,)."""
+    objective, (P, G) = recipe.objective, rewards_PG.shape
+    known_PG = torch.tensor([s.known for s in samples]).view(P, G)
+    lengths = [len(s.completion) for s in samples]
+    if objective.supervision == "process":
+        advantages: list[Tensor] = []
+        for p in range(P):
+            group = slice(p * G, (p + 1) * G)
+            advantages += process_advantages(rollout.steps[p], lengths[group], known_PG[p].tolist())
+        return advantages
+    rewards, kl = rewards_PG.flatten(), [torch.zeros(n) for n in lengths]
+    if objective.beta and objective.kl_in == "reward":
+        assert reference is not None
+        found = per_sample(reference, samples, recipe, replay=False)
+        kl = [torch.tensor(s.old_logp) - found[id(s)] if s.completion else torch.zeros(0) for s in samples]
+    if objective.advantage == "global":
+        returns = [returns_with_kl(float(r), k, objective.beta) for r, k in zip(rewards, kl, strict=True)]
+        return global_advantages(returns, known_PG.flatten().tolist())
+    rewards_PG = rewards_PG - objective.beta * torch.stack([k.sum() for k in kl]).view(P, G)
+    match objective.advantage:
+        case "leave_one_out":
+            each_PG = leave_one_out(rewards_PG, known_PG)
+        case "batch":
+            each_PG = batch_scaled(rewards_PG, known_PG)
+        case "correct":
+            each_PG = (correct(rollout) & known_PG).float()
+        case kind:
+            each_PG = group_advantages(rewards_PG, known_PG, scale=kind == "group")
+    return [a.expand(n) for a, n in zip(each_PG.flatten(), lengths, strict=True)]
+
+
+def _paired(samples: list[Sample], rollout: Rollout, known_PG: Tensor) -> list[Sample]:
+    """DPO: +1 for the right and -1 for the wrong completion of every pair, 0 for those without a partner."""
+    correct_PG, G = correct(rollout), known_PG.shape[1]
+    written_PG = torch.tensor([bool(s.completion) for s in samples]).view_as(known_PG)
+    for p in range(len(correct_PG)):
+        for number, (right, wrong) in enumerate(pairs(correct_PG[p], known_PG[p] & written_PG[p])):
+            for place, sign in ((right, 1.0), (wrong, -1.0)):
+                sample = samples[p * G + place]
+                sample.pair, sample.advantages_T = number, torch.full((len(sample.completion),), sign)
+    return samples
+
+
+def correct(rollout: Rollout) -> Tensor:
+    """Which completions are right, (P, G)."""
+    return torch.tensor([[v.kind == "correct" for v in group] for group in rollout.verdicts])
