@@ -50,7 +50,7 @@ def seccomp_filter() -> bytes:
         (_LOAD, 0, 0, _NUMBER),
         (_AT_LEAST, 0, 1, _X32),
         refuse,
-        # The flags of clone3 lie in memory, where no filter can look; told that it is missing, libc falls back to clone.
+        # The flags of clone3 lie in memory, where no filter can look; where it is missing, libc falls back to clone.
         (_EQUAL, 0, 1, _CLONE3),
         (_RETURN, 0, 0, _REFUSE | errno.ENOSYS),
     ]
