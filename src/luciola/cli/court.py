@@ -16,8 +16,8 @@ def court(
 ) -> None:
     """Try a reward function with every known cheat, and list the cheats it pays.
 
-    Also listed: honest answers it does not pay, and calls in which it hung or failed. Exit code 1 if a cheat was paid, or
-    if a call hung or failed.
+    Also listed: honest answers it does not pay, and calls in which it hung or failed. Exit code 1 if a cheat was paid,
+    or if a call hung or failed.
 
     \b
     Examples: luciola court my_rewards:accuracy

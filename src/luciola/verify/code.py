@@ -9,8 +9,8 @@ it where there is no fence at all. A program passes all tests or is wrong. Tests
 |           | its exit code 0                                                                                      |
 | `Asserts` | Python only: the tests run in one sandbox and call the program's functions in another (`inside.py`)  |
 
-Expected results never enter the sandbox of the program. So whatever it does there (exit early, patch `==`, return objects
-that equal everything, look through frames and files), it has to return or print the right thing.
+Expected results never enter the sandbox of the program. So whatever it does there (exit early, patch `==`, return
+objects that equal everything, look through frames and files), it has to return or print the right thing.
 
 A program that runs into a limit is wrong, as it is the program that is too slow or too large. "timeout" and "crash" are
 about the tests: they did not end, could not be run, or never called the program.
@@ -92,9 +92,13 @@ class Asserts:
 
     @classmethod
     def of_mbpp(cls, row: Mapping[str, Any]) -> "Asserts":
-        """A row of MBPP: `test_list`, `test_setup_code`, and the reference `code`, whose functions a program must have."""
-        defined = {node.name for node in ast.parse(row["code"]).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        used = {node.id for test in row["test_list"] for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
+        """A row of MBPP: `test_list`, `test_setup_code`, and the reference `code`, whose functions are tested."""
+        defined = {
+            node.name for node in ast.parse(row["code"]).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
+        used = {
+            node.id for test in row["test_list"] for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)
+        }
         return cls(tuple(row["test_list"]), tuple(sorted(defined & used)), row.get("test_setup_code", ""))
 
 
@@ -119,7 +123,9 @@ def read_tests(truth: str) -> Tests:
             return Pairs(**{**fields, "pairs": tuple((str(read), str(printed)) for read, printed in fields["pairs"])})
         return Asserts(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
     except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"the tests must have `pairs` or `tests`, as Pairs and Asserts describe them ({error})") from None
+        raise ValueError(
+            f"the tests must have `pairs` or `tests`, as Pairs and Asserts describe them ({error})"
+        ) from None
 
 
 def extract(completion: str) -> str | None:

@@ -1,9 +1,9 @@
 """The reward court: try a reward function with every cheat we know, and see which ones it pays.
 
 A reward is a function (prompt, completion, truth) -> number or `Verdict`. The cases lie beside this file, in cases/:
-`cheats.jsonl` and `honest.jsonl` for answers, `programs.toml` for programs. A case is *paid* when it earns more than nothing
-and more than an ordinary wrong answer does, so that a reward may give something for the form alone. Rewards run in a
-process of their own that is killed and replaced when one hangs or takes its process with it.
+`cheats.jsonl` and `honest.jsonl` for answers, `programs.toml` for programs. A case is *paid* when it earns more than
+nothing and more than an ordinary wrong answer does, so that a reward may give something for the form alone. Rewards run
+in a process of their own that is killed and replaced when one hangs or takes its process with it.
 """
 
 import json

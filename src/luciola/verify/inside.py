@@ -1,12 +1,14 @@
-"""What runs inside the sandboxes of `code.py`: a program that answers calls, and the tests that make them. No imports of ours.
+"""What runs inside the sandboxes of `code.py`: a program that answers calls, and the tests that make them.
 
-The program and its tests are two processes in two sandboxes, joined by two pipes. Nothing but plain values goes through,
-as lines of JSON: arguments one way, results the other. So the program never meets an expected result, nor the code
-that compares: it cannot read, patch, or leave them, and an object that says it equals everything does not get across. A
+The program and its tests are two processes in two sandboxes, joined by two pipes. Nothing but plain values goes
+through, as lines of JSON: arguments one way, results the other. So the program never meets an expected result, nor the
+code that compares: it cannot read, patch, or leave them, and an object that says it equals everything does not get across. A
 program that writes the replies by hand has gained nothing, since it has to know the right results.
 
-    python inside.py program                  answers calls of the functions in solution.py; calls on stdin, replies on stdout
-    python inside.py tests CALLS REPLIES      runs tests.json; descriptors of the pipes; its verdict on stdout
+    python inside.py program               answers calls of solution.py's functions: calls on stdin, replies on stdout
+    python inside.py tests CALLS REPLIES   runs tests.json over these two descriptors; its verdict on stdout
+
+Nothing of ours can be imported here: the sandbox has the standard library alone.
 """
 
 import builtins
@@ -17,8 +19,8 @@ import signal
 import sys
 import time
 
-TYPE_CHECKING = False  # as in typing, whose import takes longer than the rest of this file
-if TYPE_CHECKING:
+MYPY = False  # instead of typing.TYPE_CHECKING, whose import takes longer than the rest of this file
+if MYPY:
     from typing import Any
 
 MAX_REPLY = 8 << 20  # bytes
@@ -69,7 +71,7 @@ def decode(value: "Any", objects: "Any") -> "Any":
 
 
 class Object:
-    """On the tests' side, something of the program's that is no plain value: equal to itself alone, fit to be handed back."""
+    """On the tests' side, what the program returned and is no plain value: it equals itself alone."""
 
     def __init__(self, place: int) -> None:
         self._place = place
@@ -176,7 +178,8 @@ def run_tests(task: "dict[str, Any]", calls: int, replies: int) -> "tuple[str, s
         namespace.update({name: program.function(name) for name in task["names"]})
         program.reply()  # that its own code has run
         program.count = 0
-        for number, code in enumerate(compiled, 1):
+        for code in compiled:
+            number += 1
             exec(code, namespace)
     except TestsFault as error:
         return "crash", f"test {number} cannot be run: {error}"

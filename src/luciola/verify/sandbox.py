@@ -1,7 +1,7 @@
 """Run a program that nobody has read, in bubblewrap: what it can see, what it can use, and how it ends.
 
-It sees /usr and Python's standard library, read-only, and a /tmp of its own in memory that nobody else sees: no network,
-no files of this machine's people, no other processes, no /proc, none of our environment. What it can use:
+It sees /usr and Python's standard library, read-only, and a /tmp of its own in memory that nobody else sees: no
+network, no files of this machine's people, no other processes, no /proc, none of our environment. What it can use:
 
 | what                | limit                                                                                      |
 | ------------------- | ------------------------------------------------------------------------------------------ |
@@ -51,9 +51,9 @@ class SandboxError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a program ended: "ok" with exit code 0, "failed" with another one, at the limit that is named, or "stopped" by us.
+    """How a program ended: "ok" with exit code 0, "failed" with another one, at the limit that is named, or "stopped".
 
-    `exit_code` is 128 + n after signal n, and None where the program was ended from outside. Output is cut at its limit.
+    `exit_code` is 128 + n after signal n, and None where it was ended from outside. Output is cut at its limit.
     """
 
     status: Status
