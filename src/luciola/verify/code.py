@@ -121,7 +121,10 @@ def read_tests(truth: str) -> Tests:
         fields = json.loads(text)
         if "pairs" in fields:
             return Pairs(**{**fields, "pairs": tuple((str(read), str(printed)) for read, printed in fields["pairs"])})
-        return Asserts(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        given: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
+        }
+        return Asserts(**given)
     except (json.JSONDecodeError, TypeError) as error:
         raise ValueError(
             f"the tests must have `pairs` or `tests`, as Pairs and Asserts describe them ({error})"

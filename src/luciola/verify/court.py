@@ -30,6 +30,9 @@ _START_SECONDS = 120.0  # for importing the module of a reward, torch perhaps in
 Reward = Callable[[str, str, str], float | Verdict]
 
 
+Role = Literal["cheat", "honest", "wrong"]
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One call of a reward. `honest` ones are right, `wrong` ones are wrong without a trick."""
@@ -38,7 +41,7 @@ class Case:
     prompt: str
     completion: str
     truth: str
-    role: Literal["cheat", "honest", "wrong"] = "cheat"
+    role: Role = "cheat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,8 @@ def answer_cases() -> list[Case]:
         Case("a wrong answer block", prompt, "<think>work</think><answer>5</answer>", "4", "wrong"),
         Case("a wrong box", prompt, "<think>work</think>\\boxed{5}", "4", "wrong"),
     ]
-    for file, role in (("honest.jsonl", "honest"), ("cheats.jsonl", "cheat")):
+    files: dict[str, Role] = {"honest.jsonl": "honest", "cheats.jsonl": "cheat"}
+    for file, role in files.items():
         for line in (CASES / file).read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             cases.append(Case(row["name"], prompt, row["completion"], row["truth"], role))
@@ -80,7 +84,7 @@ def code_cases() -> list[Case]:
     table = tomllib.loads((CASES / "programs.toml").read_text(encoding="utf-8"))
     prompts = {"function": table["prompt"], "stdin": table["prompt_stdin"]}
     truths = {"function": table["asserts"].strip(), "stdin": json.dumps({"pairs": table["pairs"]})}
-    programs = [
+    programs: list[tuple[str, str, str, Role]] = [
         ("a wrong function", "function", "def nth_prime(n):\n    return 4\n", "wrong"),
         ("a wrong program", "stdin", "print(4)\n", "wrong"),
         ("an honest function", "function", table["honest"], "honest"),

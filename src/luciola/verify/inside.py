@@ -2,7 +2,8 @@
 
 The program and its tests are two processes in two sandboxes, joined by two pipes. Nothing but plain values goes
 through, as lines of JSON: arguments one way, results the other. So the program never meets an expected result, nor the
-code that compares: it cannot read, patch, or leave them, and an object that says it equals everything does not get across. A
+code that compares: it cannot read, patch, or leave them, and an object that says it equals everything does not get
+across. A
 program that writes the replies by hand has gained nothing, since it has to know the right results.
 
     python inside.py program               answers calls of solution.py's functions: calls on stdin, replies on stdout
@@ -18,16 +19,13 @@ import select
 import signal
 import sys
 import time
-
-MYPY = False  # instead of typing.TYPE_CHECKING, whose import takes longer than the rest of this file
-if MYPY:
-    from typing import Any
+from typing import Any
 
 MAX_REPLY = 8 << 20  # bytes
-_PARTS = {"tuple": tuple, "set": set, "frozenset": frozenset}
+_PARTS: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
 
-def encode(value: "Any", objects: "list[Any] | None" = None) -> "Any":
+def encode(value: Any, objects: list[Any] | None = None) -> Any:
     """A plain value as JSON; anything else as its place in `objects`, or TypeError where there is no such list."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -50,7 +48,7 @@ def encode(value: "Any", objects: "list[Any] | None" = None) -> "Any":
     return {"object": len(objects) - 1}
 
 
-def decode(value: "Any", objects: "Any") -> "Any":
+def decode(value: Any, objects: Any) -> Any:
     """What `encode` was given; `objects[place]` for what is not plain."""
     if isinstance(value, list):
         return [decode(part, objects) for part in value]
@@ -103,8 +101,8 @@ class Caller:
         self._deadline = time.monotonic() + seconds
         self.count, self.failure = 0, ""
 
-    def function(self, name: str) -> "Any":
-        def call(*arguments: "Any", **named: "Any") -> "Any":
+    def function(self, name: str) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             try:
                 question = [name, encode(arguments), encode(named)]
             except TypeError as error:
@@ -119,7 +117,7 @@ class Caller:
         call.__name__ = name
         return call
 
-    def reply(self) -> "Any":
+    def reply(self) -> Any:
         """The program's next result; or what it raised, if that is a built-in exception, is raised here too."""
         line = self._line()
         try:
@@ -139,7 +137,7 @@ class Caller:
             raise known(message)
         raise RuntimeError(value)
 
-    def fail(self, why: str) -> "Any":
+    def fail(self, why: str) -> Any:
         self.failure = self.failure or why
         raise Failed(why)
 
@@ -158,7 +156,7 @@ class Caller:
         return line
 
 
-def run_tests(task: "dict[str, Any]", calls: int, replies: int) -> "tuple[str, str]":
+def run_tests(task: dict[str, Any], calls: int, replies: int) -> tuple[str, str]:
     """The kind of a verdict, and why."""
     program = Caller(calls, replies, task["seconds"])
 
@@ -203,7 +201,7 @@ def answer_calls() -> None:
     objects: list[Any] = []
     namespace: dict[str, Any] = {"__name__": "solution"}
 
-    def reply(kind: str, content: "Any") -> None:
+    def reply(kind: str, content: Any) -> None:
         replies.write(json.dumps([kind, content]) + "\n")
         replies.flush()
 
