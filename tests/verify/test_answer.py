@@ -10,14 +10,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from luciola.verify import answer, extract
+from luciola.verify import answer, court, extract
 from luciola.verify.pool import Pool
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}")
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    lines = Path(__file__).with_name(name).read_text(encoding="utf-8").splitlines()
+    lines = (court.CASES / name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 

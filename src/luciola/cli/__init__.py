@@ -11,6 +11,7 @@ import typer
 
 from luciola.cli.ask import generate
 from luciola.cli.chat import chat
+from luciola.cli.court import court
 from luciola.cli.errors import guarded
 from luciola.cli.files import convert, inspect, parity
 from luciola.cli.look import bench, doctor, runs
@@ -55,6 +56,7 @@ for command in (
     inspect,
     parity,
     runs,
+    court,
     doctor,
     bench,
 ):

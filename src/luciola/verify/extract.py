@@ -33,7 +33,7 @@ class Found:
 
 def find(completion: str) -> Found:
     """Apply the rules in the order of the table."""
-    reply = _after_thinking(completion)
+    reply = after_thinking(completion)
     if reply.answer is None:
         return reply
     if _TAG.search(reply.answer):
@@ -48,7 +48,7 @@ def find(completion: str) -> Found:
 
 def answer_block(completion: str) -> Found:
     """The content of the only <answer> block after the thinking, taken out of its \\boxed{} if it has one."""
-    reply = _after_thinking(completion)
+    reply = after_thinking(completion)
     if reply.answer is None:
         return reply
     tags = _TAG.findall(reply.answer)
@@ -93,7 +93,7 @@ def boxes(text: str) -> list[str]:
     return contents
 
 
-def _after_thinking(completion: str) -> Found:
+def after_thinking(completion: str) -> Found:
     """What follows </think>; the whole completion where nothing was thought."""
     tags = [tag for tag in _TAG.findall(completion) if "think" in tag]
     if tags in (["<think>", "</think>"], ["</think>"]):
