@@ -88,7 +88,13 @@ def evaluate(
     if max_tokens is None:
         max_tokens = settings.get("rollout", {}).get("max_tokens", MAX_TOKENS)
     lm, engine = opened(model, quantize, group_size=group_size, dtype=dtype)
-    sampling = {"samples": samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    sampling: dict[str, Any] = {
+        "samples": samples,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_tokens": max_tokens,
+        "seed": seed,
+    }
     if output is not None:
         asked = {name: task.model_dump(mode="json") for name, task in chosen.items()}
         weights = folder.fingerprint(engine.model)
