@@ -241,7 +241,7 @@ def test_evaluate_names_what_does_not_go_with_a_text(model: str, tmp_path: Path)
             ("--perplexity", str(path), "--window", "97"),
             "--window 97 must be between 2 and the model's",
         ),
-        (b"1+1", ("task.name=countdown", "--perplexity", str(path)), "task.name=countdown is a task setting"),
+        (b"1+1", ("task.name=countdown", "--perplexity", str(path)), "task.name=countdown belongs to a task"),
         (b"1+1", ("--perplexity", str(path), "--group-size", "64"), "--group-size 64 goes with --quantize 'int8' or"),
         (b"1+1", ("--window", "8"), "--window goes with --perplexity FILE"),
     ):

@@ -116,9 +116,10 @@ def test_a_forked_child_uses_workers_of_its_own() -> None:
     ours = pools.shared()
     assert answer.grade("\\boxed{x+x}", "2x").kind == "correct"
     assert pools.shared() is ours
-    pools._of_process[os.getpid() + 1] = pools._of_process.pop(os.getpid())  # as a fork would find it
+    here, child = (os.getpid(), pools.ALGEBRA), (os.getpid() + 1, pools.ALGEBRA)
+    pools._of_process[child] = pools._of_process.pop(here)  # as a fork would find it
     try:
         assert pools.shared() is not ours
     finally:
         pools.shared().close()
-        pools._of_process[os.getpid()] = pools._of_process.pop(os.getpid() + 1)
+        pools._of_process[here] = pools._of_process.pop(child)
