@@ -34,6 +34,15 @@ def own(lm: LanguageModel) -> LanguageModel:
     return LanguageModel(copy.deepcopy(lm.model), lm.tokenizer)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt even where whoever started the tests has it ignored, as shells do for what runs in
+    the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupts(seed: int) -> Iterator[float]:
     """Times until the next Ctrl-C, in seconds."""
     generator = torch.Generator().manual_seed(seed)
@@ -41,6 +50,7 @@ def interrupts(seed: int) -> Iterator[float]:
         yield 1e-4 + 4e-3 * torch.rand((), generator=generator).item()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_at_any_time_leaves_the_books_in_order(lm: LanguageModel) -> None:
     engine = Engine(lm, dtype="model", block_size=2, max_cached_tokens=160)
     expected = engine.generate([PROMPT] * 3, LONG)
@@ -66,6 +76,7 @@ def test_ctrl_c_at_any_time_leaves_the_books_in_order(lm: LanguageModel) -> None
     assert engine.generate([PROMPT] * 3, LONG) == expected
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_for_the_end_of_the_step(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(lm, dtype="model")
     real, reached = engine._runner._record, []
