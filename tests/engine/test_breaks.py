@@ -36,8 +36,8 @@ def own(lm: LanguageModel) -> LanguageModel:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt even where whoever started the tests has it ignored, as shells do for what runs in
-    the background."""
+    """SIGINT raises KeyboardInterrupt even where it was ignored when the tests were started, as shells do for what
+    runs in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
