@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from luciola.verify import code, court
+from luciola.verify import code, court, sandbox
 
+pytestmark = pytest.mark.skipif(bool(sandbox.unavailable()), reason=sandbox.unavailable() or "")
 CASES = court.code_cases()
 
 
@@ -36,12 +37,16 @@ def test_there_are_many_and_each_is_named_once() -> None:
 def test_what_an_attack_earns_and_leaves_behind(case: court.Case) -> None:
     before = ours()
     start = time.monotonic()
-    verdict = code.grade(case.completion, code.read_tests(case.truth), seconds=1.0, memory_mb=256)
+    seconds = 10.0 if case.role == "honest" else 1.0
+    verdict = code.grade(case.completion, code.read_tests(case.truth), seconds=seconds, memory_mb=256)
     assert time.monotonic() - start < 30
     if case.role == "honest":
         assert (verdict.kind, verdict.reward) == ("correct", 1.0)
         return
     assert (verdict.kind, verdict.reward) == ("wrong", 0.0), verdict
-    assert ours() <= before
+    left, limit = ours() - before, time.monotonic() + 20
+    while left & ours():  # other tests' programs end; what an attack has left behind would not
+        assert time.monotonic() < limit, f"still there: {sorted(left & ours())}"
+        time.sleep(0.1)
     for folder in ("/", "/tmp", "/usr", "/usr/bin", "/usr/local", "/etc", "/dev", "/dev/shm", "/var/tmp", Path.home()):
         assert not os.path.exists(os.path.join(folder, "luciola-was-here"))
