@@ -264,7 +264,7 @@ def test_a_step_that_fails_ends_who_ran_and_the_engine_goes_on(
     engine = Engine(lm, dtype="model", max_running=2)
     expected = engine.generate(prompts(2), LONG)
     with monkeypatch.context() as patch:
-        patch.setattr(lm.model, "decode", lambda *_: (_ for _ in ()).throw(MemoryError("no memory")))
+        patch.setattr(lm.model, "decode", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no memory")))
         with pytest.raises(MemoryError):
             engine.generate(prompts(5), LONG)
     all_blocks_are_back(engine)

@@ -20,6 +20,7 @@ from luciola.engine.sampler import (
     Settings,
     UniformStream,
     derived_seed,
+    largest,
     sample,
 )
 from luciola.model.language_model import LanguageModel
@@ -394,3 +395,21 @@ def test_rows_that_may_draw_nothing_are_told_from_damaged_ones(temperature: floa
     with pytest.raises(NotFiniteError) as damaged:
         draw(logits, params, [0.5] * 3, allowed={1: nothing})
     assert damaged.value.rows == (2,)
+
+
+@pytest.mark.parametrize("V", [1, 5, 16, 33, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_largest_is_the_first_of_the_largest(V: int, dtype: torch.dtype) -> None:
+    x_NV = torch.randn(6, 2 * V).mul(3).round().to(dtype)[:, :V]  # many are equal, and rows lie apart
+    x_NV[0], x_NV[1] = -torch.inf, torch.inf
+    values_N, places_N = largest(x_NV)
+    assert torch.equal(values_N, x_NV.amax(-1))
+    assert places_N.tolist() == [row.index(max(row)) for row in x_NV.tolist()]
+
+
+@pytest.mark.parametrize("place", [0, 15, 16, 39])
+def test_a_row_with_nan_has_no_largest_number(place: int) -> None:
+    x_NV = torch.randn(2, 40)
+    x_NV[1, place] = torch.nan
+    values_N, places_N = largest(x_NV)
+    assert values_N[1].isnan() and values_N[0] == x_NV[0].amax() and 0 <= places_N[1] < 40

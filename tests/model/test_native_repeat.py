@@ -50,17 +50,26 @@ def decoded(model: Transformer, N: int, again: dict[str, Repeated[Any]] | None) 
     rows_N = torch.arange(N, dtype=torch.int32)
     table_RM = torch.arange(N * 4, dtype=torch.int32).view(N, 4)
     pools = [torch.zeros(N * 64, model.config.cached_per_token_and_layer) for _ in range(4)]
-    step = Step(rows_N, torch.zeros_like(rows_N), table_RM, 16, rotation.cos, rotation.sin, again=again)
+    tokens_N = torch.zeros(N, dtype=torch.long)
+    step = Step(rows_N, torch.zeros_like(rows_N), table_RM, 16, rotation.cos, rotation.sin, again, tokens_N)
     results = []
     for position in range(4):
         if position == 2:
             model.prepare()  # as another engine over the same model does
         step.positions_N.fill_(position)
-        tokens_N = (torch.arange(N) * 7 + position * 11) % 48
-        states_ND, routings = model.decode(tokens_N, step, pools)
-        results += [states_ND, *(r.indices_BTK.clone() for r in routings), *(r.scores_BTE.clone() for r in routings)]
+        tokens_N.copy_((torch.arange(N) * 7 + position * 11) % 48)
+        states_ND, routings, logits_NV = model.decode(step, pools, logits=position % 2 == 0)
+        if logits_NV is not None:
+            torch.testing.assert_close(logits_NV, model.head(states_ND))
+            results.append(logits_NV.clone())
+        results += [
+            states_ND.clone(),
+            *(r.indices_BTK.clone() for r in routings),
+            *(r.scores_BTE.clone() for r in routings),
+        ]
         if len(model.mtp):
-            results.append(model.mtp_decode(states_ND, (tokens_N + 1) % 48, step, pools[-1]).clone())
+            tokens_N.copy_((tokens_N + 1) % 48)
+            results.append(model.mtp_decode(states_ND, step, pools[-1], logits=position > 1).clone())
     return results
 
 
@@ -75,7 +84,7 @@ def test_a_repeated_step_is_the_step(name: str, N: int, bits: int | None) -> Non
     again: dict[str, Repeated[Any]] = {}
     for ours, anew in zip(decoded(model, N, again), decoded(model, N, None), strict=True):
         assert torch.equal(ours, anew)
-    assert again["blocks"].usable or bits is not None  # quantised experts are modules of PyTorch
+    assert again["logits"].usable or bits is not None  # quantised experts are modules of PyTorch
 
 
 def test_weights_changed_in_place_are_seen() -> None:
@@ -115,9 +124,14 @@ def test_a_call_that_fails_later_says_what_it_would_have_said() -> None:
     positions_N, table_RM = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
     pools = [torch.zeros(16, model.config.cached_per_token_and_layer) for _ in range(3)]
     row_N = torch.zeros(1, dtype=torch.int32)
-    step = Step(row_N, positions_N, table_RM, 16, rotation.cos, rotation.sin, again={})
+    tokens_N = torch.zeros(1, dtype=torch.long)
+    step = Step(row_N, positions_N, table_RM, 16, rotation.cos, rotation.sin, {}, tokens_N)
     with torch.inference_mode():
-        model.decode(torch.zeros(1, dtype=torch.long), step, pools)
+        model.decode(step, pools)
         positions_N.fill_(17)
         with pytest.raises(ValueError, match="lies outside the table"):
-            model.decode(torch.zeros(1, dtype=torch.long), step, pools)
+            model.decode(step, pools)
+        positions_N.fill_(1)
+        tokens_N.fill_(48)
+        with pytest.raises(IndexError, match="outside the vocabulary of 48"):
+            model.decode(step, pools)

@@ -112,11 +112,10 @@ def expanded(length: int, dtype: str) -> Work:
 def _decoding(kind: str, length: int, dtype: str) -> Work:
     model, cache, _ = stack(kind, length, dtype)
     model.prepare()
-    token = torch.zeros(1, dtype=torch.long)
 
     @torch.inference_mode()
     def step() -> int:
-        model.decode(token, paged_step(model, cache, length - 1), cache.pools)
+        model.decode(paged_step(model, cache, length - 1), cache.pools)
         return size(cache)
 
     return step
@@ -153,7 +152,8 @@ def paged_step(model: Transformer, cache: PagedCache, position: int) -> Step:
     """One token of the only sequence, at `position`."""
     rotation = model.rope(position + 1, cache.device)
     row, at = (torch.tensor([x], dtype=torch.int32) for x in (0, position))
-    return Step(row, at, cache.table_RM, cache.block_size, rotation.cos, rotation.sin)
+    token = torch.zeros(1, dtype=torch.long)
+    return Step(row, at, cache.table_RM, cache.block_size, rotation.cos, rotation.sin, tokens_N=token)
 
 
 def size(cache: PagedCache) -> int:

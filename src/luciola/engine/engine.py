@@ -16,7 +16,7 @@ import torch
 from luciola import hardware
 from luciola.engine.blocks import BlockPool
 from luciola.engine.cache import PagedCache
-from luciola.engine.loop import Loop
+from luciola.engine.loop import Loop, interrupts
 from luciola.engine.params import SamplingParams
 from luciola.engine.requests import Prompt, Requests
 from luciola.engine.runner import Runner
@@ -196,7 +196,7 @@ class Engine:
             raise ValueError(f"prompts={shortened(prompts)} must be a list of texts or lists of token ids")
         groups = self._requests.sequences(list(prompts), params, priority)
         rows = [row for group in groups for row in group]
-        with contextlib.closing(self._run(rows)) as steps:
+        with interrupts.held(), contextlib.closing(self._run(rows)) as steps:
             for _ in steps:
                 pass
         completions = [[row.completion(self.tokenizer) for row in group] for group in groups]

@@ -42,10 +42,12 @@ class Ready:
         self.sequences: list[Sequence] = []
         self.counts: list[int] = []
         self.parts: list[Tensor] = []
+        self.logits: Tensor | None = None  # of all states, where the pass has computed them, too
 
-    def take(self, states_ND: Tensor, kept: list[int]) -> None:
+    def take(self, states_ND: Tensor, kept: list[int], logits_NV: Tensor | None = None) -> None:
         """Add the states of a pass that are drawn from."""
         whole = kept == list(range(len(states_ND)))
+        self.logits = logits_NV if whole and not self.parts else None
         self.parts.append(states_ND if whole else states_ND[kept])
 
     def states(self) -> Tensor:
@@ -146,9 +148,9 @@ class Runner:
             fed += tokens
             rows += [sequence.row] * len(tokens)
             positions += range(start, start + len(tokens))
-        step = self.flat.step(rows, positions)
-        tokens_N = torch.tensor(fed, device=self.device)
-        states_ND, routings = self.model.decode(tokens_N, step, self.cache.pools, self.exact)
+        step = self.flat.step(rows, positions, fed)
+        all_drawn = self.flat.with_logits(len(fed)) and all(count == 1 for _, count in work)
+        states_ND, routings, logits_NV = self.model.decode(step, self.cache.pools, self.exact, logits=all_drawn)
         if self.speculator is not None and any(count > 1 for _, count in work):
             self.speculator.read_flat(self, work, states_ND)
         routes_NLK = _stacked(routings, work)
@@ -164,7 +166,7 @@ class Runner:
             if sequence.computed == len(sequence.tokens):
                 self._ready(sequence, range(place + count - 1, end), kept, ready)
             place = end
-        ready.take(states_ND, kept)
+        ready.take(states_ND, kept, logits_NV)
 
     def _ready(self, sequence: Sequence, states: range, kept: list[int], ready: Ready) -> None:
         """Something can be drawn for it, and for those that waited for the same prompt to be read."""
@@ -204,7 +206,7 @@ class Runner:
     def _draw(self, ready: Ready) -> None:
         """Draw the next tokens and take note of them."""
         sequences, counts, states_BD = ready.sequences, ready.counts, ready.states()
-        logits_BV = self.model.head(states_BD, exact=self.exact)
+        logits_BV = self.model.head(states_BD, exact=self.exact) if ready.logits is None else ready.logits
         rows = sequences
         if len(logits_BV) > len(sequences):
             rows = [sequence for sequence, count in zip(sequences, counts, strict=True) for _ in range(count)]

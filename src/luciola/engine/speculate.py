@@ -9,7 +9,7 @@ Drafts come from the model's multi-token prediction module (V3 report, section 5
 accepted), one a step; or from the text so far: what followed the last tokens when they
 stood there before (prompt lookup).
 
-Shapes: N tokens, B sequences, D hidden.
+Shapes: N tokens, B sequences, D hidden, X hidden or vocabulary.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from luciola.engine.cache import Piece, PromptCache
+from luciola.engine.sampler import largest
 from luciola.engine.sequence import Sequence
 from luciola.model.transformer import Transformer
 
@@ -149,9 +150,7 @@ class Speculator:
             positions += range(start, start + len(following))
             tokens += following
             place += count + len(sequence.drafts)
-        step = runner.flat.step(rows, positions)
-        tokens_N = torch.tensor(tokens, device=states_ND.device)
-        self.model.mtp_decode(states_ND[kept], tokens_N, step, runner.cache.pools[-1])
+        self.model.mtp_decode(states_ND[kept], runner.flat.step(rows, positions, tokens), runner.cache.pools[-1])
 
     def draft(self, runner: Runner, sequences: Many[Sequence], news: Many[int], states_ND: Tensor) -> None:
         """Give drafts to sequences, each of which has just got `news` tokens, drawn from as many of the states."""
@@ -180,16 +179,20 @@ class Speculator:
             positions += range(s.computed - new, s.computed)
             tokens += s.tokens[s.computed - new + 1 : s.computed + 1]
             last.append(len(rows) - 1)
-        step = runner.flat.step(rows, positions)
-        tokens_N = torch.tensor(tokens, device=states_ND.device)
-        states_ND = self.model.mtp_decode(states_ND, tokens_N, step, runner.cache.pools[-1])
+        step, pool_PC = runner.flat.step(rows, positions, tokens), runner.cache.pools[-1]
+        logits = runner.flat.with_logits(len(rows))
+        result_NX = self.model.mtp_decode(states_ND, step, pool_PC, logits)
         going = [place for place, go in zip(last, ready, strict=True) if go]
-        if going:
-            states_BD = states_ND[going[0] : going[0] + 1] if len(going) == 1 else states_ND[going]
-            drafts = self.model.mtp[0].head(states_BD).argmax(-1).tolist()  # type: ignore[operator]
-            chosen = (s for s, go in zip(sequences, ready, strict=True) if go)
-            for s, token in zip(chosen, drafts, strict=True):
-                s.drafts = [token]
+        if not going:
+            return
+        if logits:
+            drafts_N = largest(result_NX)[1].tolist()
+            drafts = [drafts_N[place] for place in going]
+        else:
+            drafts = largest(self.model.mtp[0].head(result_NX[going]))[1].tolist()  # type: ignore[operator]
+        chosen = (s for s, go in zip(sequences, ready, strict=True) if go)
+        for s, token in zip(chosen, drafts, strict=True):
+            s.drafts = [token]
 
 
 def look_up(sequence: Sequence, most: int) -> list[int]:

@@ -15,7 +15,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,7 +27,8 @@ from luciola.model.mla import MLA
 from luciola.model.mlp import SwiGLU
 from luciola.model.moe import MoE, Routing
 from luciola.model.mtp import MTPModule, MTPStates
-from luciola.model.native.attention import Step, float_weight
+from luciola.model.native.attention import Step
+from luciola.model.native.ends import embed, normed
 from luciola.model.native.experts import moe
 from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
@@ -83,6 +83,14 @@ class Hidden(NamedTuple):
 
     states: Tensor
     routings: list[Routing]
+
+
+class Decoded(NamedTuple):
+    """`Hidden` of the tokens of a step, and their logits where these were asked for."""
+
+    states: Tensor
+    routings: list[Routing]
+    logits: Tensor | None = None
 
 
 class Transformer(nn.Module):
@@ -200,24 +208,25 @@ class Transformer(nn.Module):
                 module.prepare(self.lm_head)  # type: ignore[operator]
             self.head = Product(weight_of(self.lm_head))
 
-    def decode(self, tokens_N: Tensor, step: Step, pools: Sequence[Tensor], exact: bool = False) -> Hidden:
-        """N new tokens of any sequences, several of one allowed, against `pools`, the cache of each layer (P, C).
+    def decode(self, step: Step, pools: Sequence[Tensor], exact: bool = False, logits: bool = False) -> Decoded:
+        """The N new tokens of `step`, several of one sequence allowed, against `pools`, the cache of each layer (P, C).
 
-        `step` says to which sequence each token belongs, and at which position. Returns states (N, D), float32. With
-        `exact` no bit of a token's states depends on the other tokens of the step.
+        Gives states (N, D) and, with `logits`, what the head makes of them (N, V), float32. With `exact` no bit of a
+        token's result depends on the other tokens of the step. Where steps are repeated, the next one overwrites it.
         """
-        x_ND = F.embedding(tokens_N, self.embed_tokens.weight).float()
-        x_ND, routings = step.run("blocks", partial(self._decode, step, pools, exact), x_ND)
-        norm = self.norm
-        return Hidden(F.rms_norm(x_ND, norm.weight.shape, float_weight(norm), norm.eps), routings)
+        name = "logits" if logits else "states"
+        return step.run(name, partial(self._decode, step, pools, exact, logits))  # type: ignore[no-any-return]
 
-    def _decode(self, step: Step, pools: Sequence[Tensor], exact: bool, x_ND: Tensor) -> tuple[Tensor, list[Routing]]:
+    def _decode(self, step: Step, pools: Sequence[Tensor], exact: bool, logits: bool) -> Decoded:
+        assert step.tokens_N is not None
+        x_ND = embed(step.tokens_N, self.embed_tokens.weight)
         routings: list[Routing] = []
         for block, pool_PC in zip(self.layers, pools, strict=False):  # the MTP module's pool comes last
             x_ND, routing = block.decode(x_ND, step, pool_PC, exact)  # type: ignore[operator]
             if routing is not None:
                 routings.append(routing)
-        return x_ND, routings
+        states_ND = normed(x_ND, self.norm)
+        return Decoded(states_ND, routings, self.head(states_ND, exact=exact) if logits else None)
 
     @torch.no_grad()
     def exact_logits(self, tokens_BT: Tensor) -> Tensor:
@@ -251,9 +260,11 @@ class Transformer(nn.Module):
         rows_B, positions_T = (torch.arange(n, dtype=torch.int32, device=device) for n in (B, T))
         rotation = self.rope(T, device)
         table_B1 = rows_B[:, None].clone()  # each row of tokens is a block
-        step = Step(rows_B.repeat_interleave(T), positions_T.repeat(B), table_B1, T, rotation.cos, rotation.sin)
-        states_ND = self.decode(tokens_BT.flatten(), step, pools, exact=True).states
-        return self.head(states_ND, exact=True).view(B, T, -1)
+        rows_N, positions_N, tokens_N = rows_B.repeat_interleave(T), positions_T.repeat(B), tokens_BT.flatten().long()
+        step = Step(rows_N, positions_N, table_B1, T, rotation.cos, rotation.sin, tokens_N=tokens_N)
+        logits_NV = self.decode(step, pools, exact=True, logits=True).logits
+        assert logits_NV is not None
+        return logits_NV.view(B, T, -1)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Float32 logits (B, T, V) of the next token at every position."""
@@ -280,9 +291,14 @@ class Transformer(nn.Module):
         context = self.context(next_BT.shape[1], past=cache.past)
         self.mtp[0](states_BTD, embedded_BTD, context, partial(cache.extend, len(self.layers)))
 
-    def mtp_decode(self, states_ND: Tensor, next_N: Tensor, step: Step, pool_PC: Tensor) -> Tensor:
-        """States (N, D) of MTP module 0, which predict the token after `next_N`, from states of the main model or, for
-        guesses that reach further, its own."""
-        embedded_ND = F.embedding(next_N, self.embed_tokens.weight).float()
-        module = partial(self.mtp[0].decode, step=step, pool_PC=pool_PC)  # type: ignore[operator,arg-type,misc]
-        return step.run("mtp", module, states_ND, embedded_ND)  # type: ignore[no-any-return]
+    def mtp_decode(self, states_ND: Tensor, step: Step, pool_PC: Tensor, logits: bool = False) -> Tensor:
+        """States (N, D) of MTP module 0, which predict the token after those of `step`, from the states of the main
+        model before those or, for guesses that reach further, its own; with `logits`, what the head makes of them."""
+        name = "mtp logits" if logits else "mtp states"
+        return step.run(name, partial(self._mtp_decode, step, pool_PC, logits), states_ND)  # type: ignore[no-any-return]
+
+    def _mtp_decode(self, step: Step, pool_PC: Tensor, logits: bool, states_ND: Tensor) -> Tensor:
+        assert step.tokens_N is not None
+        module, embedded_ND = self.mtp[0], embed(step.tokens_N, self.embed_tokens.weight)
+        states_ND = module.decode(states_ND, embedded_ND, step, pool_PC)  # type: ignore[operator]
+        return module.head(states_ND) if logits else states_ND  # type: ignore[operator]

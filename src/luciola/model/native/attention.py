@@ -64,7 +64,8 @@ class Step:
     """What all layers share in one decoding step: token n is at `positions_N[n]` of sequence `rows_N[n]`, whose blocks
     are that row of the table (all int32, N and R at least 1); the angles of every position, (positions, d/2) float32.
     Made once a step, or written anew for the next one: the kernels read these tensors where they lie. With a dictionary
-    as `again` the next step of one model over one cache costs less. Raises ValueError for other types or shapes."""
+    as `again` the next step of one model over one cache costs less. `tokens_N` (int64) are the tokens themselves, where
+    the step begins with their embeddings. Raises ValueError for other types or shapes."""
 
     rows_N: Tensor
     positions_N: Tensor
@@ -73,6 +74,7 @@ class Step:
     cos: Tensor
     sin: Tensor
     again: dict[str, Repeated[Any]] | None = field(default=None, repr=False, compare=False)
+    tokens_N: Tensor | None = None
     tokens: int = field(init=False, repr=False)
     turned: int = field(init=False, repr=False)
     native: int = field(init=False, repr=False)
@@ -90,16 +92,21 @@ class Step:
     def __post_init__(self) -> None:
         for name, axes, dtype in [
             ("rows_N", 1, torch.int32), ("positions_N", 1, torch.int32), ("table_RM", 2, torch.int32),
-            ("cos", 2, torch.float32), ("sin", 2, torch.float32),
+            ("cos", 2, torch.float32), ("sin", 2, torch.float32), ("tokens_N", 1, torch.int64),
         ]:  # fmt: skip
             x = getattr(self, name)
+            if x is None and name == "tokens_N":
+                continue
             if x.dtype is not dtype or x.ndim != axes or not x.is_contiguous() or not x.numel():
                 raise ValueError(
                     f"step.{name}: {x.dtype} of shape {tuple(x.shape)}; it must be {dtype} with {axes} axes, not "
                     f"empty and without gaps (.to({dtype}).contiguous())"
                 )
-        if len(self.rows_N) != len(self.positions_N) or self.cos.shape != self.sin.shape:
-            raise ValueError("step: rows_N and positions_N, cos and sin must have the same shape; one of each a token")
+        known_tokens = self.rows_N if self.tokens_N is None else self.tokens_N
+        if not len(self.rows_N) == len(self.positions_N) == len(known_tokens) or self.cos.shape != self.sin.shape:
+            raise ValueError(
+                "step: rows_N, positions_N and tokens_N, cos and sin must have the same shape; one of each a token"
+            )
         tensors = (self.rows_N, self.positions_N, self.table_RM, self.cos, self.sin)
         sizes = (len(self.rows_N), *self.table_RM.shape, self.block_size, len(self.cos))
         paged = _Paged(*(x.data_ptr() for x in tensors), *sizes)
