@@ -13,6 +13,7 @@ from luciola.cli.ask import generate
 from luciola.cli.chat import chat
 from luciola.cli.court import court
 from luciola.cli.errors import guarded
+from luciola.cli.explain import explain
 from luciola.cli.files import convert, inspect, parity
 from luciola.cli.look import bench, doctor, runs
 from luciola.cli.measure import evaluate
@@ -56,6 +57,7 @@ for command in (
     inspect,
     parity,
     runs,
+    explain,
     court,
     doctor,
     bench,
