@@ -61,15 +61,17 @@ def variants(paths: Sequence[Path]) -> list[Variant]:
 
 
 def table(found: Sequence[Variant]) -> list[tuple[str, ...]]:
-    """Rows, the first a heading: accuracy before and after, its deviation (n - 1) and range over seeds, and the time."""
-    rows = [("variant", "seeds", "before", "after", "deviation", "lowest", "highest", "seconds")]
+    """Rows, the first a heading: mean accuracy before and after, deviation (n - 1) and range over seeds, mean time."""
+    rows: list[tuple[str, ...]] = [("variant", "seeds", "before", "after", "deviation", "lowest", "highest", "seconds")]
     for variant in found:
-        ends, before = variant.ends(), mean(curve[0][1] for curve in variant.curves.values())
+        ends = variant.ends()
+        starts = [accuracy for curve in variant.curves.values() for step, accuracy in curve if step == 0]
+        before = f"{mean(starts):.1%}" if starts else ""
         spread = f"{stdev(ends):.1%}" if len(ends) > 1 else ""
         seconds = [summary["seconds"] for summary in variant.summaries if "seconds" in summary]
         rows.append(
             (
-                variant.label, ", ".join(map(str, variant.curves)), f"{before:.1%}", f"{mean(ends):.1%}", spread,
+                variant.label, ", ".join(map(str, variant.curves)), before, f"{mean(ends):.1%}", spread,
                 f"{min(ends):.1%}", f"{max(ends):.1%}", f"{mean(seconds):.0f}" if seconds else "",
             )
         )  # fmt: skip
