@@ -112,6 +112,7 @@ def test_what_has_no_loss_to_explain_is_refused(inside: Callable[..., Result]) -
     fails(inside("explain", "losses", "runs/tiny"), "error: there is no explanation of 'losses'; there is one of: loss")
     fails(inside("explain", "loss", "runs/nothing"), "error: there is no folder runs/nothing")
     fails(inside("explain", "loss", "runs"), "error: runs is no run (it has no recipe.toml)")
+    fails(inside("explain", "loss", "runs/tiny/base"), "is a run of `luciola pretrain`, whose loss is the mean cross-")
     (Path("runs/tiny/base") / "summary.json").unlink()
     fails(inside("explain", "loss", "runs/tiny"), "its base is still to be pre-trained")
     Path("runs/tiny/recipe.toml").write_text("steps =")

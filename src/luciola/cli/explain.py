@@ -38,7 +38,8 @@ def explain(
     kind = run_kind(run)
     if kind != "grpo":
         raise ValueError(
-            f"{run} is a run of `luciola {kind}`; its loss is the mean cross-entropy of the trained tokens"
+            f"{run} is a run of `luciola {kind}`, whose loss is the mean cross-entropy of its trained tokens; give a "
+            "run of `luciola grpo`"
         )
     from luciola.rl.explain import explain_loss
 
