@@ -6,17 +6,21 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
 from luciola.cli import app
+from luciola.recipe import ObjectiveSection, RewardSection
 from luciola.tasks import TaskConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAINS = {"quickstart", "pretrain", "sft", "grpo"}  # minutes each: shown what they would do instead
+
+SECTIONS: dict[str, Any] = {"task": TaskConfig, "objective": ObjectiveSection, "reward": RewardSection}
 
 TINY = ["base.steps=2", "base.data.batch_size=4", "grpo.steps=1", "rollout.prompts=2", "rollout.group_size=2"]
 TINY += ["evaluate.problems=4", "evaluate.samples=1"]
@@ -77,7 +81,10 @@ def test_python_runs(block: str, workplace: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("block", blocks("toml"))
 def test_recipes_are_valid(block: str, workplace: Path) -> None:
     (workplace / "gsm8k_train.jsonl").write_text('{"question": "1+1?", "answer": "It is 2.\\n#### 2"}\n')
-    TypeAdapter(TaskConfig).validate_python(tomllib.loads(block)["task"])
+    sections = tomllib.loads(block)
+    assert sections.keys() <= SECTIONS.keys()
+    for name, section in sections.items():
+        TypeAdapter(SECTIONS[name]).validate_python(section)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "labnotes").glob("*.md"))], ids=lambda page: page.name)

@@ -13,8 +13,9 @@ from luciola.cli.ask import generate
 from luciola.cli.chat import chat
 from luciola.cli.court import court
 from luciola.cli.errors import guarded
+from luciola.cli.explain import explain
 from luciola.cli.files import convert, inspect, parity
-from luciola.cli.look import bench, doctor, runs
+from luciola.cli.look import bench, compare, doctor, runs
 from luciola.cli.measure import evaluate
 from luciola.cli.train import grpo, pretrain, quickstart, sft
 
@@ -56,6 +57,8 @@ for command in (
     inspect,
     parity,
     runs,
+    compare,
+    explain,
     court,
     doctor,
     bench,

@@ -51,6 +51,25 @@ def runs(
         print(f"no runs in {folder} yet; start with: luciola quickstart")
 
 
+def compare(
+    names: Annotated[list[Path], typer.Argument(help="Folders of runs: variants, each with one seed or several.")],
+    output: Annotated[Path | None, typer.Option(help="Also draw the curves into this PNG file.")] = None,
+) -> None:
+    """Compare variants of RL runs over seeds by their held-out accuracy.
+
+    Runs that differ in their seed alone are one variant. Accuracies during a run need evaluate.every.
+
+    \b
+    Example: luciola compare runs/grpo-* runs/dapo-* --output variants.png
+    """
+    from luciola.run.variants import draw, table, variants
+
+    found = variants(names)
+    print(aligned(table(found)))
+    if output is not None:
+        draw(found, output)
+
+
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False) -> None:
     """Measure what this machine can do, and what is missing.
 

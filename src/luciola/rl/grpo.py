@@ -24,7 +24,7 @@ from luciola.model.language_model import LanguageModel, load
 from luciola.model.transformer import Transformer
 from luciola.recipe import GrpoRecipe
 from luciola.rl.replay import Replay
-from luciola.rl.rollout import rollout
+from luciola.rl.rollout import Rollout, rollout
 from luciola.rl.update import update
 from luciola.run import Run, atomic_write
 from luciola.text.tokenizer import Tokenizer
@@ -41,29 +41,34 @@ def grpo(recipe: GrpoRecipe, resume: bool = False) -> Path:
     with Run.create(recipe, "grpo", resume) as run:
         if run.finished:
             return run.path
-        for name in recipe.reward.own:  # before an hour of pre-training, not after it
-            own.check(name)
-        lm = starting_model(recipe, run)
-        if recipe.rollout.max_tokens >= lm.config.max_position_embeddings:
-            raise ValueError(
-                f"rollout.max_tokens = {recipe.rollout.max_tokens} does not fit into the model's context of "
-                f"{lm.config.max_position_embeddings} tokens beside a prompt; lower it"
-            )
-        tokenizer = lm.tokenizer
-        if tokenizer is None:
-            raise ValueError(
-                f"the model {recipe.model.path if recipe.model else run.path} has no tokenizer to write prompts with"
-            )
-        lm.model.to(getattr(torch, run.dtype))
-        trainer = _Trainer(recipe, run, lm, tokenizer)
+        trainer = trainer_of(recipe, run)
         before = trainer.before()
         trainer.fit()
-        lm.save(run.model_folder)
+        trainer.lm.save(run.model_folder)
         after = trainer.evaluate()
         _write_held_out(run, before, after)
         run.summary(_table(recipe, run, before["figures"], after.figures, trainer.seconds()))
         run.plot()
     return run.path
+
+
+def trainer_of(recipe: GrpoRecipe, run: Run) -> _Trainer:
+    """The trainer where the run's newest checkpoint left it, or at its start."""
+    for name in recipe.reward.own:  # before an hour of pre-training, not after it
+        own.check(name)
+    lm = starting_model(recipe, run)
+    if recipe.rollout.max_tokens >= lm.config.max_position_embeddings:
+        raise ValueError(
+            f"rollout.max_tokens = {recipe.rollout.max_tokens} does not fit into the model's context of "
+            f"{lm.config.max_position_embeddings} tokens beside a prompt; lower it"
+        )
+    tokenizer = lm.tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            f"the model {recipe.model.path if recipe.model else run.path} has no tokenizer to write prompts with"
+        )
+    lm.model.to(getattr(torch, run.dtype))
+    return _Trainer(recipe, run, lm, tokenizer)
 
 
 def _table(
@@ -184,14 +189,8 @@ class _Trainer:
     def step(self, step: int) -> dict[str, Any]:
         """One rollout and its updates; returns the step's metrics."""
         recipe = self.recipe
-        refresh = recipe.grpo.reference_refresh
-        if self.reference is not None and refresh and step > 0 and step % refresh == 0:
-            self.reference.load_state_dict(self.model.state_dict())
         began = time.perf_counter()
-        try:
-            sampled = rollout(self.engine, self.tokenizer, recipe, step)
-        except NotFiniteError as error:
-            raise Diverged("a logit", math.nan, step + 1, state.last_checkpoint(self.run)) from error
+        sampled = self.sample(step)
         updating = time.perf_counter()
         lr = learning_rate(recipe.optim, step, recipe.grpo.steps)
         metrics = update(self.model, self.optimizer, self.reference, sampled, recipe, step, lr, self.replay)
@@ -211,6 +210,16 @@ class _Trainer:
             "seconds/update": ended - updating,
             "memory/peak_bytes": hardware.peak_memory_bytes(),
         }
+
+    def sample(self, step: int) -> Rollout:
+        """The rollout of a step, before which the reference is refreshed where that is due."""
+        refresh = self.recipe.grpo.reference_refresh
+        if self.reference is not None and refresh and step > 0 and step % refresh == 0:
+            self.reference.load_state_dict(self.model.state_dict())
+        try:
+            return rollout(self.engine, self.tokenizer, self.recipe, step)
+        except NotFiniteError as error:
+            raise Diverged("a logit", math.nan, step + 1, state.last_checkpoint(self.run)) from error
 
     def seconds(self) -> float:
         """Time spent on the run so far, in earlier processes (up to their last checkpoint) and in this one."""

@@ -161,12 +161,17 @@ def policy_loss(tokens: Tokens, objective: ObjectiveSection) -> Loss:
 
 def preference_loss(tokens: Tokens, beta: float) -> Loss:
     """DPO: - sum over pairs w log sigma(beta (h+ - h-)), h = log pi(o) / pi_ref(o), the advantages being +1 and -1."""
-    assert tokens.reference_logp is not None and tokens.pair is not None
+    nothing = torch.zeros(())
+    return Loss(preference_losses(tokens, beta).sum(), nothing, nothing, nothing)
+
+
+def preference_losses(tokens: Tokens, beta: float) -> Tensor:
+    """What each pair adds to DPO's loss, one number a pair; none where a step has found no pair."""
+    if tokens.pair is None:
+        return tokens.logp[:0]
     margins = _margins(tokens)
     weights = torch.zeros_like(margins).index_copy(0, tokens.pair, tokens.weights)
-    loss = -(weights * F.logsigmoid(beta * margins)).sum()
-    nothing = torch.zeros(())
-    return Loss(loss, nothing, nothing, nothing)
+    return -(weights * F.logsigmoid(beta * margins))
 
 
 def _margins(tokens: Tokens) -> Tensor:

@@ -8,8 +8,9 @@ weights ask for it theirs is computed anew.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +21,9 @@ from luciola.model.moe import Routing
 from luciola.model.transformer import Transformer
 from luciola.recipe import GrpoRecipe
 from luciola.rl.advantage import spread
-from luciola.rl.batch import MicroBatch, Sample, logprobs, micro_batches, per_sample
+from luciola.rl.batch import LogProbs, MicroBatch, Sample, logprobs, micro_batches, per_sample
 from luciola.rl.credit import sequences
-from luciola.rl.objective import kl_estimate, policy_loss, token_weights
+from luciola.rl.objective import Loss, Tokens, kl_estimate, policy_loss, token_weights
 from luciola.rl.replay import Replay
 from luciola.rl.rollout import Rollout
 from luciola.train.optim import Optimizer
@@ -38,39 +39,86 @@ def update(
     lr: float,
     replay: Replay | None = None,
 ) -> dict[str, Any]:
-    """All optimiser steps of one rollout; returns their metrics, token sums turned into means.
-
-    A rollout, with the groups that `replay` adds to it, is cut into `updates_per_rollout` parts of whole groups, in an
-    order drawn from (seed, step, epoch), and gone through `epochs` times.
-    """
-    settings, objective = recipe.grpo, recipe.objective
-    new = sequences(rollout, recipe, reference)
-    per_group = recipe.rollout.group_size
-    everything = new
-    if replay is not None:
-        stale = replay.draw(recipe.seed, step)
-        if objective.importance_cap:
-            per_sample(model, stale, recipe, replace=True)
-        everything = new + stale
-        replay.add([new[g : g + per_group] for g in range(0, len(new), per_group)])
-    groups = len(everything) // per_group
-    size = -(-groups // settings.updates_per_rollout)
+    """All optimiser steps of one rollout; returns their metrics, token sums turned into means."""
+    samples = step_samples(model, reference, rollout, recipe, step, replay)
     sums = _Sums()
+    for number, chosen in enumerate(optimizer_steps(samples, recipe, step)):
+        # in the first one the weights are still those that sampled
+        _step(model, optimizer, reference, chosen, recipe, lr, sums, number == 0)
+    metrics = sums.metrics(recipe)
+    if replay is not None:
+        metrics["groups/replayed"] = len(samples) // recipe.rollout.group_size - len(rollout.prompts)
+    metrics["groups/without_spread"] = 1.0 - float(spread(rollout.rewards_PG, rollout.known_PG).float().mean())
+    metrics["lr"] = lr
+    return metrics
+
+
+def step_samples(
+    model: Transformer,
+    reference: Transformer | None,
+    rollout: Rollout,
+    recipe: GrpoRecipe,
+    step: int,
+    replay: Replay | None = None,
+) -> list[Sample]:
+    """What a step learns from, group by group: its rollout, and the groups that `replay` adds to it."""
+    new = sequences(rollout, recipe, reference)
+    if replay is None:
+        return new
+    per_group = recipe.rollout.group_size
+    stale = replay.draw(recipe.seed, step)
+    if recipe.objective.importance_cap:
+        per_sample(model, stale, recipe, replace=True)
+    replay.add([new[g : g + per_group] for g in range(0, len(new), per_group)])
+    return new + stale
+
+
+def optimizer_steps(samples: list[Sample], recipe: GrpoRecipe, step: int) -> Iterator[list[Sample]]:
+    """The samples of each optimiser step: `updates_per_rollout` parts of whole groups, in an order drawn from (seed,
+    step, epoch), gone through `epochs` times."""
+    settings, per_group = recipe.grpo, recipe.rollout.group_size
+    groups = len(samples) // per_group
+    size = -(-groups // settings.updates_per_rollout)
     for epoch in range(settings.epochs):
         generator = torch.Generator().manual_seed(derived_seed(recipe.seed, step, epoch))
         order = (
             torch.randperm(groups, generator=generator).tolist() if settings.updates_per_rollout > 1 else range(groups)
         )
         for start in range(0, groups, size):
-            chosen = [everything[g * per_group + j] for g in order[start : start + size] for j in range(per_group)]
-            fresh = epoch == 0 and start == 0  # the weights are still those that sampled
-            _step(model, optimizer, reference, chosen, recipe, lr, sums, fresh)
-    metrics = sums.metrics(recipe)
-    if replay is not None:
-        metrics["groups/replayed"] = (len(everything) - len(new)) // per_group
-    metrics["groups/without_spread"] = 1.0 - float(spread(rollout.rewards_PG, rollout.known_PG).float().mean())
-    metrics["lr"] = lr
-    return metrics
+            yield [samples[g * per_group + j] for g in order[start : start + size] for j in range(per_group)]
+
+
+class Part(NamedTuple):
+    """A micro-batch of an optimiser step: its samples, its tokens as the loss saw them, and the loss with its graph."""
+
+    batch: MicroBatch
+    found: LogProbs
+    tokens: Tokens
+    loss: Loss
+
+
+def losses(
+    model: Transformer, reference: Transformer | None, chosen: list[Sample], recipe: GrpoRecipe
+) -> Iterator[Part]:
+    """The loss of an optimiser step on the chosen samples, micro-batch by micro-batch; the step's is their sum."""
+    weigh(chosen, recipe)
+    # A completion without advantage adds nothing to the policy's gradient; only a KL term still looks at it. An empty
+    # one has no token to look at.
+    written = [s for s in chosen if s.completion]
+    useful = written if kl_in_loss(recipe) else [s for s in written if bool(s.advantages_T.any())]
+    for batch in micro_batches(useful or written[:1], recipe.grpo.micro_batch_tokens):
+        found = logprobs(model, batch, recipe, entropy=True)
+        tokens = batch.tokens_N(found.logp_N)
+        if reference is not None:
+            with torch.no_grad():
+                tokens = tokens._replace(reference_logp=logprobs(reference, batch, recipe, replay=False).logp_N)
+        yield Part(batch, found, tokens, policy_loss(tokens, recipe.objective))
+
+
+def kl_in_loss(recipe: GrpoRecipe) -> bool:
+    """Whether the KL divergence from the reference is a term of the loss."""
+    objective = recipe.objective
+    return objective.beta > 0 and objective.kl_in == "loss" and objective.advantage != "pairs"
 
 
 @dataclass(slots=True)
@@ -118,20 +166,7 @@ def _step(
     fresh: bool,
 ) -> None:
     """One optimiser step on the chosen sequences."""
-    settings, objective = recipe.grpo, recipe.objective
-    weigh(chosen, recipe)
-    # A completion without advantage adds nothing to the policy's gradient; only a KL term still looks at it. An empty
-    # one has no token to look at.
-    with_kl = objective.beta > 0 and objective.kl_in == "loss" and objective.advantage != "pairs"
-    written = [s for s in chosen if s.completion]
-    useful = written if with_kl else [s for s in written if bool(s.advantages_T.any())]
-    for batch in micro_batches(useful or written[:1], settings.micro_batch_tokens):
-        found = logprobs(model, batch, recipe, entropy=True)
-        tokens = batch.tokens_N(found.logp_N)
-        if reference is not None:
-            with torch.no_grad():
-                tokens = tokens._replace(reference_logp=logprobs(reference, batch, recipe, replay=False).logp_N)
-        result = policy_loss(tokens, recipe.objective)
+    for batch, found, tokens, result in losses(model, reference, chosen, recipe):
         result.loss.backward()
         optimizer.accumulate()
         sums.loss += float(result.loss.detach())
@@ -140,7 +175,7 @@ def _step(
         sums.masked += float(result.masked)
         if tokens.reference_logp is not None:
             estimate = kl_estimate(found.logp_N.detach(), tokens.reference_logp).sum()
-            sums.kl += float(result.kl if with_kl else estimate)
+            sums.kl += float(result.kl if kl_in_loss(recipe) else estimate)
         assert found.entropy_N is not None
         sums.entropy += float(found.entropy_N.sum())
         if fresh:

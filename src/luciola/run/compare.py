@@ -37,6 +37,19 @@ def list_runs(folder: str | Path) -> list[RunInfo]:
     return sorted((_info(recipe.parent, folder) for recipe in recipes), key=lambda run: (run.started, run.name))
 
 
+def run_kind(path: Path) -> str:
+    """What kind of run a folder is ("grpo", "pretrain", ...).
+
+    Raises:
+        ValueError: the folder is no run.
+    """
+    if not path.exists():
+        raise ValueError(f"there is no folder {path}; give the folder of a run, for example runs/quickstart")
+    if not (path / "recipe.toml").is_file() or not (path / "environment.json").is_file():
+        raise ValueError(f"{path} is no run (it has no recipe.toml); give the folder of a run, see: luciola runs")
+    return str(_json(path / "environment.json").get("kind", "?"))
+
+
 def differences(before: Recipe, after: Recipe) -> list[tuple[str, Any, Any]]:
     """The keys in which two recipes differ, as (key, before, after); None stands for a key that is not set."""
     return _differences(flat(tomllib.loads(to_toml(before))), flat(tomllib.loads(to_toml(after))))

@@ -81,16 +81,24 @@ def _accuracy(records: Records, summary: Mapping[str, Any]) -> Panel:
         if sum(verdicts.values()) > 0:
             panel.steps.append(record["step"])
             panel.values.append(verdicts.get("verdict/correct", 0.0) / sum(verdicts.values()))
-        if record.get("evaluate/accuracy") is not None:
-            panel.points.append((record["step"], float(record["evaluate/accuracy"])))
+    panel.points = held_out(records, summary)
+    return panel
+
+
+def held_out(records: Records, summary: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """(step, greedy accuracy on held-out problems) of every evaluation of a run, that before it as step 0."""
+    points = [
+        (record["step"], float(record["evaluate/accuracy"]))
+        for record in records
+        if record.get("evaluate/accuracy") is not None
+    ]
     ends = (("before", 0), ("after", max((record["step"] for record in records), default=0)))
     for name, step in ends:
         values = summary.get(name)
         accuracy = values.get("accuracy") if isinstance(values, Mapping) else summary.get(f"{name}.accuracy")
         if accuracy is not None:
-            panel.points.append((step, float(accuracy)))
-    panel.points.sort()
-    return panel
+            points.append((step, float(accuracy)))
+    return sorted(points)
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
