@@ -47,7 +47,7 @@ def adapter_of(base: Path, folder: Path, seed: int) -> tuple[Path, LanguageModel
             matrix.B_OR.copy_(matrix.A_RI.mean() * torch.arange(matrix.B_OR.numel()).view_as(matrix.B_OR).cos())
     lora.merge()
     folder.mkdir()
-    peft.save(lora, folder)
+    peft.save(lora, lm.config, folder)
     return folder, lm
 
 

@@ -75,7 +75,7 @@ def save_model(run: Run, lm: LanguageModel, lora: Lora | None) -> None:
         lm.save(run.model_folder)
         return
     with publish_folder(run.model_folder) as folder:
-        peft.save(lora, folder)
+        peft.save(lora, lm.config, folder)
 
 
 def build(recipe: PretrainRecipe) -> LanguageModel:

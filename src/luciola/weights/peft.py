@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luciola.model.config import ModelConfig
 from luciola.model.lora import Lora, merged, scaling
 from luciola.text.tokenizer import Tokenizer
 from luciola.text.untrusted import read_json, shortened
@@ -32,9 +33,11 @@ BASE = "base_model_name_or_path"
 # Keys of adapter_config.json that change nothing once an adapter is trained. Any other must be as good as unset.
 HARMLESS = {
     *("auto_mapping", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout"),
-    *("megatron_core", "peft_version", "qalora_group_size", "revision", "target_modules", "task_type"),
+    *("megatron_core", "peft_version", "qalora_group_size", "revision", "target_modules", "target_parameters"),
+    "task_type",
 }
 READ = {"peft_type", BASE, "r", "lora_alpha", "use_rslora", "init_lora_weights"}
+EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj"}
 INITIAL = (True, False, None, "gaussian", "orthogonal", "eva")  # others, pissa say, take B A out of W_0 beforehand
 
 
@@ -115,6 +118,11 @@ def _changes(file: Reader, base: Checkpoint, scale: float) -> dict[str, list[Cal
     places = names.hugging_face(base.config, base.shapes)
     changes: dict[str, list[Callable[[Tensor], None]]] = {}
     for module, found in shapes.items():
+        if module.removesuffix(".base_layer").endswith(".experts"):
+            raise ValueError(
+                f"{file.path} adapts all routed experts of {module.removesuffix('.base_layer')} at once, which is not "
+                "supported; merge the adapter into its base with peft (merge_and_unload) and load the result."
+            )
         place = places.get(f"{module}.weight")
         if place is None or len(place.shape) != 2 or place.name == "embed_tokens.weight":
             raise ValueError(f"{file.path}: the base model {base.path} has no linear layer {shortened(module)}.")
@@ -139,24 +147,37 @@ def _add(file: Reader, module: str, place: Place, scale: float, parameter: Tenso
     parameter[index] = merged(parameter[index], A_RI, B_OR, scale)
 
 
-def save(lora: Lora, folder: Path) -> None:
-    """Write the adapters into an existing folder."""
+def save(lora: Lora, config: ModelConfig, folder: Path) -> None:
+    """Write the adapters of a model that has `config` into an existing folder.
+
+    In a model with routed experts, transformers 5 stacks these into parameters, and peft takes any target module called
+    gate_proj, up_proj or down_proj to mean them, never the linear layers of that name. There those are therefore
+    written as target parameters, which peft knows by the ends of their full names.
+    """
     section = lora.section
-    modules = {f"{PREFIX}model.{name}": matrix for name, matrix in lora.matrices.items()}
-    tensors = {f"{name}.lora_A.weight": matrix.A_RI for name, matrix in modules.items()}
-    tensors |= {f"{name}.lora_B.weight": matrix.B_OR for name, matrix in modules.items()}
+    misread = EXPERT_NAMES if config.n_routed_experts is not None else set()
+    modules, parameters = set(), set()
+    for name in lora.matrices:
+        *_, parent, leaf = name.split(".")
+        if leaf in misread:
+            parameters.add(f"{parent}.{leaf}.weight")
+        else:
+            modules.add(leaf)
+    tensors = {f"{PREFIX}model.{name}.lora_A.weight": matrix.A_RI for name, matrix in lora.matrices.items()}
+    tensors |= {f"{PREFIX}model.{name}.lora_B.weight": matrix.B_OR for name, matrix in lora.matrices.items()}
     layout = {name: (tuple(tensor.shape), torch.float32) for name, tensor in tensors.items()}
     safetensors_file.write(folder / WEIGHTS, layout, lambda name: tensors[name])
-    config = {
+    content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         BASE: lora.base,
         "r": section.rank,
         "lora_alpha": section.alpha,
-        "lora_dropout": section.dropout,
+        "lora_dropout": 0.0 if parameters else section.dropout,  # peft has none for parameters
         "use_rslora": section.rslora,
-        "target_modules": sorted({name.rpartition(".")[2] for name in lora.matrices}),
+        "target_modules": sorted(modules) or None,
+        "target_parameters": sorted(parameters) or None,
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
