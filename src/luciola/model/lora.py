@@ -63,7 +63,7 @@ class Lora:
     """
 
     def __init__(self, model: Transformer, section: LoraSection, seed: int, base: str) -> None:
-        self.section, self.base = section, base
+        self.section, self.base, self._model = section, base, model
         self.scale = scaling(section.rank, section.alpha, section.rslora)
         self.matrices: dict[str, LowRank] = {}
         generator = torch.Generator().manual_seed(seed)
@@ -92,10 +92,12 @@ class Lora:
 
     @cached_property
     def base_checksum(self) -> str:
-        """CRC-32 of every W_0."""
+        """CRC-32 of the base's weights: of every W_0 and all that training leaves alone."""
         value = 0
-        for matrix in self.matrices.values():
-            value = zlib.crc32(matrix.W0_OI.cpu().flatten().view(torch.uint8).numpy().data, value)
+        for name, weight in self._model.named_parameters():
+            matrix = self.matrices.get(name.removesuffix(".weight"))
+            tensor = weight.detach() if matrix is None else matrix.W0_OI
+            value = zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data, value)
         return f"{value:08x}"
 
     def merge(self) -> None:
