@@ -40,15 +40,16 @@ def test_the_engine_samples_from_the_adapted_weights(recipe: Make, steps_of: Ste
 
 
 def test_adapters_learn(recipe: Make, steps_of: Steps) -> None:
-    """As full fine-tuning does in tests/rl/test_grpo.py, with frozen embeddings, router, routed experts and head."""
+    """Though embeddings, router, routed experts and head stay random: 37 % here, where the best single answer would be
+    right for 20 %."""
     learning = recipe(
         "learning",
         checkpoint_every=0,
         lora={"rank": 6, "alpha": 24.0},
         rollout={"prompts": 8, "group_size": 16, "max_tokens": 1},
-        grpo={"steps": 60},
+        grpo={"steps": 100},
         objective={"aggregation": "token"},
-        optim={"lr": 2e-2, "schedule": "linear", "final_lr_ratio": 0.0},
+        optim={"lr": 5e-3, "schedule": "linear", "final_lr_ratio": 0.0},
     )
     rewards = [step["reward/mean"] for step in steps_of(grpo(learning))]
     assert sum(rewards[:3]) / 3 < 0.15
