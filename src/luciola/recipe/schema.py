@@ -162,6 +162,20 @@ class FineTuningOptimSection(OptimSection):
     lr: Positive = Field(1e-5, description="peak learning rate; models of a few million parameters bear 3e-4")
 
 
+class LoraSection(Section):
+    """Low-rank adaptation: only a thin addition to each matrix is trained (Hu et al., 2021)."""
+
+    rank: Count = Field(16, description="inner width of each addition B A")
+    alpha: Positive = Field(32.0, description="B A is multiplied by alpha / rank")
+    rslora: bool = Field(False, description="by alpha / sqrt(rank) instead (rsLoRA), for high ranks")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the inputs of A set to 0 in training; 0 in RL, where it would be another policy"
+    )
+    target_modules: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="names such as 'q_proj'; left out: all linear layers of attention, MLP and shared experts"
+    )
+
+
 class _TrainingSettings(Section):
     """What every way of training by next-token prediction sets at the top of its recipe."""
 
@@ -227,6 +241,7 @@ class SftRecipe(_TrainingSettings):
     task: TaskConfig | None = Field(None, description="the task that writes them, when data.source = 'task'")
     model: ModelSection = Field(description="the model to fine-tune (model.path)")
     data: SftDataSection = Field(SftDataSection(), description="the conversations")
+    lora: LoraSection | None = Field(None, description="train adapters; left out: all weights")
     optim: FineTuningOptimSection = Field(FineTuningOptimSection(), description="optimiser")
 
     @model_validator(mode="after")
@@ -318,6 +333,7 @@ class GrpoRecipe(Section):
     grpo: GrpoSection = Field(GrpoSection(), description="the steps")
     objective: ObjectiveSection = Field(ObjectiveSection(), description="what they maximise")
     reward: RewardSection = Field(RewardSection(), description="rewards")
+    lora: LoraSection | None = Field(None, description="train adapters; left out: all weights")
     optim: FineTuningOptimSection = Field(FineTuningOptimSection(), description="optimiser")
     evaluate: EvaluateSection = Field(EvaluateSection(), description="held-out evaluation")
 
@@ -327,6 +343,15 @@ class GrpoRecipe(Section):
             raise ValueError("give exactly one of model.path (a stored model) and [base] (pre-train one first)")
         if self.model is not None:
             _needs_stored_model(self.model)
+        return self
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> Self:
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout = {self.lora.dropout:g} would update another policy than the one that sampled; set it "
+                "to 0 (it is for fine-tuning)"
+            )
         return self
 
     @model_validator(mode="after")

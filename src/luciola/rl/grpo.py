@@ -21,6 +21,7 @@ from luciola.engine.sampler import NotFiniteError
 from luciola.evaluate.run import Evaluation, evaluate
 from luciola.model.flops import forward_flops
 from luciola.model.language_model import LanguageModel, load
+from luciola.model.lora import Lora
 from luciola.model.transformer import Transformer
 from luciola.recipe import GrpoRecipe
 from luciola.rl.replay import Replay
@@ -34,6 +35,7 @@ from luciola.train.optim import Optimizer
 from luciola.train.schedule import learning_rate
 from luciola.train.stopping import Diverged, stop_on_signal
 from luciola.verify import own
+from luciola.weights.opening import full_name
 
 
 def grpo(recipe: GrpoRecipe, resume: bool = False) -> Path:
@@ -44,7 +46,7 @@ def grpo(recipe: GrpoRecipe, resume: bool = False) -> Path:
         trainer = trainer_of(recipe, run)
         before = trainer.before()
         trainer.fit()
-        trainer.lm.save(run.model_folder)
+        pretraining.save_model(run, trainer.lm, trainer.lora)
         after = trainer.evaluate()
         _write_held_out(run, before, after)
         run.summary(_table(recipe, run, before["figures"], after.figures, trainer.seconds()))
@@ -104,6 +106,14 @@ def _base_folder(recipe: GrpoRecipe) -> Path:
     return Path(section.folder, section.name)
 
 
+def _base_name(recipe: GrpoRecipe) -> str:
+    """The model that adapters belong to."""
+    if recipe.base is not None:
+        return full_name(str(_base_folder(recipe)))
+    assert recipe.model is not None and recipe.model.path is not None  # the recipe's own check
+    return full_name(recipe.model.path)
+
+
 def starting_model(recipe: GrpoRecipe, run: Run) -> LanguageModel:
     """The model RL starts from; a base named by the recipe is pre-trained in `base/` unless that is finished
     already."""
@@ -124,9 +134,13 @@ class _Trainer:
         self.recipe, self.run, self.lm, self.tokenizer = recipe, run, lm, tokenizer
         self.model: Transformer = lm.model
         self.model.activation_checkpointing = recipe.activation_checkpointing
-        self.optimizer = Optimizer(self.model, recipe.optim)
+        self.lora: Lora | None = None
+        if recipe.lora is not None:
+            self.lora = Lora(self.model, recipe.lora, recipe.seed, _base_name(recipe))
+        self.optimizer = Optimizer(self.model, recipe.optim, self.lora)
         self.engine = Engine(lm, dtype="model")
         self.reference: Transformer | None = None
+        self.reference_lora = {} if self.lora is None else self.lora.state()
         if recipe.objective.beta:
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
         self.replay = Replay(recipe.grpo.replay, recipe.rollout.prompts) if recipe.grpo.replay else None
@@ -134,9 +148,17 @@ class _Trainer:
         self.start, self.facts = restored.step, restored.facts
         self._began: float = time.perf_counter() - self.facts.get("seconds", 0.0)
         if self.reference is not None and "reference" in restored.extra:
-            self.reference.load_state_dict(restored.extra["reference"])
+            self._restore_reference(restored.extra["reference"])
         if self.replay is not None and "replay" in restored.extra:
             self.replay.restore(restored.extra["replay"])
+
+    def _restore_reference(self, saved: dict[str, torch.Tensor]) -> None:
+        assert self.reference is not None
+        if self.lora is None:
+            self.reference.load_state_dict(saved)
+        else:
+            self.reference_lora = saved
+            self.lora.merge_into(saved, dict(self.reference.named_modules()))
 
     def before(self) -> dict[str, Any]:
         """The held-out `figures` and `greedy` completions of the model as it came; measured once, kept with the run."""
@@ -216,6 +238,7 @@ class _Trainer:
         refresh = self.recipe.grpo.reference_refresh
         if self.reference is not None and refresh and step > 0 and step % refresh == 0:
             self.reference.load_state_dict(self.model.state_dict())
+            self.reference_lora = {} if self.lora is None else self.lora.state()
         try:
             return rollout(self.engine, self.tokenizer, self.recipe, step)
         except NotFiniteError as error:
@@ -227,7 +250,9 @@ class _Trainer:
 
     def save(self, done: int) -> None:
         """A checkpoint after `done` steps."""
-        extra = {} if self.reference is None else {"reference": _untied(self.reference)}
+        extra = {}
+        if self.reference is not None:
+            extra["reference"] = _untied(self.reference) if self.lora is None else self.reference_lora
         if self.replay is not None:
             extra["replay"] = self.replay.state()
         state.save(self.run, done, self.model, self.optimizer, facts={"seconds": self.seconds()}, extra=extra)
@@ -262,17 +287,19 @@ def describe(recipe: GrpoRecipe) -> dict[str, Any]:
     passes = 1 + recipe.grpo.epochs * (3 + (recipe.objective.beta > 0))
     peak = hardware.gemm_peak(dtype)
     stored = sum(p.numel() for p in model.parameters())
-    models = 16 + 4 * (recipe.objective.beta > 0)
+    states, trained = pretraining.state_bytes(model, dtype, recipe.lora)
+    reference = 4 * stored if recipe.objective.beta else 0
     cache = sequences * length * config.cached_per_token_and_layer * config.num_hidden_layers * 4
     slots = min(recipe.grpo.micro_batch_tokens, sequences * length)
     activations = slots * pretraining.activation_bytes(config, recipe.activation_checkpointing)
     return {
         "parameters": stored,
+        **({"trained_parameters": trained} if recipe.lora is not None else {}),
         "active_parameters": model.num_parameters(active=True),
         "tokens": base["tokens"] + tokens,
         "dtype": f"{dtype} ({reason})",
         "memory_bytes": max(
-            base["memory_bytes"], pretraining.PROGRAM_BYTES + int(stored * models + cache + activations)
+            base["memory_bytes"], pretraining.PROGRAM_BYTES + int(states + reference + cache + activations)
         ),
         "seconds": base["seconds"] + tokens * passes * forward_flops(model, length) / (peak / 3),
     }

@@ -17,6 +17,7 @@ from pathlib import Path
 MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
+    "adapter_config.json",
     "chat_template.jinja",
     "added_tokens.json",
     "additional_chat_templates",

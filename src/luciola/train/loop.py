@@ -12,6 +12,7 @@ import math
 import time
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from luciola import hardware
@@ -19,6 +20,7 @@ from luciola.data.packing import Batch, Rows
 from luciola.model import balance
 from luciola.model.flops import training_flops
 from luciola.model.logprobs import token_logprobs
+from luciola.model.lora import Lora
 from luciola.model.moe import Routing
 from luciola.model.transformer import Transformer
 from luciola.recipe import PretrainRecipe, SftRecipe
@@ -31,8 +33,10 @@ from luciola.train.stopping import Diverged, stop_on_signal
 TrainRecipe = PretrainRecipe | SftRecipe
 
 
-def fit(model: Transformer, rows: Rows, recipe: TrainRecipe, run: Run, description: str) -> float:
-    """Train for `recipe.steps` steps, from the run's newest checkpoint if it has one.
+def fit(
+    model: Transformer, rows: Rows, recipe: TrainRecipe, run: Run, description: str, lora: Lora | None = None
+) -> float:
+    """Train for `recipe.steps` steps, from the run's newest checkpoint if it has one; with `lora` only the adapters.
 
     Returns the seconds that earlier processes spent on the run, up to that checkpoint.
 
@@ -41,7 +45,7 @@ def fit(model: Transformer, rows: Rows, recipe: TrainRecipe, run: Run, descripti
     """
     hardware.keep_freed_memory()
     model.activation_checkpointing = recipe.activation_checkpointing
-    optimizer = Optimizer(model, recipe.optim)
+    optimizer = Optimizer(model, recipe.optim, lora)
     started = time.perf_counter()
     start, facts, _ = state.restore(run, model, optimizer)
     earlier: float = facts.get("seconds", 0.0)
@@ -49,6 +53,8 @@ def fit(model: Transformer, rows: Rows, recipe: TrainRecipe, run: Run, descripti
     with stop_on_signal() as stop, run.progress(recipe.steps, description, start) as advance:
         for step in range(start, recipe.steps):
             began = time.perf_counter()
+            if lora is not None and lora.section.dropout:
+                torch.manual_seed(recipe.seed + (step << 32))  # what is dropped is the same after an interruption
             batches = [rows.batch(step * recipe.accumulate + i) for i in range(recipe.accumulate)]
             metrics = train_step(model, optimizer, batches, recipe, step)
             for name in ("loss", "grad_norm"):
@@ -112,7 +118,7 @@ def train_step(
         metrics["expert_load/max_violation"] = max(balance.max_violation(load) for load in loads)
     if recipe.bias_update_speed:
         for layer, load in zip(layers, loads, strict=True):
-            if layer.gate.config.topk_method == "noaux_tc":
+            if layer.gate.config.topk_method == "noaux_tc" and layer.gate.weight.requires_grad:
                 balance.update_bias(layer, load, recipe.bias_update_speed)
     return metrics
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from luciola.model.lora import Lora
 from luciola.recipe import OptimSection
 
 
@@ -13,12 +14,13 @@ class Optimizer:
 
     A float32 model is its own master. For a bfloat16 model the masters are copies: gradients of every micro-batch are
     added up in float32 there, the update happens there, and the result is rounded into the model. Small updates are
-    then never lost to rounding.
+    then never lost to rounding. With `lora` the adapters, float32 themselves, are trained instead of the model.
     """
 
-    def __init__(self, model: nn.Module, optim: OptimSection) -> None:
-        self.optim = optim
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    def __init__(self, model: nn.Module, optim: OptimSection, lora: Lora | None = None) -> None:
+        self.optim, self.lora = optim, lora
+        trained = model if lora is None else lora
+        self.parameters = {name: p for name, p in trained.named_parameters() if p.requires_grad}
         self.masters = {
             name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
             for name, p in self.parameters.items()
@@ -58,10 +60,12 @@ class Optimizer:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round the masters into the model's own precision."""
+        """Round the masters into the model's own precision; the model's matrices follow the adapters."""
         for name, p in self.parameters.items():
             if self.masters[name] is not p:
                 p.copy_(self.masters[name])
+        if self.lora is not None:
+            self.lora.merge()
 
     def state(self) -> dict[str, Tensor]:
         """Masters and moments by name, float32, and the step count: all that AdamW remembers."""

@@ -16,12 +16,14 @@ from luciola.data.packing import Rows
 from luciola.model.config import ModelConfig
 from luciola.model.flops import training_flops
 from luciola.model.language_model import LanguageModel, load
+from luciola.model.lora import Lora, trained_parameters
 from luciola.model.transformer import Transformer
-from luciola.recipe import PretrainRecipe, check
-from luciola.run import Run
+from luciola.recipe import LoraSection, PretrainRecipe, SftRecipe, check
+from luciola.run import Run, publish_folder
 from luciola.text.bpe import train_bpe
 from luciola.text.tokenizer import Tokenizer
 from luciola.train.loop import TrainRecipe, fit
+from luciola.weights import peft
 
 PROGRAM_BYTES = 300 << 20  # the interpreter with torch, before any model
 SURVEYED_DOCUMENTS = 2000  # a task's documents from which a new tokenizer learns its characters or merges
@@ -59,12 +61,21 @@ def check_length(config: ModelConfig, recipe: TrainRecipe) -> None:
         )
 
 
-def finish(run: Run, lm: LanguageModel, seconds: float) -> None:
+def finish(run: Run, lm: LanguageModel, seconds: float, lora: Lora | None = None) -> None:
     """Write the model, the summary and the curves of a run that came to its end."""
-    lm.save(run.model_folder)
+    save_model(run, lm, lora)
     logged = run.metrics()
     run.summary({"loss": logged[-1]["loss"], "tokens": sum(m["tokens"] for m in logged), "seconds": round(seconds, 1)})
     run.plot()
+
+
+def save_model(run: Run, lm: LanguageModel, lora: Lora | None) -> None:
+    """The run's `model/`: the whole model, or its adapters, which load with their base."""
+    if lora is None:
+        lm.save(run.model_folder)
+        return
+    with publish_folder(run.model_folder) as folder:
+        peft.save(lora, lm.config, folder)
 
 
 def build(recipe: PretrainRecipe) -> LanguageModel:
@@ -162,14 +173,27 @@ def estimate(model: Transformer, config: ModelConfig, recipe: TrainRecipe) -> di
     per_token = activation_bytes(config, recipe.activation_checkpointing)
     flops = tokens * training_flops(model, length, mtp=recipe.mtp_weight > 0)
     peak = hardware.gemm_peak(dtype)
+    lora = recipe.lora if isinstance(recipe, SftRecipe) else None
+    states, trained = state_bytes(model, dtype, lora)
     return {
         "parameters": stored,
+        **({"trained_parameters": trained} if lora is not None else {}),
         "active_parameters": model.num_parameters(active=True),
         "tokens": tokens,
         "dtype": f"{dtype} ({reason})",
-        "memory_bytes": PROGRAM_BYTES + int(stored * (16 if dtype == "float32" else 20) + rows * length * per_token),
+        "memory_bytes": PROGRAM_BYTES + int(states + rows * length * per_token),
         "seconds": flops / (peak / 3),
     }
+
+
+def state_bytes(model: Transformer, dtype: str, lora: LoraSection | None) -> tuple[int, int]:
+    """Bytes of weights, gradients and moments, and how many parameters are trained. With adapters the weights are there
+    twice, W and W_0, and the rest belongs to A and B."""
+    stored = sum(p.numel() for p in model.parameters())
+    if lora is None:
+        return stored * (16 if dtype == "float32" else 20), stored
+    trained = trained_parameters(model, lora)
+    return stored * (8 if dtype == "float32" else 4) + trained * 16, trained
 
 
 def activation_bytes(config: ModelConfig, checkpointing: bool) -> float:

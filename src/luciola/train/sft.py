@@ -1,4 +1,4 @@
-"""`luciola sft`: supervised fine-tuning of a stored model; the loss is on what the assistant says."""
+"""`luciola sft`: supervised fine-tuning of a stored model or of adapters; the loss is on what the assistant says."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import torch
 from luciola.data.documents import Conversations, Documents, TaskDocuments
 from luciola.data.packing import Rows
 from luciola.model.language_model import load
+from luciola.model.lora import Lora
 from luciola.recipe import SftRecipe
 from luciola.run import Run
 from luciola.text.tokenizer import Tokenizer
 from luciola.train.loop import fit
 from luciola.train.pretrain import check_length, estimate, finish
+from luciola.weights.opening import full_name
 
 
 def sft(recipe: SftRecipe, resume: bool = False) -> Path:
-    """Run the recipe; returns the run folder, whose `model/` holds the result in Hugging Face layout."""
+    """Run the recipe; returns the run folder, whose `model/` holds the model in Hugging Face layout, or its adapters in
+    peft's."""
     began = time.perf_counter()
     with Run.create(recipe, "sft", resume) as run:
         if run.finished:
@@ -28,6 +31,9 @@ def sft(recipe: SftRecipe, resume: bool = False) -> Path:
         lm = load(recipe.model.path)
         check_length(lm.config, recipe)
         lm.model.to(getattr(torch, run.dtype))
+        lora = None
+        if recipe.lora is not None:
+            lora = Lora(lm.model, recipe.lora, recipe.seed, full_name(recipe.model.path))
         data = recipe.data
         rows = Rows(
             conversations(recipe, lm.tokenizer),
@@ -37,8 +43,8 @@ def sft(recipe: SftRecipe, resume: bool = False) -> Path:
             recipe.seed,
             truncate=data.source == "files",
         )
-        earlier = fit(lm.model, rows, recipe, run, "fine-tuning")
-        finish(run, lm, earlier + time.perf_counter() - began)
+        earlier = fit(lm.model, rows, recipe, run, "fine-tuning", lora)
+        finish(run, lm, earlier + time.perf_counter() - began, lora)
     return run.path
 
 

@@ -2,7 +2,8 @@
 
 `checkpoints/step-000050/` holds `optimizer.safetensors` (float32 weights and both moments), `buffers.safetensors` (the
 experts' biases), further named sets of tensors (GRPO's reference) and `state.json`. All randomness derives from (seed,
-step, item), so nothing else needs saving.
+step, item), so nothing else needs saving. Of a run with adapters the weights and moments are theirs alone; `state.json`
+then names the base, with a checksum of its weights.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ def save(
     with run.checkpoint(step) as folder:
         for name, tensors in sets.items():
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")
-        (folder / "state.json").write_text(json.dumps({"step": step, "facts": dict(facts or {})}))
+        content = {"step": step, "facts": dict(facts or {})}
+        if optimizer.lora is not None:
+            content["base"] = {"path": optimizer.lora.base, "crc32": optimizer.lora.base_checksum}
+        (folder / "state.json").write_text(json.dumps(content))
 
 
 def restore(run: Run, model: nn.Module, optimizer: Optimizer) -> Restored:
@@ -62,7 +66,9 @@ def restore(run: Run, model: nn.Module, optimizer: Optimizer) -> Restored:
     step, folder = checkpoints[-1]
     try:
         tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-        facts = json.loads((folder / "state.json").read_text())["facts"]
+        content = json.loads((folder / "state.json").read_text())
+        facts = content["facts"]
+        base = content["base"] if optimizer.lora is not None else {}
         optimizer.restore(tensors.pop("optimizer"))
         saved = tensors.pop("buffers")
     except (SafetensorError, OSError, ValueError, KeyError) as error:
@@ -70,6 +76,11 @@ def restore(run: Run, model: nn.Module, optimizer: Optimizer) -> Restored:
         raise ValueError(
             f"the checkpoint {folder} is damaged ({error}); delete it, and --resume goes on {before}"
         ) from error
+    if optimizer.lora is not None and base["crc32"] != optimizer.lora.base_checksum:
+        raise ValueError(
+            f"the base model {base['path']} is not the one that the adapters in {folder} were trained on; put that "
+            "back, or start another run with run.name=NAME"
+        )
     buffers = dict(model.named_buffers())
     with torch.no_grad():
         for name, tensor in saved.items():

@@ -56,6 +56,7 @@ class Checkpoint:
         read: fetches one tensor, dequantised.
         load_tokenizer: reads the tokenizer; gives None where there is none.
         blocks: fetches one tensor as it is quantised; gives None where it is not in 8 or 4 bits.
+        changes: what adapters do to the float32 values of some parameters once they are read.
         shapes: of every parameter and buffer in memory.
         places: where each stored tensor belongs.
         parts: the stored tensors that make up each parameter; a tied head has none.
@@ -72,6 +73,7 @@ class Checkpoint:
     read: Callable[[str], Tensor]
     load_tokenizer: Callable[[], Tokenizer | None]
     blocks: Callable[[str], Quantized | None] = lambda name: None
+    changes: Mapping[str, Sequence[Callable[[Tensor], None]]] = field(default_factory=dict)
     shapes: dict[str, Shape] = field(init=False)
     places: dict[str, Place] = field(init=False)
     parts: dict[str, list[str]] = field(init=False)
@@ -102,11 +104,17 @@ class Checkpoint:
 
     def fill(self, name: str, parameter: Tensor) -> None:
         """Read the parameter `name` into `parameter`, which has its shape, converting to its dtype and device."""
+        if name in self.changes and parameter.dtype not in (torch.float32, torch.float64):
+            whole = torch.empty(self.shapes[name])  # what is added would be lost to rounding twice
+            self.fill(name, whole)
+            parameter.copy_(self._within(torch.finfo(parameter.dtype), name, whole))
+            return
         for part in self.parts[name]:
-            put(parameter, self.places[part], self._within(torch.finfo(parameter.dtype), part))
+            put(parameter, self.places[part], self._within(torch.finfo(parameter.dtype), part, self.read(part)))
+        for change in self.changes.get(name, ()):
+            change(parameter)
 
-    def _within(self, numbers: torch.finfo, name: str) -> Tensor:
-        tensor = self.read(name)
+    def _within(self, numbers: torch.finfo, name: str, tensor: Tensor) -> Tensor:
         low, high = torch.aminmax(tensor)  # which NaN passes through; isfinite would need the tensor's memory again
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"{self.path} is damaged: tensor {name} holds values that are not finite; fetch it again.")

@@ -66,7 +66,7 @@ def convert(
     with publish_folder(destination) as folder:
         eos = () if tokenizer is None else tokenizer.eos_token_ids
         hf.write(folder, source.config, source.shapes, read, lambda name: DTYPES[kinds[name]], eos_token_ids=eos)
-        if source.format == "hf":
+        if source.format == "hf" and not source.changes:  # an adapter may have brought a tokenizer of its own
             for file in (*FILES, "generation_config.json"):
                 if (source.path / file).is_file():
                     shutil.copyfile(source.path / file, folder / file)

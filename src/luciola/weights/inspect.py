@@ -46,6 +46,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "path": str(checkpoint.path),
         "format": {"hf": "Hugging Face folder", "gguf": "GGUF file"}[checkpoint.format],
+        "adapted": f"{len(checkpoint.changes)} matrices by LoRA" if checkpoint.changes else None,
         "family": config.model_type,
         "architecture": config.family.architecture,
         "layers": config.num_hidden_layers,

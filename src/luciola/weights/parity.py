@@ -182,7 +182,7 @@ def _kl_of_some(theirs_k: Tensor, ours_k: Tensor) -> float:
 def _as(checkpoint: Checkpoint, form: str) -> Iterator[Path]:
     """The checkpoint in another program's form: itself, or a temporary float32 copy."""
     plain = form == "gguf" or all(stored.kind != hf.FP8 for stored in checkpoint.stored.values())
-    if checkpoint.format == form and plain:
+    if checkpoint.format == form and plain and not checkpoint.changes:
         yield checkpoint.path
         return
     with tempfile.TemporaryDirectory(prefix="luciola-") as folder:
