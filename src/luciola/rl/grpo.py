@@ -23,6 +23,7 @@ from luciola.model.flops import forward_flops
 from luciola.model.language_model import LanguageModel, load
 from luciola.model.transformer import Transformer
 from luciola.recipe import GrpoRecipe
+from luciola.rl.ppo import Critic
 from luciola.rl.replay import Replay
 from luciola.rl.rollout import rollout
 from luciola.rl.update import update
@@ -120,6 +121,7 @@ class _Trainer:
         self.model: Transformer = lm.model
         self.model.activation_checkpointing = recipe.activation_checkpointing
         self.optimizer = Optimizer(self.model, recipe.optim)
+        self.critic = None if recipe.critic is None else Critic(self.model, recipe)
         self.engine = Engine(lm, dtype="model")
         self.reference: Transformer | None = None
         if recipe.objective.beta:
@@ -130,6 +132,8 @@ class _Trainer:
         self._began: float = time.perf_counter() - self.facts.get("seconds", 0.0)
         if self.reference is not None and "reference" in restored.extra:
             self.reference.load_state_dict(restored.extra["reference"])
+        if self.critic is not None and "critic" in restored.extra:
+            self.critic.restore(restored.extra["critic"])
         if self.replay is not None and "replay" in restored.extra:
             self.replay.restore(restored.extra["replay"])
 
@@ -194,10 +198,17 @@ class _Trainer:
             raise Diverged("a logit", math.nan, step + 1, state.last_checkpoint(self.run)) from error
         updating = time.perf_counter()
         lr = learning_rate(recipe.optim, step, recipe.grpo.steps)
-        metrics = update(self.model, self.optimizer, self.reference, sampled, recipe, step, lr, self.replay)
+        metrics = update(
+            self.model, self.optimizer, self.reference, sampled, recipe, step, lr, self.replay, self.critic
+        )
         ended = time.perf_counter()
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(metrics[name]):
+        for name in (
+            "critic/loss",
+            "critic/grad_norm",
+            "loss",
+            "grad_norm",
+        ):  # its values spoil the policy, not the reverse
+            if not math.isfinite(metrics.get(name, 0.0)):
                 raise Diverged(name, metrics[name], step + 1, state.last_checkpoint(self.run))
         self.run.samples(step + 1, sampled.samples())
         tokens = sum(len(c.token_ids) for group in sampled.completions for c in group)
@@ -219,6 +230,8 @@ class _Trainer:
     def save(self, done: int) -> None:
         """A checkpoint after `done` steps."""
         extra = {} if self.reference is None else {"reference": _untied(self.reference)}
+        if self.critic is not None:
+            extra["critic"] = self.critic.state()
         if self.replay is not None:
             extra["replay"] = self.replay.state()
         state.save(self.run, done, self.model, self.optimizer, facts={"seconds": self.seconds()}, extra=extra)
@@ -251,9 +264,11 @@ def describe(recipe: GrpoRecipe) -> dict[str, Any]:
     tokens = recipe.grpo.steps * settings.prompts * (prompt + settings.group_size * settings.max_tokens)
     # A forward pass to sample, three (forward and backward) to learn, one more for a reference.
     passes = 1 + recipe.grpo.epochs * (3 + (recipe.objective.beta > 0))
+    if recipe.critic is not None:  # another model to train, which first assesses the rollout
+        passes += 1 + recipe.grpo.epochs * 3
     peak = hardware.gemm_peak(dtype)
     stored = sum(p.numel() for p in model.parameters())
-    models = 16 + 4 * (recipe.objective.beta > 0)
+    models = 16 + 4 * (recipe.objective.beta > 0) + 16 * (recipe.critic is not None)
     cache = sequences * length * config.cached_per_token_and_layer * config.num_hidden_layers * 4
     slots = min(recipe.grpo.micro_batch_tokens, sequences * length)
     activations = slots * pretraining.activation_bytes(config, recipe.activation_checkpointing)

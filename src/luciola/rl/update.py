@@ -23,6 +23,7 @@ from luciola.rl.advantage import spread
 from luciola.rl.batch import MicroBatch, Sample, logprobs, micro_batches, per_sample
 from luciola.rl.credit import sequences
 from luciola.rl.objective import kl_estimate, policy_loss, token_weights
+from luciola.rl.ppo import Critic
 from luciola.rl.replay import Replay
 from luciola.rl.rollout import Rollout
 from luciola.train.optim import Optimizer
@@ -37,14 +38,18 @@ def update(
     step: int,
     lr: float,
     replay: Replay | None = None,
+    critic: Critic | None = None,
 ) -> dict[str, Any]:
     """All optimiser steps of one rollout; returns their metrics, token sums turned into means.
 
     A rollout, with the groups that `replay` adds to it, is cut into `updates_per_rollout` parts of whole groups, in an
-    order drawn from (seed, step, epoch), and gone through `epochs` times.
+    order drawn from (seed, step, epoch), and gone through `epochs` times. A critic learns from the same parts; while it
+    warms up the policy is only measured.
     """
     settings, objective = recipe.grpo, recipe.objective
-    new = sequences(rollout, recipe, reference)
+    new = sequences(rollout, recipe, reference, critic)
+    if critic is not None and critic.warming_up(step):
+        lr = 0.0
     per_group = recipe.rollout.group_size
     everything = new
     if replay is not None:
@@ -65,7 +70,11 @@ def update(
             chosen = [everything[g * per_group + j] for g in order[start : start + size] for j in range(per_group)]
             fresh = epoch == 0 and start == 0  # the weights are still those that sampled
             _step(model, optimizer, reference, chosen, recipe, lr, sums, fresh)
+            if critic is not None:
+                critic.learn(chosen, step)
     metrics = sums.metrics(recipe)
+    if critic is not None:
+        metrics |= critic.metrics(new, step)
     if replay is not None:
         metrics["groups/replayed"] = (len(everything) - len(new)) // per_group
     metrics["groups/without_spread"] = 1.0 - float(spread(rollout.rewards_PG, rollout.known_PG).float().mean())
