@@ -53,7 +53,7 @@ def test_a_critic_is_a_second_model_to_hold(model: str) -> None:
     ours, theirs = (contender(chosen(model, name), 2.0)() for name in ("grpo", "ppo"))
     for outcome in (ours, theirs):
         assert (outcome["steps"], outcome["samples"], outcome["reached"]) == (1, 8, False)
-        assert outcome["seconds"] > 0 and len(outcome["accuracies"]) == 1
+        assert outcome["seconds"] > 0 and outcome["accuracies"] == []
         assert outcome["peak_memory_bytes"] > outcome["training_bytes"]
     step_counts = 1000  # AdamW keeps a few bytes of its own for each tensor
     assert ours["training_bytes"] == pytest.approx(16 * parameters, abs=step_counts)
@@ -62,7 +62,7 @@ def test_a_critic_is_a_second_model_to_hold(model: str) -> None:
 
 
 def test_who_has_arrived_rests(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = iter([0.1, 0.2, 0.95])
+    measured = iter([0.2, 0.95])
 
     def evaluate(*_: Any, **__: Any) -> Any:
         return type("Evaluation", (), {"figures": {"accuracy": next(measured)}})
@@ -72,13 +72,22 @@ def test_who_has_arrived_rests(model: str, monkeypatch: pytest.MonkeyPatch) -> N
     outcomes = [dict(step()) for _ in range(6)]
     assert [o["steps"] for o in outcomes] == [1, 2, 3, 4, 4, 4]
     assert [o["reached"] for o in outcomes] == [False, False, False, True, True, True]
-    assert outcomes[-1]["accuracies"] == [0.1, 0.2, 0.95]
+    assert outcomes[-1]["accuracies"] == [0.2, 0.95]
     assert outcomes[-1] == outcomes[3]
 
 
-def test_a_model_that_knows_it_all_is_refused(model: str) -> None:
+def test_a_model_that_knows_it_all_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo_ppo, "TARGET", 0.0)
     with pytest.raises(ValueError, match="answers 0% of the held-out problems right before any training, and 0% is"):
-        contender(chosen(model, "grpo"), 0.0)
+        grpo_ppo.run(model)
+
+
+def test_a_model_that_cannot_be_asked_is_refused(model: str, tmp_path: Path) -> None:
+    LanguageModel.create(SHAPE | {"vocab_size": 128}).save(tmp_path / "bare")
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        grpo_ppo.run(str(tmp_path / "bare"))
+    with pytest.raises(ValueError, match="nowhere"):
+        grpo_ppo.run("nowhere")
 
 
 def outcome(seconds: float, reached: bool = True, memory: int = 100, weights: int = 16) -> dict[str, Any]:

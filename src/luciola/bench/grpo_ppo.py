@@ -17,7 +17,7 @@ from luciola.bench.subjects import quickstart_base
 from luciola.bench.turns import Step, machine, take_turns
 from luciola.engine.engine import Engine
 from luciola.evaluate.run import evaluate
-from luciola.model.language_model import load
+from luciola.model.language_model import LanguageModel, load
 from luciola.recipe import GrpoRecipe, assemble, read_toml, resolve
 from luciola.rl.ppo import Critic
 from luciola.rl.rollout import rollout
@@ -49,9 +49,15 @@ def run(model: str | None = None) -> dict[str, Any]:
         model: where both start; without one the quickstart's base, which is pre-trained at first use.
 
     Raises:
-        ValueError: the model answers as many problems right before it is trained.
+        ValueError: the model has no tokenizer, or answers as many problems right before it is trained.
     """
     start = model or str(quickstart_base())
+    before = accuracy(load(start), recipe(start, SEEDS[0], METHODS["grpo"]))
+    if before >= TARGET:
+        raise ValueError(
+            f"the model {start} answers {before:.0%} of the held-out problems right before any training, and "
+            f"{TARGET:.0%} is the target; give a --model with more to learn"
+        )
     outcomes: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
     for seed in SEEDS:
         recipes = {name: recipe(start, seed, parts) for name, parts in METHODS.items()}
@@ -61,7 +67,7 @@ def run(model: str | None = None) -> dict[str, Any]:
         turns = take_turns(contenders, rounds=recipes["grpo"].grpo.steps, warmup=0)
         for name, taken in turns.items():
             outcomes[name].append(taken[-1].said)
-    return {**report(outcomes, TARGET), "seeds": len(SEEDS), "model": start, **machine()}
+    return {**report(outcomes, TARGET), "accuracy_before": before, "seeds": len(SEEDS), "model": start, **machine()}
 
 
 def recipe(model: str, seed: int, parts: Sequence[str]) -> GrpoRecipe:
@@ -81,32 +87,12 @@ def contender(recipe: GrpoRecipe, target: float) -> Step:
     assert recipe.model is not None and recipe.model.path is not None  # as this file makes its recipes
     lm = load(recipe.model.path)
     tokenizer, optimizer = lm.tokenizer, Optimizer(lm.model, recipe.optim)
-    if tokenizer is None:
-        raise ValueError(f"the model {recipe.model.path} has no tokenizer to write prompts with; give another --model")
+    assert tokenizer is not None  # `run` has evaluated it
     critic = None if recipe.critic is None else Critic(lm.model, recipe)
     engine = Engine(lm, dtype="model")
     optimizers = [optimizer] if critic is None else [optimizer, critic.optimizer]
 
-    def accuracy() -> float:
-        settings = recipe.evaluate
-        measured = evaluate(
-            lm,
-            recipe.task,
-            problems=settings.problems,
-            samples=0,
-            max_tokens=recipe.rollout.max_tokens,
-            seed=recipe.seed,
-            engine=engine,
-        )
-        return float(measured.figures["accuracy"])
-
-    first = accuracy()
-    if first >= target:
-        raise ValueError(
-            f"the model {recipe.model.path} answers {first:.0%} of the held-out problems right before any training, "
-            f"and {target:.0%} is the target; give a --model with more to learn"
-        )
-    outcome: dict[str, Any] = {"reached": False, "steps": 0, "samples": 0, "seconds": 0.0, "accuracies": [first]}
+    outcome: dict[str, Any] = {"reached": False, "steps": 0, "samples": 0, "seconds": 0.0, "accuracies": []}
 
     def step() -> dict[str, Any]:
         if not outcome["reached"]:
@@ -118,13 +104,27 @@ def contender(recipe: GrpoRecipe, target: float) -> Step:
             outcome["steps"] += 1
             outcome["samples"] += sum(map(len, sampled.completions))
             if outcome["steps"] % recipe.evaluate.every == 0:
-                outcome["accuracies"].append(accuracy())
+                outcome["accuracies"].append(accuracy(lm, recipe, engine))
                 outcome["reached"] = outcome["accuracies"][-1] >= target
             outcome["peak_memory_bytes"] = hardware.peak_memory_bytes()
             outcome["training_bytes"] = sum(map(training_bytes, optimizers))
         return outcome
 
     return step
+
+
+def accuracy(lm: LanguageModel, recipe: GrpoRecipe, engine: Engine | None = None) -> float:
+    """The share of held-out problems that the model answers right, greedily."""
+    found = evaluate(
+        lm,
+        recipe.task,
+        problems=recipe.evaluate.problems,
+        samples=0,
+        max_tokens=recipe.rollout.max_tokens,
+        seed=recipe.seed,
+        engine=engine,
+    )
+    return float(found.figures["accuracy"])
 
 
 def training_bytes(optimizer: Optimizer) -> int:
@@ -152,9 +152,8 @@ def report(outcomes: Mapping[str, Sequence[Mapping[str, Any]]], target: float) -
             result[name][figure] = max(run[figure] for run in runs)
         result[name] |= {f"{figure}_each": [run[figure] for run in runs] for figure in ("seconds", "steps")}
         if not all(reached):
-            short.append(
-                f"{name} did so with {sum(reached)} of {len(runs)} seeds within {max(run['steps'] for run in runs)} steps"
-            )
+            most = max(run["steps"] for run in runs)
+            short.append(f"{name} did so with {sum(reached)} of {len(runs)} seeds within {most} steps")
     ours, theirs = result["grpo"], result["ppo"]
     names = ("seconds", "steps", "samples", "seconds_per_step", "peak_memory_bytes", "training_bytes")
     ratios = {name: theirs[name] / ours[name] for name in names if ours[name] is not None and theirs[name] is not None}
