@@ -1,8 +1,9 @@
 """GRPO and PPO from the same checkpoint to the same held-out accuracy: memory, seconds and samples that each needs.
 
 PPO's critic is a second model of the policy's size (DeepSeekMath, section 4.1): its weights, gradients and moments have
-to be held, and it reads every completion three times more. Both take the same rollouts, rewards, clip, aggregation and
-learning rate of the policy. Each trains in a process of its own, and they take turns step by step.
+to be held, and it reads every completion twice, to value it and to learn from it. Both take the same rollouts, rewards,
+clip, aggregation and learning rate of the policy. Each trains in a process of its own, and they take turns step by
+step.
 """
 
 from __future__ import annotations
