@@ -202,12 +202,8 @@ class _Trainer:
             self.model, self.optimizer, self.reference, sampled, recipe, step, lr, self.replay, self.critic
         )
         ended = time.perf_counter()
-        for name in (
-            "critic/loss",
-            "critic/grad_norm",
-            "loss",
-            "grad_norm",
-        ):  # its values spoil the policy, not the reverse
+        # The critic first: its values spoil the policy's loss, and not the other way round.
+        for name in ("critic/loss", "critic/grad_norm", "loss", "grad_norm"):
             if not math.isfinite(metrics.get(name, 0.0)):
                 raise Diverged(name, metrics[name], step + 1, state.last_checkpoint(self.run))
         self.run.samples(step + 1, sampled.samples())
