@@ -41,7 +41,8 @@ def ours(objective: ObjectiveSection, b: dict[str, Tensor]) -> tuple[Tensor, Ten
         pair = torch.tensor([0, 0, 1, 1])[sequence]
     logp = b["logp"].clone().requires_grad_()
     old = b["old"][MASK_ST]
-    tokens = Tokens(logp[MASK_ST], old, old, advantages[sequence], weights[sequence], sequence, b["ref"][MASK_ST], pair)
+    each = advantages[MASK_ST] if advantages.ndim == 2 else advantages[sequence]
+    tokens = Tokens(logp[MASK_ST], old, old, each, weights[sequence], sequence, b["ref"][MASK_ST], pair)
     loss = policy_loss(tokens, objective).loss
     return loss.detach(), torch.autograd.grad(loss, logp)[0]
 
@@ -88,6 +89,10 @@ def reinforce(logp: Tensor, b: dict[str, Tensor]) -> Tensor:
     return -over_tokens(smaller((logp - b["old"]).exp(), b["A"][:, None], 0.2, 0.2))
 
 
+def ppo(logp: Tensor, b: dict[str, Tensor]) -> Tensor:
+    return -mean_of_means(smaller((logp - b["old"]).exp(), b["A"], 0.2, 0.2))
+
+
 def rft(logp: Tensor, b: dict[str, Tensor]) -> Tensor:
     return -mean_of_means(b["A"][:, None] * logp)
 
@@ -99,7 +104,7 @@ def dpo(logp: Tensor, b: dict[str, Tensor]) -> Tensor:
 
 FORMULAS: dict[str, Callable[[Tensor, dict[str, Tensor]], Tensor]] = {
     "grpo": grpo, "dr_grpo": dr_grpo, "dapo": dapo, "gspo": gspo, "cispo": cispo, "rloo": rloo,
-    "reinforce++": reinforce, "rft": rft, "dpo": dpo,
+    "reinforce++": reinforce, "ppo": ppo, "rft": rft, "dpo": dpo,
 }  # fmt: skip
 
 
@@ -112,6 +117,8 @@ def test_every_name_has_its_formula() -> None:
 def test_the_gradient_is_that_of_the_formula(name: Any, off: float) -> None:
     for seed in range(5):
         b = batch(seed, off)
+        if name == "ppo":  # a critic gives every token an advantage of its own
+            b["A"] = torch.randn(S, T, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         loss, gradient = ours(ObjectiveSection(name=name), b)
         logp = b["logp"].clone().requires_grad_()
         expected = FORMULAS[name](logp, b)

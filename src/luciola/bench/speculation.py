@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from luciola import hardware
-from luciola.bench.subjects import Prompts
+from luciola.bench.subjects import Prompts, quickstart_base
 from luciola.bench.turns import Turn, machine, take_turns
 
 PEERS: tuple[str, ...] = ()
@@ -68,13 +67,7 @@ def trained_model() -> Path:
     """The run folder of a model with a trained MTP head; pre-trains one where there is none."""
     if (QUICKSTART / "model").is_dir():
         return QUICKSTART
-    from luciola.recipe import GrpoRecipe, load
-    from luciola.train.pretrain import pretrain
-
-    folder = hardware.cache_folder() / "bench"
-    overrides = [f"run.folder={folder}", "run.name=speculation"]
-    recipe = load(GrpoRecipe, "recipes/quickstart.toml", overrides).base_recipe()
-    return pretrain(recipe, resume=Path(recipe.run.folder, recipe.run.name).exists())
+    return quickstart_base()
 
 
 def _prompts(model: Path, rounds: int) -> list[Prompts]:

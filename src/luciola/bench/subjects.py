@@ -1,4 +1,4 @@
-"""What the comparisons of generation run on: two models in the files that each contender reads, and prompts.
+"""What comparisons run on: models in the files that each contender reads, and prompts.
 
 The V3-style model has every part of DeepSeek-V3 (latent attention, routed and shared experts) at 10M parameters, where
 the number of operations decides; SmolLM2-135M is a real model, dense, large enough for memory to decide.
@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from luciola import hardware
 from luciola.bench.train import SHAPE as TRAINED_SHAPE
 from luciola.model.flops import forward_flops
 from luciola.model.transformer import Transformer
@@ -33,6 +34,18 @@ def v3_folder(parent: Path) -> Path:
     folder = parent / "v3"
     LanguageModel.create(V3_SHAPE, seed=0).save(folder)
     return folder
+
+
+def quickstart_base() -> Path:
+    """The run folder of the quickstart's base, before RL: pre-trained once, about a minute and a half, and kept in the
+    cache folder."""
+    from luciola.recipe import GrpoRecipe, load
+    from luciola.train.pretrain import pretrain
+
+    folder = hardware.cache_folder() / "bench"
+    overrides = [f"run.folder={folder}", "run.name=quickstart"]
+    recipe = load(GrpoRecipe, "recipes/quickstart.toml", overrides).base_recipe()
+    return pretrain(recipe, resume=Path(recipe.run.folder, recipe.run.name).exists())
 
 
 def smollm2_file(parent: Path, kind: str) -> Path:

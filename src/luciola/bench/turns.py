@@ -53,7 +53,7 @@ def take_turns(contenders: Mapping[str, tuple[str, dict[str, Any]]], rounds: int
                 try:
                     pipe.send("step")
                     turn = Turn(*pipe.recv())
-                except (EOFError, BrokenPipeError) as error:
+                except (EOFError, ConnectionError) as error:
                     raise RuntimeError(f"{name} failed; its traceback stands above") from error
                 if number >= warmup:
                     turns[name].append(turn)

@@ -97,6 +97,9 @@ def bench(
         str | None,
         typer.Option(help="The peer to compare with, or several (a,b); left out: each comparison's first."),
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model to start from, for comparisons that train one further (grpo-ppo).")
+    ] = None,
     list_only: Annotated[bool, typer.Option("--list", help="List the comparisons; run none.")] = False,
 ) -> None:
     """Measure Luciola against other software, as ratios.
@@ -105,18 +108,23 @@ def bench(
     Examples: luciola bench train --against transformers
               luciola bench grpo --against trl --output grpo.json
               luciola bench decode throughput --against transformers,llama.cpp
+              luciola bench grpo-ppo --model runs/base
     """
+    import inspect
     from importlib import import_module
     from pkgutil import iter_modules
 
     from luciola import bench as room
     from luciola.run import atomic_write
 
-    known = sorted(module.name for module in iter_modules(room.__path__) if module.name not in room.SHARED)
+    known = sorted(file.name.replace("_", "-") for file in iter_modules(room.__path__) if file.name not in room.SHARED)
     unknown = [name for name in names or () if name not in known]
     if unknown:
         raise ValueError(f"there is no comparison {unknown[0]}; there are {', '.join(known) or 'none'}")
-    modules = {name: import_module(f"{room.__name__}.{name}") for name in names or known}
+    modules = {name: import_module(f"{room.__name__}.{name.replace('-', '_')}") for name in names or known}
+    startable = [name for name, module in modules.items() if "model" in inspect.signature(module.run).parameters]
+    if model is not None and not startable:
+        raise ValueError(f"--model {model}: {', '.join(modules)} has a model of its own; leave --model out")
     peers = _peers({name: module.PEERS for name, module in modules.items()}, against)
     results: dict[str, Any] = {}
     for name, module in modules.items():
@@ -125,7 +133,7 @@ def bench(
         if list_only:
             continue
         if not module.PEERS:
-            results[name] = module.run()
+            results[name] = module.run(model=model) if name in startable else module.run()
         elif len(peers[name]) == 1:
             results[name] = module.run(peers[name][0])
         else:

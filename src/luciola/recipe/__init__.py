@@ -9,6 +9,7 @@ from luciola.recipe.check import RecipeError, check, documented_keys
 from luciola.recipe.files import assemble, load, read_toml, resolve, shipped, to_toml
 from luciola.recipe.objective import ObjectiveSection
 from luciola.recipe.schema import (
+    CriticSection,
     EvaluateSection,
     GrpoRecipe,
     GrpoSection,
@@ -28,6 +29,7 @@ from luciola.recipe.schema import (
 )
 
 __all__ = [
+    "CriticSection",
     "EvaluateSection",
     "GrpoRecipe",
     "GrpoSection",

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-Advantage = Literal["group", "centred", "leave_one_out", "batch", "global", "correct", "pairs"]
+Advantage = Literal["group", "centred", "leave_one_out", "batch", "global", "correct", "pairs", "critic"]
 Ratio = Literal["token", "sequence_mean", "sequence", "none"]
 Clip = Literal["ppo", "weight", "none"]
 Aggregation = Literal["sequence", "token", "constant", "sequence_sum"]
@@ -28,6 +28,7 @@ NAMES: dict[str, dict[str, Any]] = {
     "cispo": {"clip": "weight", "clip_high": 4.0, "aggregation": "token"},
     "rloo": {"advantage": "leave_one_out", "ratio": "sequence", "beta": 0.05, "kl": "k1", "kl_in": "reward"},
     "reinforce++": {"advantage": "global", "aggregation": "token", "beta": 0.01, "kl": "k1", "kl_in": "reward"},
+    "ppo": {"advantage": "critic", "kl": "k1", "kl_in": "reward"},
     "rft": {"advantage": "correct", "ratio": "none", "clip": "none"},
     "dpo": {"advantage": "pairs", "ratio": "none", "clip": "none", "beta": 0.1},
 }
@@ -39,7 +40,7 @@ class ObjectiveSection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "rft", "dpo"] = Field(
+    name: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo", "rft", "dpo"] = Field(
         "grpo", description="the objective that sets the parts which are not given"
     )
     advantage: Advantage = Field(
@@ -47,7 +48,8 @@ class ObjectiveSection(BaseModel):
         description="group: (R - mean) / std of the group (GRPO); centred: no std (Dr. GRPO, V3.2); leave_one_out: "
         "minus the mean of the others (RLOO); batch: minus the group's mean, by the rollout's std; global: minus mean "
         "and by std of the whole rollout (REINFORCE++); correct: 1 for right answers, else 0 (rejection fine-tuning); "
-        "pairs: right against wrong answers of a group (DPO)",
+        "pairs: right against wrong answers of a group (DPO); critic: generalised estimates by a value model, "
+        "set in [critic] (PPO)",
     )
     supervision: Literal["outcome", "process"] = Field(
         "outcome", description="process: each step's own reward, from tasks that grade steps (DeepSeekMath, 4.1.3)"
@@ -153,6 +155,14 @@ class ObjectiveSection(BaseModel):
                 "supervision = 'process' has no outcome reward to put the KL into: set kl_in = 'loss'",
             ),
         ]
+        if self.advantage == "critic":
+            contradictions += [
+                (
+                    self.ratio in ("sequence", "sequence_mean"),
+                    f"advantage = 'critic' (PPO) values every token by itself: set ratio = 'token' instead of "
+                    f"'{self.ratio}'",
+                ),
+            ]
         if self.advantage == "pairs":
             contradictions += [
                 (self.ratio != "none", "advantage = 'pairs' (DPO) has no ratio: set ratio = 'none'"),

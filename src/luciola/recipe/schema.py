@@ -10,7 +10,7 @@ import os
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from luciola.recipe.objective import NEEDS_GROUP, ObjectiveSection
 from luciola.tasks import TaskConfig
@@ -305,6 +305,22 @@ class RewardSection(Section):
         return self
 
 
+class CriticSection(Section):
+    """PPO's value model, as large as the policy and begun from its weights, with an optimiser of its own."""
+
+    gamma: Share = Field(1.0, description="discount of a reward, per token that it lies ahead")
+    lam: Share = Field(
+        0.95,
+        description="lambda of the generalised advantage estimate: 1: rewards alone, less the value; 0: the next "
+        "token's value instead of all that follows",
+    )
+    value_clip: Amount = Field(
+        0.2, description="a value may leave that of the rollout by this much before its loss ends to reward it; 0: any"
+    )
+    warmup_steps: CountOrZero = Field(0, description="first steps in which the critic learns alone, the policy stays")
+    optim: FineTuningOptimSection = Field(FineTuningOptimSection(), description="the critic's optimiser")
+
+
 class EvaluateSection(Section):
     """The held-out evaluation before and after a run, and during it."""
 
@@ -336,6 +352,26 @@ class GrpoRecipe(Section):
     lora: LoraSection | None = Field(None, description="train adapters; left out: all weights")
     optim: FineTuningOptimSection = Field(FineTuningOptimSection(), description="optimiser")
     evaluate: EvaluateSection = Field(EvaluateSection(), description="held-out evaluation")
+    critic: CriticSection | None = Field(
+        None,
+        validate_default=True,
+        description="the value model of objective.advantage = 'critic' (PPO), which alone has one",
+    )
+
+    @field_validator("critic", mode="after")
+    @classmethod
+    def _critic_where_there_is_one(cls, critic: CriticSection | None, others: ValidationInfo) -> CriticSection | None:
+        objective = others.data.get("objective")
+        if objective is None:
+            return critic  # its own check says what is wrong
+        if objective.advantage == "critic":
+            return critic or CriticSection()
+        if critic is not None:
+            raise ValueError(
+                f"belongs to objective.advantage = 'critic', not '{objective.advantage}': set objective.name = 'ppo', "
+                "or leave the [critic] section out"
+            )
+        return None
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
@@ -384,6 +420,21 @@ class GrpoRecipe(Section):
             raise ValueError(
                 f"objective.supervision = 'process' needs a task that grades steps, which '{self.task.name}' does not; "
                 "choose task.name = 'arithmetic', or 'outcome'"
+            )
+        if self.critic is not None and self.lora is not None:
+            raise ValueError(
+                "[lora] trains adapters of one model, and PPO's critic is a second one that is trained in full: leave "
+                "[lora] out, or choose another objective.name"
+            )
+        if self.critic is not None and self.grpo.replay:
+            raise ValueError(
+                f"grpo.replay = {self.grpo.replay} brings back advantages of a critic that has learnt since: leave it "
+                "out with objective.advantage = 'critic' (PPO)"
+            )
+        if self.critic is not None and self.critic.warmup_steps >= self.grpo.steps:
+            raise ValueError(
+                f"critic.warmup_steps = {self.critic.warmup_steps} must be less than grpo.steps = {self.grpo.steps}: "
+                "the policy would never learn"
             )
         if objective.importance_cap and not self.grpo.replay:
             raise ValueError(

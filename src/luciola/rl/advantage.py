@@ -85,6 +85,13 @@ def process_advantages(
     return advantages
 
 
+def token_rewards(reward: float, kl_T: Tensor, beta: float) -> Tensor:
+    """r_t of each token: - beta times its own KL estimate, and R besides for the last one, (T,)."""
+    rewards_T = -beta * kl_T
+    rewards_T[-1:] += reward
+    return rewards_T
+
+
 def returns_with_kl(reward: float, kl_T: Tensor, beta: float) -> Tensor:
     """What each token is credited with: R - beta times the KL estimates of this token and all later ones, (T,)."""
     return reward - beta * kl_T.flip(0).cumsum(0).flip(0)

@@ -6,7 +6,7 @@ Shapes: T tokens of a micro-batch that the model reads, N completion tokens, L M
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ class Sample:
         pair: DPO only: number of its pair in the group.
         stale: sampled in an earlier step.
         weight: of each of its tokens in the loss.
+        values_T, returns_T: PPO only: V of each token as the critic had it, and G, which it is to learn.
     """
 
     prompt: list[int]
@@ -46,6 +47,8 @@ class Sample:
     pair: int | None = None
     stale: bool = False
     weight: float = 0.0
+    values_T: Tensor = field(default_factory=lambda: torch.zeros(0))
+    returns_T: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 class MicroBatch(NamedTuple):

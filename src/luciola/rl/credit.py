@@ -16,16 +16,21 @@ from luciola.rl.advantage import (
     pairs,
     process_advantages,
     returns_with_kl,
+    token_rewards,
 )
 from luciola.rl.batch import Sample, per_sample
+from luciola.rl.ppo import Critic
 from luciola.rl.rollout import Rollout
 
 
-def sequences(rollout: Rollout, recipe: GrpoRecipe, reference: Transformer | None = None) -> list[Sample]:
+def sequences(
+    rollout: Rollout, recipe: GrpoRecipe, reference: Transformer | None = None, critic: Critic | None = None
+) -> list[Sample]:
     """The completions of a rollout with their advantages, group by group.
 
     Args:
         reference: pi_ref, needed where the KL divergence is part of the reward.
+        critic: needed where the advantage is the critic's (PPO).
     """
     samples = _samples(rollout, recipe)
     rewards_PG, known_PG = shaped_rewards(rollout, recipe)
@@ -33,7 +38,8 @@ def sequences(rollout: Rollout, recipe: GrpoRecipe, reference: Transformer | Non
         sample.known = known
     if recipe.objective.advantage == "pairs":
         return _paired(samples, rollout, known_PG)
-    for sample, advantages_T in zip(samples, _advantages(samples, rewards_PG, rollout, recipe, reference), strict=True):
+    found = _advantages(samples, rewards_PG, rollout, recipe, reference, critic)
+    for sample, advantages_T in zip(samples, found, strict=True):
         sample.advantages_T = advantages_T
     return samples
 
@@ -77,7 +83,12 @@ def _samples(rollout: Rollout, recipe: GrpoRecipe) -> list[Sample]:
 
 
 def _advantages(
-    samples: list[Sample], rewards_PG: Tensor, rollout: Rollout, recipe: GrpoRecipe, reference: Transformer | None
+    samples: list[Sample],
+    rewards_PG: Tensor,
+    rollout: Rollout,
+    recipe: GrpoRecipe,
+    reference: Transformer | None,
+    critic: Critic | None,
 ) -> list[Tensor]:
     """A of every token of every sample, (T,)."""
     objective, (P, G) = recipe.objective, rewards_PG.shape
@@ -94,6 +105,11 @@ def _advantages(
         assert reference is not None
         found = per_sample(reference, samples, recipe, replay=False)
         kl = [torch.tensor(s.old_logp) - found[id(s)] if s.completion else torch.zeros(0) for s in samples]
+    if objective.advantage == "critic":
+        assert critic is not None
+        return critic.advantages(
+            samples, [token_rewards(float(r), k, objective.beta) for r, k in zip(rewards, kl, strict=True)]
+        )
     if objective.advantage == "global":
         returns = [returns_with_kl(float(r), k, objective.beta) for r, k in zip(rewards, kl, strict=True)]
         return global_advantages(returns, known_PG.flatten().tolist())

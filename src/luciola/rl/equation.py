@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from luciola.recipe import GrpoRecipe, ObjectiveSection, RewardSection
+from luciola.recipe import CriticSection, GrpoRecipe, ObjectiveSection, RewardSection
 from luciola.rl.advantage import EPS
 
 ADVANTAGES = {
@@ -41,7 +41,10 @@ def equation(recipe: GrpoRecipe) -> dict[str, str]:
     """Each part of the recipe's objective by name, in the order in which they are computed; the loss comes last."""
     objective = recipe.objective
     parts = {"reward": _reward(recipe.reward, objective)}
-    parts["advantage"] = PROCESS if objective.supervision == "process" else ADVANTAGES[objective.advantage]
+    if recipe.critic is not None:
+        parts["advantage"] = _gae(recipe.critic)
+    else:
+        parts["advantage"] = PROCESS if objective.supervision == "process" else ADVANTAGES[objective.advantage]
     if objective.advantage == "pairs":
         return parts | {
             "margin": "h = sum_t log(pi(o_t) / pi_ref(o_t)) of a completion, h+ of the right and h- of the wrong one",
@@ -76,6 +79,14 @@ def denominators(objective: ObjectiveSection, sequences: int, tokens: int, pairs
         case "constant":
             return {"S": sequences, "L": longest}
     return {"S": sequences}
+
+
+def _gae(critic: CriticSection) -> str:
+    step = f"r_t + {critic.gamma:g} V_(t+1) - V_t"
+    return (
+        f"A_t = (G_t - mean) / (std + {EPS:g}), both over all tokens of the rollout; "
+        f"G_t = {step} + {critic.gamma * critic.lam:g} G_(t+1), V the critic's values"
+    )
 
 
 def _reward(section: RewardSection, objective: ObjectiveSection) -> str:

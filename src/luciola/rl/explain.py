@@ -123,13 +123,15 @@ def explain_loss(path: Path) -> Explanation:
         trainer = trainer_of(run.recipe, run)  # type: ignore[arg-type]
         sampled = trainer.sample(done)
         model, reference = trainer.model, trainer.reference
-        samples = step_samples(model, reference, sampled, recipe, done, trainer.replay)
+        samples = step_samples(model, reference, sampled, recipe, done, trainer.replay, trainer.critic)
+        waits = trainer.critic is not None and trainer.critic.warming_up(done)
+        lr = 0.0 if waits else learning_rate(recipe.optim, done, recipe.grpo.steps)
         parts: list[Part] = []
         chosen: list[Sample] = []
         of_steps: list[float] = []
         for chosen in optimizer_steps(samples, recipe, done):
             if of_steps:
-                trainer.optimizer.step(learning_rate(recipe.optim, done, recipe.grpo.steps))
+                trainer.optimizer.step(lr)
             parts = []
             for part in losses(model, reference, chosen, recipe):
                 part.loss.loss.backward()

@@ -24,6 +24,7 @@ from luciola.model.language_model import LanguageModel, load
 from luciola.model.lora import Lora
 from luciola.model.transformer import Transformer
 from luciola.recipe import GrpoRecipe
+from luciola.rl.ppo import Critic
 from luciola.rl.replay import Replay
 from luciola.rl.rollout import Rollout, rollout
 from luciola.rl.update import update
@@ -138,6 +139,7 @@ class _Trainer:
         if recipe.lora is not None:
             self.lora = Lora(self.model, recipe.lora, recipe.seed, _base_name(recipe))
         self.optimizer = Optimizer(self.model, recipe.optim, self.lora)
+        self.critic = None if recipe.critic is None else Critic(self.model, recipe)
         self.engine = Engine(lm, dtype="model")
         self.reference: Transformer | None = None
         self.reference_lora = {} if self.lora is None else self.lora.state()
@@ -149,6 +151,8 @@ class _Trainer:
         self._began: float = time.perf_counter() - self.facts.get("seconds", 0.0)
         if self.reference is not None and "reference" in restored.extra:
             self._restore_reference(restored.extra["reference"])
+        if self.critic is not None and "critic" in restored.extra:
+            self.critic.restore(restored.extra["critic"])
         if self.replay is not None and "replay" in restored.extra:
             self.replay.restore(restored.extra["replay"])
 
@@ -215,10 +219,13 @@ class _Trainer:
         sampled = self.sample(step)
         updating = time.perf_counter()
         lr = learning_rate(recipe.optim, step, recipe.grpo.steps)
-        metrics = update(self.model, self.optimizer, self.reference, sampled, recipe, step, lr, self.replay)
+        metrics = update(
+            self.model, self.optimizer, self.reference, sampled, recipe, step, lr, self.replay, self.critic
+        )
         ended = time.perf_counter()
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(metrics[name]):
+        # The critic first: its values spoil the policy's loss, and not the other way round.
+        for name in ("critic/loss", "critic/grad_norm", "loss", "grad_norm"):
+            if not math.isfinite(metrics.get(name, 0.0)):
                 raise Diverged(name, metrics[name], step + 1, state.last_checkpoint(self.run))
         self.run.samples(step + 1, sampled.samples())
         tokens = sum(len(c.token_ids) for group in sampled.completions for c in group)
@@ -253,6 +260,8 @@ class _Trainer:
         extra = {}
         if self.reference is not None:
             extra["reference"] = _untied(self.reference) if self.lora is None else self.reference_lora
+        if self.critic is not None:
+            extra["critic"] = self.critic.state()
         if self.replay is not None:
             extra["replay"] = self.replay.state()
         state.save(self.run, done, self.model, self.optimizer, facts={"seconds": self.seconds()}, extra=extra)
@@ -285,10 +294,12 @@ def describe(recipe: GrpoRecipe) -> dict[str, Any]:
     tokens = recipe.grpo.steps * settings.prompts * (prompt + settings.group_size * settings.max_tokens)
     # A forward pass to sample, three (forward and backward) to learn, one more for a reference.
     passes = 1 + recipe.grpo.epochs * (3 + (recipe.objective.beta > 0))
+    if recipe.critic is not None:  # another model to train, which first assesses the rollout
+        passes += 1 + recipe.grpo.epochs * 3
     peak = hardware.gemm_peak(dtype)
     stored = sum(p.numel() for p in model.parameters())
     states, trained = pretraining.state_bytes(model, dtype, recipe.lora)
-    reference = 4 * stored if recipe.objective.beta else 0
+    others = stored * (4 * (recipe.objective.beta > 0) + 16 * (recipe.critic is not None))
     cache = sequences * length * config.cached_per_token_and_layer * config.num_hidden_layers * 4
     slots = min(recipe.grpo.micro_batch_tokens, sequences * length)
     activations = slots * pretraining.activation_bytes(config, recipe.activation_checkpointing)
@@ -299,7 +310,7 @@ def describe(recipe: GrpoRecipe) -> dict[str, Any]:
         "tokens": base["tokens"] + tokens,
         "dtype": f"{dtype} ({reason})",
         "memory_bytes": max(
-            base["memory_bytes"], pretraining.PROGRAM_BYTES + int(states + reference + cache + activations)
+            base["memory_bytes"], pretraining.PROGRAM_BYTES + int(states + others + cache + activations)
         ),
         "seconds": base["seconds"] + tokens * passes * forward_flops(model, length) / (peak / 3),
     }

@@ -24,6 +24,7 @@ from luciola.rl.advantage import spread
 from luciola.rl.batch import LogProbs, MicroBatch, Sample, logprobs, micro_batches, per_sample
 from luciola.rl.credit import sequences
 from luciola.rl.objective import Loss, Tokens, kl_estimate, policy_loss, token_weights
+from luciola.rl.ppo import Critic
 from luciola.rl.replay import Replay
 from luciola.rl.rollout import Rollout
 from luciola.train.optim import Optimizer
@@ -38,14 +39,22 @@ def update(
     step: int,
     lr: float,
     replay: Replay | None = None,
+    critic: Critic | None = None,
 ) -> dict[str, Any]:
-    """All optimiser steps of one rollout; returns their metrics, token sums turned into means."""
-    samples = step_samples(model, reference, rollout, recipe, step, replay)
+    """All optimiser steps of one rollout; returns their metrics, token sums turned into means. A critic learns from the
+    same parts; while it warms up the policy is only measured."""
+    samples = step_samples(model, reference, rollout, recipe, step, replay, critic)
+    if critic is not None and critic.warming_up(step):
+        lr = 0.0
     sums = _Sums()
     for number, chosen in enumerate(optimizer_steps(samples, recipe, step)):
         # in the first one the weights are still those that sampled
         _step(model, optimizer, reference, chosen, recipe, lr, sums, number == 0)
+        if critic is not None:
+            critic.learn(chosen, step)
     metrics = sums.metrics(recipe)
+    if critic is not None:
+        metrics |= critic.metrics(samples, step)
     if replay is not None:
         metrics["groups/replayed"] = len(samples) // recipe.rollout.group_size - len(rollout.prompts)
     metrics["groups/without_spread"] = 1.0 - float(spread(rollout.rewards_PG, rollout.known_PG).float().mean())
@@ -60,9 +69,10 @@ def step_samples(
     recipe: GrpoRecipe,
     step: int,
     replay: Replay | None = None,
+    critic: Critic | None = None,
 ) -> list[Sample]:
     """What a step learns from, group by group: its rollout, and the groups that `replay` adds to it."""
-    new = sequences(rollout, recipe, reference)
+    new = sequences(rollout, recipe, reference, critic)
     if replay is None:
         return new
     per_group = recipe.rollout.group_size
