@@ -7,7 +7,7 @@
 | form         | what the model is given                             | what is taken for its program                  |
 | ------------ | --------------------------------------------------- | ---------------------------------------------- |
 | `chat`       | a conversation that asks for the function           | the last fenced block after the thinking       |
-| `completion` | HumanEval: the beginning of the function;           | all up to the first of the task's stop strings, |
+| `completion` | HumanEval: the beginning of the function;           | all up to the first of the task's stop texts,  |
 |              | MBPP: three solved problems before its own (3-shot) | behind what the prompt began                   |
 
 `completion` is for base models, which know no conversation. HumanEval's 164 problems are there to measure with, so all
