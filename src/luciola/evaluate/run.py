@@ -17,7 +17,7 @@ from luciola.evaluate.figures import Attempt, Judged, figures
 from luciola.model.language_model import LanguageModel
 from luciola.run import read_records
 from luciola.run.records import RecordFile
-from luciola.tasks.base import Problem, Task
+from luciola.tasks.base import AsksForPrograms, Problem, Task, encoded, stops_of
 from luciola.tasks.judge import judge
 from luciola.text.tokenizer import Tokenizer
 from luciola.verify.verdict import Verdict
@@ -68,6 +68,7 @@ def evaluate(
         figures: `accuracy` (greedy), `pass@1` (the mean over samples), `pass@2`, `pass@4` and so on, `pass@k`, `maj@k`,
         each with its 95 % interval (`accuracy_low`, `accuracy_high`); `format_rate`, `truncated`, `mean_length` (all
         three greedy), `verdicts` (counts over everything), `tokens`, `seconds`; `categories`, where the task has some.
+        Programs have neither `maj@k` nor `format_rate`: they do not vote, and are not in the R1 form.
 
     Raises:
         ValueError: the model has no tokenizer, the task no held-out problem, or `kept` holds other problems.
@@ -80,11 +81,12 @@ def evaluate(
     judged = _read(kept, chosen, samples, together) if kept is not None else []
     if judged:
         advance(_note(judged), len(judged))
+    stops = stops_of(task)
     file = None if kept is None else RecordFile(kept)
     for start in range(len(judged), len(chosen), together):
         began = time.perf_counter()
         part = chosen[start : start + together]
-        params = [[SamplingParams(max_tokens=max_tokens, temperature=0.0)] for _ in part]
+        params = [[SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=stops)] for _ in part]
         for i, each in enumerate(params if samples else [], start=start):
             each.append(
                 SamplingParams(
@@ -93,6 +95,7 @@ def evaluate(
                     top_p=top_p,
                     n=samples,
                     seed=derived_seed(seed, i),
+                    stop=stops,
                 )
             )
         attempts = _attempts(engine, lm.tokenizer, task, part, params)
@@ -105,7 +108,7 @@ def evaluate(
         advance(_note(judged), len(new))
     if file is not None:
         file.close()
-    return Evaluation(figures(judged), judged)
+    return Evaluation(figures(judged, answers=not isinstance(task, AsksForPrograms)), judged)
 
 
 def _attempts(
@@ -116,7 +119,7 @@ def _attempts(
     params: Sequence[Sequence[SamplingParams]],
 ) -> list[list[Attempt]]:
     """All completions of each problem, in the order of its params, judged."""
-    prompts = [tokenizer.chat(task.messages(problem)) for problem in problems]
+    prompts = [encoded(tokenizer, task, problem) for problem in problems]
     asked = [(prompt, one) for prompt, each in zip(prompts, params, strict=True) for one in each]
     found = iter(engine.generate([prompt for prompt, _ in asked], [one for _, one in asked]))
     completions = [[completion for _ in each for completion in next(found)] for each in params]

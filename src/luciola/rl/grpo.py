@@ -29,6 +29,7 @@ from luciola.rl.replay import Replay
 from luciola.rl.rollout import Rollout, rollout
 from luciola.rl.update import update
 from luciola.run import Run, atomic_write
+from luciola.tasks.base import encoded
 from luciola.text.tokenizer import Tokenizer
 from luciola.train import pretrain as pretraining
 from luciola.train import state
@@ -200,9 +201,8 @@ class _Trainer:
                 done = step + 1
                 if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < steps:
                     figures = self.evaluate().figures
-                    metrics |= {
-                        f"evaluate/{name}": figures[name] for name in ("accuracy", "format_rate", "mean_length")
-                    }
+                    wanted = ("accuracy", "format_rate", "mean_length")  # programs have no format rate
+                    metrics |= {f"evaluate/{name}": figures[name] for name in wanted if name in figures}
                 run.log(done, metrics)
                 every, stopping = recipe.run.checkpoint_every, stop.requested  # asked once: who stops has saved
                 if done == steps or stopping or (every and done % every == 0):
@@ -287,7 +287,7 @@ def describe(recipe: GrpoRecipe) -> dict[str, Any]:
         base, model, config = {"tokens": 0, "seconds": 0.0, "memory_bytes": 0}, lm.model, lm.config
         tokenizer = lm.tokenizer  # type: ignore[assignment]
     settings = recipe.rollout
-    prompt = len(tokenizer.chat(recipe.task.messages(recipe.task.problem("train", 0, recipe.seed))))
+    prompt = len(encoded(tokenizer, recipe.task, recipe.task.problem("train", 0, recipe.seed)))
     length = prompt + settings.max_tokens
     sequences = settings.prompts * settings.group_size
     # At the most: completions may end early. Rollout and update read a prompt once for its whole group.

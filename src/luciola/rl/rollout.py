@@ -18,7 +18,7 @@ from luciola.engine.sequence import Completion
 from luciola.recipe import GrpoRecipe
 from luciola.rl.advantage import spread
 from luciola.rl.reward import refuse_failures, rewards
-from luciola.tasks.base import GradesSteps, Problem
+from luciola.tasks.base import GradesSteps, Problem, encoded, stops_of
 from luciola.tasks.judge import judge
 from luciola.text.tokenizer import Tokenizer
 from luciola.text.untrusted import shortened
@@ -115,7 +115,7 @@ def _round(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int, 
     place = number * settings.prompts
     first = step * settings.prompts * (objective.refills + 1) + place
     problems = [task.problem("train", first + i, recipe.seed) for i in range(count)]
-    prompts = [tokenizer.chat(task.messages(problem)) for problem in problems]
+    prompts = [encoded(tokenizer, task, problem) for problem in problems]
     params = [
         SamplingParams(
             max_tokens=settings.max_tokens,
@@ -124,6 +124,7 @@ def _round(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int, 
             top_k=settings.top_k,
             n=settings.group_size,
             seed=derived_seed(recipe.seed, step, place + i),
+            stop=stops_of(task),
             logprobs=True,
             routes=recipe.grpo.replay_routes,
             kept_tokens=objective.keep_sampling_mask,

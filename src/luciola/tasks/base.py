@@ -4,12 +4,17 @@ Train and held-out problems are disjoint because a problem's *key* decides where
 whenever. All randomness comes from (seed, split, index), so that a stopped run finds the same problems when it resumes.
 """
 
+from __future__ import annotations
+
 import hashlib
 import random
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from luciola.verify.verdict import Verdict
+
+if TYPE_CHECKING:
+    from luciola.text.tokenizer import Tokenizer
 
 Split = Literal["train", "heldout"]
 
@@ -75,6 +80,31 @@ class GradesSteps(Protocol):
     def grade_steps(self, problem: Problem, completion: str) -> list[tuple[int, float]]:
         """(number of characters up to the end of the step, reward) of each step, in order, the answer as the last."""
         ...
+
+
+@runtime_checkable
+class AsksForPrograms(Protocol):
+    """A task whose completions are programs: they have no short answers that could vote, nor the R1 form."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end a completion, besides the model's end token."""
+        ...
+
+    def opening(self, problem: Problem) -> str | None:
+        """The text that a base model is to go on with; None where the problem is put as messages."""
+        ...
+
+
+def encoded(tokenizer: Tokenizer, task: Task, problem: Problem) -> list[int]:
+    """The token ids that put the problem to a model: a conversation, or the beginning of a text."""
+    opening = task.opening(problem) if isinstance(task, AsksForPrograms) else None
+    return tokenizer.chat(task.messages(problem)) if opening is None else tokenizer.encode(opening)
+
+
+def stops_of(task: Task) -> tuple[str, ...]:
+    """The stop strings of the task's completions."""
+    return task.stops if isinstance(task, AsksForPrograms) else ()
 
 
 def split_of(key: str, held_out_fraction: float) -> Split:

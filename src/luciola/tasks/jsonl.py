@@ -13,15 +13,15 @@ A row is held out by a hash of its question, so that a question which occurs twi
 """
 
 import hashlib
-import json
 import random
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from luciola.tasks.base import R1_INSTRUCTION, Problem, Split, chat, split_of
+from luciola.tasks.rows import pick, read, version
 from luciola.verify import answer, extract
 from luciola.verify.verdict import Verdict
 
@@ -64,8 +64,7 @@ class Jsonl(BaseModel):
                 f"The {split} split of {self.path} is empty; give more rows, or change held_out_fraction="
                 f"{self.held_out_fraction}."
             )
-        epoch, position = divmod(index, len(rows))
-        return rows[_order(len(rows), f"{seed}/{split}/{epoch}")[position]]
+        return pick(rows, split, index, seed)
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
         return chat(problem.prompt, self.instruction)
@@ -82,42 +81,21 @@ class Jsonl(BaseModel):
         return len(self._rows(split))
 
     def _rows(self, split: Split) -> tuple[Problem, ...]:
-        heldout_version = None if self.heldout_path is None else _version(self.heldout_path)
-        return _splits(self, _version(self.path), heldout_version)[split]
+        heldout_version = None if self.heldout_path is None else version(self.heldout_path)
+        return _splits(self, version(self.path), heldout_version)[split]
 
 
 @lru_cache(maxsize=8)
-def _splits(task: Jsonl, version: object, heldout_version: object) -> dict[Split, tuple[Problem, ...]]:
+def _splits(task: Jsonl, path_version: object, heldout_version: object) -> dict[Split, tuple[Problem, ...]]:
     """The rows of both splits. The versions are there for the cache alone: a file that has changed is read again."""
-    rows = _read(task, task.path)
+    rows = read(task.path, partial(_problem, task))
     if task.heldout_path is not None:
-        heldout = _read(task, task.heldout_path)
+        heldout = read(task.heldout_path, partial(_problem, task))
         asked = {row.key for row in heldout}
         return {"train": tuple(row for row in rows if row.key not in asked), "heldout": tuple(heldout)}
     where = [split_of(row.key, task.held_out_fraction) for row in rows]
     train = tuple(row for row, split in zip(rows, where, strict=True) if split == "train")
     return {"train": train, "heldout": tuple(row for row, split in zip(rows, where, strict=True) if split == "heldout")}
-
-
-def _version(path: Path) -> tuple[int, int]:
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}; set task.path (and task.heldout_path) to a JSONL file.")
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
-
-
-def _read(task: Jsonl, path: Path) -> list[Problem]:
-    rows = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    rows.append(_problem(task, json.loads(line.decode("utf-8-sig"))))
-                except ValueError as error:  # also what json and the decoder raise
-                    raise ValueError(f"{path}, line {number}: {error}") from error
-    if not rows:
-        raise ValueError(f"{path} has no rows; it should hold one JSON object a line.")
-    return rows
 
 
 def _problem(task: Jsonl, row: object) -> Problem:
@@ -148,8 +126,3 @@ def _field(row: dict[str, object], name: str) -> str:
     if not str(value).strip():
         raise ValueError(f"the field {name!r} is empty")
     return str(value)
-
-
-@lru_cache(maxsize=4)
-def _order(rows: int, seed: str) -> tuple[int, ...]:
-    return tuple(random.Random(seed).sample(range(rows), rows))

@@ -5,10 +5,13 @@
 | `arithmetic`, `countdown`                   | made up                                                        |
 | `gsm8k=FILE`                                | all of GSM8K's JSON lines, the answer after ####               |
 | `math=FILE`                                 | all of MATH's, the answer in \\boxed{}, by subject and level    |
+| `humaneval`                                 | all of HumanEval's                                             |
+| `mbpp=FILE`                                 | those of MBPP's test split, 500                                |
 | `jsonl=FILE`                                | all of a file with the fields `question` and `answer`          |
 | `reasoning_gym`, `reasoning_gym=NAME,NAME`  | Reasoning Gym's, all or these                                  |
 
-A file that is named here is evaluated as a whole, the rows that training would see included.
+A file that is named here is evaluated as a whole, the rows that training would see included; but MBPP has a
+split of its own.
 """
 
 from typing import Any
@@ -25,8 +28,9 @@ _OF_FILES: dict[str, dict[str, Any]] = {
         "categories": ["type", "level"],
     },
     "jsonl": {"name": "jsonl"},
+    "mbpp": {"name": "mbpp"},
 }
-_MADE_UP = ("arithmetic", "countdown", "reasoning_gym")
+_MADE_UP = ("arithmetic", "countdown", "humaneval", "reasoning_gym")
 
 
 def table(word: str) -> dict[str, Any]:
@@ -43,7 +47,8 @@ def table(word: str) -> dict[str, Any]:
     if name in _OF_FILES:
         if not what:
             raise ValueError(f"{name} is read from a file; name it, as in {name}=FILE.jsonl")
-        return {**_OF_FILES[name], "path": what, "heldout_path": what}
+        files = {"path": what} if name == "mbpp" else {"path": what, "heldout_path": what}
+        return {**_OF_FILES[name], **files}
     if name == "reasoning_gym" and what:
         return {"name": name, "tasks": [task.strip() for task in what.split(",")]}
     if equals:

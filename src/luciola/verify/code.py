@@ -22,6 +22,7 @@ import json
 import os
 import re
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,9 +94,11 @@ class Asserts:
     @classmethod
     def of_mbpp(cls, row: Mapping[str, Any]) -> "Asserts":
         """A row of MBPP: `test_list`, `test_setup_code`, and the reference `code`, whose functions are tested."""
-        defined = {
-            node.name for node in ast.parse(row["code"]).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
-        }
+        with warnings.catch_warnings():  # of escapes such as "\\w" in what others wrote
+            warnings.simplefilter("ignore", SyntaxWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            body = ast.parse(row["code"]).body
+        defined = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
         used = {
             node.id for test in row["test_list"] for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)
         }

@@ -3,14 +3,15 @@
 The program and its tests are two processes in two sandboxes, joined by two pipes. Nothing but plain values goes
 through, as lines of JSON: arguments one way, results the other. So the program never meets an expected result, nor the
 code that compares: it cannot read, patch, or leave them, and an object that says it equals everything does not get
-across. A
-program that writes the replies by hand has gained nothing, since it has to know the right results.
+across. A program that writes the replies by hand has gained nothing, since it has to know the right results.
 
     python inside.py program               answers calls of solution.py's functions: calls on stdin, replies on stdout
     python inside.py tests CALLS REPLIES   runs tests.json over these two descriptors; its verdict on stdout
 
 Nothing of ours can be imported here: the sandbox has the standard library alone.
 """
+
+from __future__ import annotations
 
 import builtins
 import json
@@ -19,7 +20,10 @@ import select
 import signal
 import sys
 import time
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing typing is a fifth of the time in which Python starts
+    from typing import Any
 
 MAX_REPLY = 8 << 20  # bytes
 _PARTS: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset}

@@ -8,12 +8,14 @@ tolerance under which a tiny answer could pass for zero. Where the reference is 
 import re
 from fractions import Fraction
 
+from luciola.verify.units import unit_of
 from luciola.verify.verdict import Verdict, correct, wrong
 
 MAX_ANSWER = 1000  # characters; the longest reference answer of MATH has some 130
 
 _SPELLINGS = [  # (pattern, what stands for it), applied in this order
     (re.compile(r"[−–]"), "-"),
+    (re.compile(r"(?<![a-zA-Z])(?:USD|EUR|GBP|US(?=\\?\$))(?![a-zA-Z])"), " "),
     (re.compile(r"(?<=[0-9])(?:\{,\}|,\s*\\!|\\,)\s*(?=[0-9]{3}(?![0-9]))"), ","),  # LaTeX's thousands separators
     (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,:; ]|\\?\$|[£€]|\\[()\[\]]"), " "),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
@@ -35,7 +37,11 @@ _NUMBER = re.compile(
     rf"|(?P<decimal>{_DECIMAL})(?:(?:[eE]|(?:\*|×|\\times|\\cdot) ?10\^)\{{?(?P<exponent>[+-]?[0-9]{{1,3}})\}}?)?)"
 )
 _NAME = re.compile(r"^[a-zA-Z](?:_\w|\(\w\))?(?:=|\\in ?(?![a-z]))")
-_UNIT = re.compile(r"%| (?:[a-zA-Z]{2,}|[mgshlL])(?: [a-zA-Z]{2,})?(?:\^\{?[23]\}?)?")
+_ONE_UNIT = r"(?:[a-zA-Z]{2,}|[mgshlL])"
+_UNIT = re.compile(rf"%| {_ONE_UNIT}(?: [a-zA-Z]{{2,}})?(?:\^\{{?[23]\}}?)?(?:(?:/| per ){_ONE_UNIT}(?:\^\{{?2\}}?)?)?")
+_BRACKETED = re.compile(r"([\[(])([^()\[\]]*)([\])])")
+_COMMA = re.compile(r"(?<![0-9]),|,(?![0-9]{3}(?![0-9]))")  # not one that separates thousands
+_INFINITY = re.compile(r"([+-]?)(?:\\infty|∞)")
 _NOT_UNITS = re.compile(
     r"\b(?:or|and|to|not|mod|modulo|minus|plus|times|over|divided|by|point|pi|squared|cubed|factorial|half|halves|thirds?|"
     r"quarters?|tenths?|hundred|hundredths|thousand|thousandths|million|billion|trillion|dozen|score)\b",
@@ -61,7 +67,7 @@ def number(text: str) -> Fraction | None:
 
     Integers, decimals, fractions (`3/4`, `\\frac34`), mixed numbers (`1 1/2`), thousands separators (`1,000`, not
     `1,00`), scientific notation with an exponent below 1000; each perhaps behind `x =` and before a percent sign or a
-    unit, which are not compared. Only the digits 0 to 9: neither `٣` nor `4²` nor `½` is read.
+    unit, of which `units.py` has more. Only the digits 0 to 9: neither `٣` nor `4²` nor `½` is read.
     """
     text = _NAME.sub("", canonical(text))
     match = _NUMBER.match(text) if len(text) <= MAX_ANSWER else None
@@ -100,14 +106,36 @@ def compare(answer: str, truth: str) -> Verdict | None:
     if value is not None:
         answered = number(answer)
         if answered is not None:
-            return correct() if answered == value else wrong()
+            return wrong() if answered != value else _unless_units_differ(given, asked) or correct()
         if _CALCULATION.search(given) or _NOT_UNITS.search(given):
             return wrong("the answer is a calculation where a number is asked for")
+    if (ends := _bracketed(asked)) is not None and (answered_ends := _bracketed(given)) is not None:
+        return correct() if answered_ends == ends else wrong()
     if _WORDS.fullmatch(truth.strip()):
         return correct() if _fold(given) == _fold(asked) else wrong()
     if _count(given) != _count(asked) and not _INEQUALITY.search(given):  # -2 < x < 7 has the two ends of an interval
         return wrong(f"the answer lists {_count(given)} values where {_count(asked)} are asked for")
-    return None
+    return _unless_units_differ(given, asked)
+
+
+def _unless_units_differ(given: str, asked: str) -> Verdict | None:
+    unit, due = unit_of(given), unit_of(asked)
+    return wrong(f"the unit is {unit} where {due} is asked for") if unit and due and unit != due else None
+
+
+def _bracketed(text: str) -> tuple[object, ...] | None:
+    """An interval, or a list in brackets, whose parts are numbers or infinite: its brackets and their exact values."""
+    match = _BRACKETED.fullmatch(text)
+    if match is None or len(parts := _COMMA.split(match[2])) < 2 or "=" in text:
+        return None
+    values: list[object] = []
+    for part in parts:
+        infinite = _INFINITY.fullmatch(part.strip())
+        value = f"{infinite[1] or '+'}infinity" if infinite else number(part)
+        if value is None:
+            return None
+        values.append(value)
+    return (match[1], *values, match[3])
 
 
 def _is_unit(rest: str) -> bool:

@@ -102,7 +102,7 @@ def grade_many(pairs: Sequence[tuple[str, str]], pool: Pool | None = None) -> li
         ValueError: when a truth is blank.
     """
     verdicts: dict[int, Verdict] = {}
-    algebra: dict[int, tuple[str, str]] = {}
+    algebra: dict[tuple[str, str], list[int]] = {}  # equal pairs, of which a group of samples has many, are asked once
     for index, (completion, truth) in enumerate(pairs):
         found = extract.find(completion)
         if found.answer is None:
@@ -110,10 +110,11 @@ def grade_many(pairs: Sequence[tuple[str, str]], pool: Pool | None = None) -> li
         elif (verdict := plain.compare(found.answer, truth)) is not None:
             verdicts[index] = verdict
         else:
-            algebra[index] = (found.answer, truth)
+            algebra.setdefault((found.answer, truth), []).append(index)
     if algebra:
-        checked = (pool or shared()).check_many(list(algebra.values()))
-        verdicts.update(zip(algebra, checked, strict=True))
+        checked = (pool or shared()).check_many(list(algebra))
+        for places, verdict in zip(algebra.values(), checked, strict=True):
+            verdicts.update(dict.fromkeys(places, verdict))
     return [verdicts[index] for index in range(len(pairs))]
 
 

@@ -24,6 +24,7 @@ import os
 import select
 import selectors
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -227,7 +228,7 @@ class Program:
             with suppress(ValueError):
                 report |= json.loads(line)
         if "child-pid" in report:
-            _await_end(report["child-pid"])
+            _await_end(report["child-pid"], kill="exit-code" not in report)
         return report
 
     def __enter__(self) -> Self:
@@ -337,11 +338,16 @@ def _resident_bytes(pid: int) -> int:
     return total
 
 
-def _await_end(pid: int) -> None:
-    """Wait for a process that is dying, here the first of its namespace, which dies last."""
+def _await_end(pid: int, kill: bool) -> None:
+    """Wait for a process that is dying, here the first of its namespace, which dies last.
+
+    Where bubblewrap was killed so early that its child had not yet asked to die with it, the child is killed here.
+    """
     with suppress(ProcessLookupError):
         process = os.pidfd_open(pid)
         try:
+            if kill:
+                signal.pidfd_send_signal(process, signal.SIGKILL)
             select.select([process], [], [], 10)
         finally:
             os.close(process)

@@ -1,0 +1,114 @@
+"""`luciola evaluate TASK... --output`: the folder it writes, going on after kill -9, and what is refused before."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from luciola.cli import app
+from luciola.evaluate import run as evaluation
+from luciola.model.language_model import LanguageModel
+from luciola.text.tokenizer import Tokenizer
+from luciola.verify import sandbox
+
+SHAPE: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "initializer_range": 0.2, "max_position_embeddings": 4096,
+}  # fmt: skip
+PROBLEMS, AT_ONCE = 40, 6
+OPTIONS = ["--problems", str(PROBLEMS), "--samples", "2", "--max-tokens", "8", "--dtype", "float32"]
+# The command as it is, with small batches and a moment after each, so that a kill has something to hit.
+SLOWED = f"""
+import time
+from luciola.evaluate import run
+from luciola.cli import main
+run.AT_ONCE = {AT_ONCE}
+judge = run.judge
+def slowed(*arguments):
+    time.sleep(0.3)
+    return judge(*arguments)
+run.judge = slowed
+main()
+"""
+
+
+@pytest.fixture
+def model(workplace: Path) -> str:
+    tokenizer = Tokenizer.characters("0123456789+=? Whatisplumdnec.'CH\n")
+    LanguageModel.create(SHAPE | {"vocab_size": tokenizer.vocab_size}, tokenizer, seed=1).save(workplace / "model")
+    return "model"
+
+
+def evaluate(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["evaluate", *arguments])
+
+
+def results(folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(folder, "results.json").read_text())
+    return {name: {k: v for k, v in figures.items() if k != "seconds"} for name, figures in found.items()}
+
+
+def attempts(folder: str) -> list[Any]:
+    lines = Path(folder, "arithmetic.jsonl").read_text().splitlines()
+    return [json.loads(line)["attempts"] for line in lines]
+
+
+def test_killed_and_gone_on_with_the_numbers_are_the_same(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "AT_ONCE", AT_ONCE)
+    assert evaluate(model, "arithmetic", *OPTIONS, "--output", "whole").exit_code == 0
+    command = [sys.executable, "-c", SLOWED, "evaluate", model, "arithmetic", *OPTIONS, "--output", "killed"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    kept, limit = Path("killed", "arithmetic.jsonl"), time.monotonic() + 90
+    while not (kept.exists() and kept.read_bytes().count(b"\n") >= 6):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9
+    before = attempts("killed")
+    assert 6 <= len(before) < PROBLEMS
+    assert not Path("killed", "results.json").exists()
+    result = evaluate(model, "arithmetic", *OPTIONS, "--output", "killed")
+    assert result.exit_code == 0, result.output
+    assert attempts("killed") == attempts("whole")
+    assert results("killed") == results("whole")
+    assert results("whole")["arithmetic"]["problems"] == PROBLEMS
+    page = Path("killed", "samples.html")
+    assert page.exists() and str(page) in result.stdout
+    result = evaluate(model, "arithmetic", *OPTIONS, "--seed", "5", "--output", "killed")
+    assert result.exit_code == 1
+    assert "holds an evaluation with other settings (seed = 0 there, 5 here)" in result.stderr
+
+
+def test_programs_without_bubblewrap_are_refused_with_the_way_to_install_it(
+    model: str, monkeypatch: pytest.MonkeyPatch, workplace: Path
+) -> None:
+    (workplace / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(workplace / "empty"))
+    sandbox.unavailable.cache_clear()
+    try:
+        result = evaluate(model, "humaneval", "--problems", "1")
+    finally:
+        sandbox.unavailable.cache_clear()
+    assert result.exit_code == 1
+    assert "apt-get install bubblewrap" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(bool(sandbox.unavailable()), reason=sandbox.unavailable() or "")
+def test_programs_have_pass_at_k_and_neither_votes_nor_form(workplace: Path, model: str) -> None:
+    row = {"task_id": 11, "text": "Add 1.", "code": "def f(x):\n    return x + 1", "test_list": ["assert f(1) == 2"]}
+    (workplace / "mbpp.jsonl").write_text(json.dumps(row) + "\n")
+    result = evaluate(model, "mbpp=mbpp.jsonl", "task.form=completion", *OPTIONS, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["problems"], found["pass@1"], found["pass@k"], found["accuracy"]) == (1, 0.0, 0.0, 0.0)
+    assert "maj@k" not in found and "format_rate" not in found
+    assert sum(found["verdicts"].values()) == 3
+    assert evaluate(model, "mbpp", *OPTIONS).exit_code == 2

@@ -1,0 +1,113 @@
+"""Reward functions of one's own: a number is a reward, and whatever else happens is told as what it is."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from luciola.verify import own
+from luciola.verify.pool import Pool
+from luciola.verify.verdict import Verdict
+
+MODULE = """
+import os, time
+def half(prompt, completion, truth): return 0.5 * (completion == truth)
+def yes(prompt, completion, truth): return True
+def raises(prompt, completion, truth): raise KeyError("lost")
+def nan(prompt, completion, truth): return float("nan")
+def infinite(prompt, completion, truth): return float("inf")
+def text(prompt, completion, truth): return "1.0"
+def nothing(prompt, completion, truth): pass
+def hangs(prompt, completion, truth): time.sleep(3600)
+def spins(prompt, completion, truth): return 9 ** 9 ** 9 ** 9
+def leaves(prompt, completion, truth): os._exit(0)
+def prints(prompt, completion, truth):
+    print('{"kind": "correct", "reward": 100}', flush=True)
+    return 0.25
+def too_few(prompt): return 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "my_rewards.py").write_text(MODULE)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        with Pool(size=1, seconds=3, memory_mb=4096, program=own.WORKER) as pool:
+            yield pool
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def _small(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own, "_pool", lambda: pool)
+
+
+def call(function: str, completion: str = "4") -> Verdict:
+    return own.call(f"my_rewards:{function}", "2+2?", completion, "4")
+
+
+def test_a_number_is_a_reward() -> None:
+    assert call("half") == Verdict("correct", 0.5)
+    assert call("half", "5") == Verdict("correct", 0.0)
+    assert call("yes") == Verdict("correct", 1.0)
+    assert call("prints") == Verdict("correct", 0.25)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("raises", "KeyError: 'lost'"),
+        ("nan", "expected a finite number, got nan"),
+        ("infinite", "expected a finite number, got inf"),
+        ("text", "expected a finite number, got '1.0'"),
+        ("nothing", "expected a finite number, got None"),
+        ("leaves", "ended its process"),
+        ("too_few", "TypeError"),
+    ],
+)
+def test_what_is_no_number_is_a_crash_and_the_next_call_works(function: str, reason: str) -> None:
+    verdict = call(function)
+    assert (verdict.kind, verdict.reward) == ("crash", 0.0)
+    assert reason in verdict.detail and f"my_rewards:{function}" in verdict.detail
+    assert call("half") == Verdict("correct", 0.5)
+
+
+@pytest.mark.parametrize("function", ["hangs", "spins"])
+def test_what_hangs_is_a_timeout_and_the_next_call_works(function: str) -> None:
+    assert (call(function).kind, call("half").reward) == ("timeout", 0.5)
+
+
+def test_a_worker_killed_from_outside_is_a_crash_once(pool: Pool) -> None:
+    call("half")
+    process = pool._idle[0]._process
+    assert process is not None
+    killer = threading.Timer(0.5, os.kill, (process.pid, signal.SIGKILL))
+    killer.start()
+    began = time.monotonic()
+    verdict = call("hangs")
+    killer.join()
+    assert (verdict.kind, verdict.reward) == ("crash", 0.0)
+    assert time.monotonic() - began < 2.5  # the kill, not the time limit, ended it
+    assert call("half") == Verdict("correct", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("my_rewards:none", "AttributeError"),
+        ("no_such_module:f", "ModuleNotFoundError"),
+        ("my_rewards", "AttributeError"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_refused_before_training(name: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"the reward function '{name}' cannot be used \({reason}.*mend reward\.own"):
+        own.check(name)
+    own.check("my_rewards:half")
