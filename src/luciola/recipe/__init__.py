@@ -8,6 +8,7 @@
 from luciola.recipe.check import RecipeError, check, documented_keys
 from luciola.recipe.files import assemble, load, read_toml, resolve, shipped, to_toml
 from luciola.recipe.objective import ObjectiveSection
+from luciola.recipe.pipeline import PipelineRecipe, RejectionRecipe
 from luciola.recipe.schema import (
     EvaluateSection,
     GrpoRecipe,
@@ -17,7 +18,6 @@ from luciola.recipe.schema import (
     PretrainDataSection,
     Pretraining,
     PretrainRecipe,
-    Recipe,
     RewardSection,
     RolloutSection,
     RunSection,
@@ -26,6 +26,8 @@ from luciola.recipe.schema import (
     TokenizerSection,
 )
 
+Recipe = PretrainRecipe | SftRecipe | GrpoRecipe | RejectionRecipe  # those of a single run
+
 __all__ = [
     "EvaluateSection",
     "GrpoRecipe",
@@ -33,11 +35,13 @@ __all__ = [
     "ModelSection",
     "ObjectiveSection",
     "OptimSection",
+    "PipelineRecipe",
     "PretrainDataSection",
     "PretrainRecipe",
     "Pretraining",
     "Recipe",
     "RecipeError",
+    "RejectionRecipe",
     "RewardSection",
     "RolloutSection",
     "RunSection",

@@ -8,8 +8,9 @@ from luciola.tasks.arithmetic import Arithmetic
 from luciola.tasks.base import Problem, Split, Task
 from luciola.tasks.countdown import Countdown
 from luciola.tasks.jsonl import Jsonl
+from luciola.tasks.mixture import Mixture
 from luciola.tasks.reasoning_gym import ReasoningGym
 
-TaskConfig = Annotated[Arithmetic | Countdown | Jsonl | ReasoningGym, Field(discriminator="name")]
+TaskConfig = Annotated[Arithmetic | Countdown | Jsonl | Mixture | ReasoningGym, Field(discriminator="name")]
 
-__all__ = ["Arithmetic", "Countdown", "Jsonl", "Problem", "ReasoningGym", "Split", "Task", "TaskConfig"]
+__all__ = ["Arithmetic", "Countdown", "Jsonl", "Mixture", "Problem", "ReasoningGym", "Split", "Task", "TaskConfig"]
