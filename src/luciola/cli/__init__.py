@@ -16,6 +16,7 @@ from luciola.cli.errors import guarded
 from luciola.cli.files import convert, inspect, parity
 from luciola.cli.look import bench, doctor, runs
 from luciola.cli.measure import evaluate
+from luciola.cli.r1 import r1
 from luciola.cli.train import grpo, pretrain, quickstart, sft
 
 app = typer.Typer(
@@ -49,6 +50,7 @@ for command in (
     pretrain,
     sft,
     grpo,
+    r1,
     evaluate,
     generate,
     chat,

@@ -185,7 +185,9 @@ def stage_named(name: str) -> str:
     """`name`, if it is a stage; RecipeError otherwise."""
     if name not in STAGES:
         near = nearest(name, STAGES)
-        raise RecipeError(f"no stage {name}; " + (f"did you mean {near}?" if near else f"there are {', '.join(STAGES)}"))
+        raise RecipeError(
+            f"no stage {name}; " + (f"did you mean {near}?" if near else f"there are {', '.join(STAGES)}")
+        )
     return name
 
 
@@ -209,7 +211,9 @@ def _resolved(recipe: PipelineRecipe, origin: str, names: list[str]) -> Iterator
             table["model"] = {"path": models[start]}
         if form.reads_samples and "source" not in (data := table.get("data", {})):
             if "rejection" not in names and "paths" not in data:
-                raise RecipeError(f"{where}: it reads what rejection makes; keep that stage, skip this, or set data.paths")
+                raise RecipeError(
+                    f"{where}: it reads what rejection makes; keep that stage, skip this, or set data.paths"
+                )
             table["data"] = {"source": "files", "paths": [f"{folder}/rejection/{SFT_FILE}"], **data}
         yield Stage(name, start, check(form.Recipe, table, where))
 

@@ -90,7 +90,7 @@ def select(candidates: Sequence[Row], section: SelectSection) -> Selected:
 
     A candidate has `key` (of its problem), `completion`, `verdict`, `tokens` and `finish_reason`. The reasons to refuse
     one, of which the first is counted: its verdict, if that is not "correct"; truncated; malformed; language; long;
-    paragraph; code; duplicate (the problem has the same completion already, blank space apart); enough (of the problem).
+    paragraph; code; duplicate (of a completion of the same problem, blank space apart); enough (of the problem).
     """
     kept: list[Row] = []
     refused: Counter[str] = Counter()
