@@ -16,7 +16,7 @@ from luciola.tasks import TaskConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TRAINS = {"quickstart", "pretrain", "sft", "grpo"}  # minutes each: shown what they would do instead
+TRAINS = {"quickstart", "pretrain", "sft", "grpo", "r1"}  # minutes each: shown what they would do instead
 
 TINY = ["base.steps=2", "base.data.batch_size=4", "grpo.steps=1", "rollout.prompts=2", "rollout.group_size=2"]
 TINY += ["evaluate.problems=4", "evaluate.samples=1"]
