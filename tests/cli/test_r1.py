@@ -18,7 +18,10 @@ ROWS = [
         "stage": "base", "what": "pre-training of the base", "steps": 700, "seconds": 90.0, "accuracy": 0.5,
         "accuracy_low": 0.4, "accuracy_high": 0.6, "thinking_tokens": 20.25, "parts": {"sums": 0.75},
     },
-    {"stage": "rejection", "what": "rejection sampling", "steps": 40, "seconds": 30.0, "kept": 1234, "candidates": 5000},
+    {
+        "stage": "rejection", "what": "rejection sampling", "steps": 40, "seconds": 30.0, "kept": 1234,
+        "candidates": 5000,
+    },
     {"stage": "sft", "what": "SFT of the base on the samples", "steps": 300},
 ]  # fmt: skip
 

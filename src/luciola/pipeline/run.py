@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from luciola.engine.engine import Engine
 from luciola.evaluate import folder as evaluation_folder
 from luciola.evaluate.run import Evaluation, evaluate
 from luciola.model.language_model import load
@@ -96,7 +97,9 @@ def measure(stage: Stage, recipe: PipelineRecipe) -> None:
     lm = load(stage.folder)
     assert lm.tokenizer is not None  # the stage itself has needed it
     with progress(recipe.evaluate.problems, f"evaluation of {stage.name}", unit="problem") as advance:
-        found = evaluate(lm, recipe.task, kept=folder / f"{table.TASK}.jsonl", advance=advance, **sampling)
+        kept = folder / f"{table.TASK}.jsonl"
+        engine = Engine(lm, dtype=recipe.dtype)
+        found = evaluate(lm, recipe.task, engine=engine, kept=kept, advance=advance, **sampling)
     thinking = [row.greedy.text.partition("</think>") for row in found.judged]
     tokens = sum(len(lm.tokenizer.encode(text.replace("<think>", ""))) for text, ended, _ in thinking if ended)
     figures = {**found.figures, "thinking_tokens": tokens / len(thinking)}
@@ -112,7 +115,7 @@ def _refuse_other_inputs(stage: Stage, folder: Path) -> None:
         files += [Path(path) for path in stage.recipe.data.paths if Path(path).is_file()]
     ours = {str(path): _digest(path) for path in files}
     kept = stage.folder / "inputs.json"
-    if kept.exists() and (stage.folder / "metrics.jsonl").exists():
+    if kept.exists() and any((stage.folder / name).exists() for name in ("before.json", "metrics.jsonl")):
         theirs = json.loads(kept.read_text())
         changed = [path for path in ours if ours[path] != theirs.get(path)]
         if changed:
