@@ -9,6 +9,7 @@ import pytest
 
 from luciola import hardware
 from luciola.recipe import PipelineRecipe, check
+from luciola.run import curves
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "kv_lora_rank": 8,
@@ -19,7 +20,8 @@ SUMS: dict[str, Any] = {
     "held_out_fraction": 0.3,
 }  # fmt: skip
 BASE: dict[str, Any] = {
-    "steps": 60,
+    "steps": 40,
+    "run": {"checkpoint_every": 20},
     "model": {"config": SHAPE},
     "tokenizer": {"kind": "characters", "alphabet": "0123456789+-=? "},
     "data": {"batch_size": 16, "sequence_length": 40, "error_rate": 0.3},
@@ -66,6 +68,7 @@ def tiny(tmp_path: Path) -> Callable[..., PipelineRecipe]:
 
 
 @pytest.fixture(autouse=True)
-def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The peak behind `mfu` is measured anew in every run; not in these."""
+def _only_what_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage would measure the peak behind `mfu` and draw its curves; not in these."""
     monkeypatch.setattr(hardware, "gemm_peak", lambda dtype: 1e12)
+    monkeypatch.setattr(curves, "draw", lambda *_, **__: None)

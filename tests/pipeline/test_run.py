@@ -14,7 +14,6 @@ from luciola.recipe import PipelineRecipe, RecipeError
 from luciola.recipe.pipeline import STAGES
 
 Make = Callable[..., PipelineRecipe]
-MODELS = [name for name in STAGES if name != "rejection"]
 
 
 def start(recipe: PipelineRecipe) -> Path:
@@ -32,16 +31,17 @@ def times(folder: Path) -> dict[str, int]:
 
 
 def test_a_pipeline_killed_in_and_between_stages_ends_as_if_it_had_never_stopped(tiny: Make, forks: object) -> None:
-    whole = start(tiny("whole"))
-    assert weights(whole).keys() == set(MODELS)
-    killed, rng = tiny("killed"), random.Random(0)
+    short: dict[str, None] = dict.fromkeys(("rl_all", "student_base", "distill", "student_rl"))
+    whole = start(tiny("whole", **short))
+    assert weights(whole).keys() == {"base", "cold_start", "reasoning_rl", "sft"}
+    killed, rng = tiny("killed", **short), random.Random(0)
     folder = Path(killed.run.folder, "killed")
     moments = [
         "cold_start/recipe.toml",
         "reasoning_rl/checkpoints/step-000001",
         "rejection/metrics.jsonl",
+        "sft/checkpoints/step-000002",
         "sft/evaluation/settings.json",
-        "distill/checkpoints/step-000002",
     ]
     stopped = 0
     for moment in moments:
@@ -61,6 +61,16 @@ def test_a_pipeline_killed_in_and_between_stages_ends_as_if_it_had_never_stopped
     physical = ("seconds", "folder")
     rows = [[{k: v for k, v in row.items() if k not in physical} for row in table.read(f)] for f in (folder, whole)]
     assert rows[0] == rows[1]
+
+
+def test_a_whole_pipeline_has_a_figure_for_every_model(tiny: Make) -> None:
+    folder = start(tiny())
+    rows = {row["stage"]: row for row in table.read(folder)}
+    assert weights(folder).keys() == {name for name, row in rows.items() if "accuracy" in row}
+    assert rows.keys() - weights(folder).keys() == {"rejection"}
+    assert rows["distill"]["starts_from"] == rows["student_rl"]["starts_from"] == "student_base"
+    sizes = {name: len(tensors) for name, tensors in weights(folder).items()}
+    assert sizes["distill"] == sizes["student_rl"] == sizes["student_base"] < sizes["rl_all"]
 
 
 def test_finished_stages_are_not_run_again_and_the_table_shows_all(tiny: Make) -> None:
