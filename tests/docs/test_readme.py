@@ -18,7 +18,7 @@ from luciola.tasks import TaskConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TRAINS = {"quickstart", "pretrain", "sft", "grpo"}  # minutes each: shown what they would do instead
+TRAINS = {"quickstart", "pretrain", "sft", "grpo", "r1"}  # minutes each: shown what they would do instead
 
 SECTIONS: dict[str, Any] = {"task": TaskConfig, "objective": ObjectiveSection, "reward": RewardSection}
 

@@ -10,8 +10,10 @@ from pydantic import BaseModel
 
 from luciola.recipe import (
     GrpoRecipe,
+    PipelineRecipe,
     PretrainRecipe,
     RecipeError,
+    RejectionRecipe,
     SftRecipe,
     check,
     documented_keys,
@@ -53,7 +55,8 @@ def message(Model: type[BaseModel], name: str | Path, *overrides: str) -> str:
 @pytest.mark.parametrize("path", sorted(shipped().glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_recipes_load_and_come_back_from_their_resolved_form(path: Path) -> None:
     table = tomllib.loads(path.read_text())
-    Model = GrpoRecipe if "grpo" in table else PretrainRecipe if "tokenizer" in table else SftRecipe
+    kinds = {"grpo": GrpoRecipe, "tokenizer": PretrainRecipe, "rl_all": PipelineRecipe}
+    Model = next((kinds[key] for key in kinds if key in table), SftRecipe)
     recipe = load(Model, path)
     assert check(Model, tomllib.loads(to_toml(recipe)), "resolved") == recipe
 
@@ -185,7 +188,7 @@ def test_any_recipe_comes_back_from_its_toml(steps: int, lr: float, name: str, f
     assert check(PretrainRecipe, tomllib.loads(to_toml(recipe)), "there") == recipe
 
 
-@pytest.mark.parametrize("Model", [PretrainRecipe, SftRecipe, GrpoRecipe])
+@pytest.mark.parametrize("Model", [PretrainRecipe, SftRecipe, GrpoRecipe, PipelineRecipe, RejectionRecipe])
 def test_every_key_is_documented(Model: type[BaseModel]) -> None:
     keys = list(documented_keys(Model))
     assert [key.name for key in keys if not key.description] == []

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luciola.verify.style import format_reward, language_reward, length_rewards, repetition_reward
+from luciola.verify.style import format_reward, language_reward, language_share, length_rewards, repetition_reward
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -82,3 +82,9 @@ def test_length_favours_short_right_answers_and_never_a_wrong_one() -> None:
     found = length_rewards([10, 20, 30, 10, 30], [True, True, True, False, False])
     assert found == [0.5, 0.0, -0.5, 0.0, -0.5]
     assert length_rewards([7, 7], [True, False]) == [0.0, 0.0]
+
+
+def test_thinking_without_words_has_no_language() -> None:
+    assert language_share("<think>1+2=3</think><answer>three</answer>", "en") is None
+    assert language_share("<think>你好</think>", "en") == 0.0
+    assert language_reward("<think>1+2=3</think>", "en") == 0.0

@@ -17,6 +17,7 @@ from luciola.cli.explain import explain
 from luciola.cli.files import convert, inspect, parity
 from luciola.cli.look import bench, compare, doctor, runs
 from luciola.cli.measure import evaluate
+from luciola.cli.r1 import r1
 from luciola.cli.train import grpo, pretrain, quickstart, sft
 
 app = typer.Typer(
@@ -50,6 +51,7 @@ for command in (
     pretrain,
     sft,
     grpo,
+    r1,
     evaluate,
     generate,
     chat,

@@ -8,6 +8,7 @@
 from luciola.recipe.check import RecipeError, check, documented_keys
 from luciola.recipe.files import assemble, load, read_toml, resolve, shipped, to_toml
 from luciola.recipe.objective import ObjectiveSection
+from luciola.recipe.pipeline import PipelineRecipe, RejectionRecipe
 from luciola.recipe.schema import (
     CriticSection,
     EvaluateSection,
@@ -19,7 +20,6 @@ from luciola.recipe.schema import (
     PretrainDataSection,
     Pretraining,
     PretrainRecipe,
-    Recipe,
     RewardSection,
     RolloutSection,
     RunSection,
@@ -27,6 +27,8 @@ from luciola.recipe.schema import (
     SftRecipe,
     TokenizerSection,
 )
+
+Recipe = PretrainRecipe | SftRecipe | GrpoRecipe | RejectionRecipe  # those of a single run
 
 __all__ = [
     "CriticSection",
@@ -37,11 +39,13 @@ __all__ = [
     "ModelSection",
     "ObjectiveSection",
     "OptimSection",
+    "PipelineRecipe",
     "PretrainDataSection",
     "PretrainRecipe",
     "Pretraining",
     "Recipe",
     "RecipeError",
+    "RejectionRecipe",
     "RewardSection",
     "RolloutSection",
     "RunSection",

@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from luciola.recipe.check import Location, RecipeError, check, first_error, nearest, validate
+from luciola.recipe.pipeline import PipelineRecipe
 from luciola.recipe.schema import GrpoRecipe, PretrainRecipe, SftRecipe
 
 M = TypeVar("M", bound=BaseModel)
@@ -23,7 +24,7 @@ def load(Model: type[M], name: str | Path, overrides: Sequence[str] = ()) -> M:
     """
     path = resolve(name)
     data = read_toml(path)
-    for Other in (PretrainRecipe, SftRecipe, GrpoRecipe):
+    for Other in (PretrainRecipe, SftRecipe, GrpoRecipe, PipelineRecipe):
         if not data.keys() <= Model.model_fields.keys() and data.keys() <= Other.model_fields.keys():
             raise RecipeError(f"{path} is a recipe for `luciola {Other.kind}`; its keys do not fit this command")
     return assemble(Model, data, overrides, str(path))

@@ -450,9 +450,6 @@ class GrpoRecipe(Section):
         return PretrainRecipe(seed=self.seed, run=run, task=self.task, **dict(self.base))
 
 
-Recipe = PretrainRecipe | SftRecipe | GrpoRecipe
-
-
 def _needs_stored_model(model: ModelSection) -> None:
     if model.path is None:
         raise ValueError("this kind of run starts from a stored model: give model.path instead of model.config")

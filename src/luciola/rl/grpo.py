@@ -19,6 +19,7 @@ from luciola import hardware
 from luciola.engine.engine import Engine
 from luciola.engine.sampler import NotFiniteError
 from luciola.evaluate.run import Evaluation, evaluate
+from luciola.model.config import ModelConfig
 from luciola.model.flops import forward_flops
 from luciola.model.language_model import LanguageModel, load
 from luciola.model.lora import Lora
@@ -274,7 +275,6 @@ def _untied(model: Transformer) -> dict[str, torch.Tensor]:
 
 def describe(recipe: GrpoRecipe) -> dict[str, Any]:
     """What a run would take, without starting it; base and RL together. See `luciola.train.pretrain.describe`."""
-    dtype, reason = hardware.choose_dtype(recipe.dtype)
     if recipe.base is not None:
         base = pretraining.describe(recipe.base_recipe())
         tokenizer = pretraining.make_tokenizer(recipe.base_recipe())
@@ -286,6 +286,17 @@ def describe(recipe: GrpoRecipe) -> dict[str, Any]:
         lm = load(recipe.model.path)
         base, model, config = {"tokens": 0, "seconds": 0.0, "memory_bytes": 0}, lm.model, lm.config
         tokenizer = lm.tokenizer  # type: ignore[assignment]
+    rl = estimate(model, config, tokenizer, recipe)
+    return rl | {
+        "tokens": base["tokens"] + rl["tokens"],
+        "memory_bytes": max(base["memory_bytes"], rl["memory_bytes"]),
+        "seconds": base["seconds"] + rl["seconds"],
+    }
+
+
+def estimate(model: Transformer, config: ModelConfig, tokenizer: Tokenizer, recipe: GrpoRecipe) -> dict[str, Any]:
+    """The figures of `describe` for RL alone, of a model that is there (or on the meta device)."""
+    dtype, reason = hardware.choose_dtype(recipe.dtype)
     settings = recipe.rollout
     prompt = len(encoded(tokenizer, recipe.task, recipe.task.problem("train", 0, recipe.seed)))
     length = prompt + settings.max_tokens
@@ -307,10 +318,8 @@ def describe(recipe: GrpoRecipe) -> dict[str, Any]:
         "parameters": stored,
         **({"trained_parameters": trained} if recipe.lora is not None else {}),
         "active_parameters": model.num_parameters(active=True),
-        "tokens": base["tokens"] + tokens,
+        "tokens": tokens,
         "dtype": f"{dtype} ({reason})",
-        "memory_bytes": max(
-            base["memory_bytes"], pretraining.PROGRAM_BYTES + int(states + others + cache + activations)
-        ),
-        "seconds": base["seconds"] + tokens * passes * forward_flops(model, length) / (peak / 3),
+        "memory_bytes": pretraining.PROGRAM_BYTES + int(states + others + cache + activations),
+        "seconds": tokens * passes * forward_flops(model, length) / (peak / 3),
     }

@@ -20,7 +20,7 @@ class RunInfo:
 
     name: str  # relative to the folder of all runs: "quickstart", "quickstart/base"
     path: Path
-    kind: str  # "pretrain", "sft", "grpo"
+    kind: str  # "pretrain", "sft", "grpo", "rejection"
     started: str  # ISO time
     state: str  # "running", "stopped", "finished", or "damaged": a file of it cannot be read
     step: int  # last one logged
@@ -31,9 +31,9 @@ class RunInfo:
 
 
 def list_runs(folder: str | Path) -> list[RunInfo]:
-    """The runs below a folder, oldest first; a pre-training that belongs to a run follows it as NAME/base."""
+    """The runs below a folder, oldest first; those that belong to another follow it as NAME/base or NAME/STAGE."""
     folder = Path(folder)
-    recipes = [*folder.glob("*/recipe.toml"), *folder.glob("*/base/recipe.toml")]
+    recipes = [*folder.glob("*/recipe.toml"), *folder.glob("*/*/recipe.toml")]
     return sorted((_info(recipe.parent, folder) for recipe in recipes), key=lambda run: (run.started, run.name))
 
 

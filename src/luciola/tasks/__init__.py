@@ -8,10 +8,13 @@ from luciola.tasks.arithmetic import Arithmetic
 from luciola.tasks.base import Problem, Split, Task
 from luciola.tasks.countdown import Countdown
 from luciola.tasks.jsonl import Jsonl
+from luciola.tasks.mixture import Mixture
 from luciola.tasks.programs import HumanEval, Mbpp
 from luciola.tasks.reasoning_gym import ReasoningGym
 
-TaskConfig = Annotated[Arithmetic | Countdown | HumanEval | Jsonl | Mbpp | ReasoningGym, Field(discriminator="name")]
+TaskConfig = Annotated[
+    Arithmetic | Countdown | HumanEval | Jsonl | Mbpp | Mixture | ReasoningGym, Field(discriminator="name")
+]
 
 __all__ = [
     "Arithmetic",
@@ -19,6 +22,7 @@ __all__ = [
     "HumanEval",
     "Jsonl",
     "Mbpp",
+    "Mixture",
     "Problem",
     "ReasoningGym",
     "Split",

@@ -33,7 +33,12 @@ def format_reward(completion: str) -> float:
 
 
 def language_reward(completion: str, language: Language) -> float:
-    """The share of words of the target language in the thinking (R1 report, section 2.3.2); 0.0 without any words.
+    """`language_share`, and 0.0 without any words."""
+    return language_share(completion, language) or 0.0
+
+
+def language_share(completion: str, language: Language) -> float | None:
+    """The share of words of the target language in the thinking (R1 report, section 2.3.2); None without any words.
 
     A word belongs to the language whose script it is written in: Latin letters are English ("en"), each Han character
     is a word of Chinese ("zh"). So English is told from Chinese or Russian, but not from French. Names of variables
@@ -42,7 +47,7 @@ def language_reward(completion: str, language: Language) -> float:
     thinking = completion.partition("</think>")[0].replace("<think>", " ")
     found = _WORD.findall(_COMMAND.sub(" ", thinking))
     words = [word for word in found if len(word) > 1 or _WRITTEN["zh"].match(word)]
-    return sum(_WRITTEN[language].fullmatch(word) is not None for word in words) / len(words) if words else 0.0
+    return sum(_WRITTEN[language].fullmatch(word) is not None for word in words) / len(words) if words else None
 
 
 def repetition_reward(completion: str) -> float:
