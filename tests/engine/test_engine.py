@@ -385,3 +385,28 @@ def _large_cache() -> None:
     assert engine.max_cached_tokens * engine.cache_bytes_per_token >= 1 << 30
     engine.generate([[7, 8, 9]], SamplingParams(max_tokens=5))
     assert hardware.peak_memory_bytes() - before < 600 << 20
+
+
+def test_completions_are_told_of_when_they_end(lm: LanguageModel) -> None:
+    engine = Engine(lm, dtype="model")
+    params = [SamplingParams(max_tokens=n, n=2, seed=n, ignore_eos=True) for n in (9, 3, 6)]
+    told: list[tuple[int, Completion]] = []
+    running: list[int] = []
+
+    def ended(i: int, completion: Completion) -> None:
+        told.append((i, completion))
+        running.append(int(engine.stats["running"]))
+
+    groups = engine.generate(prompts(4, 5, 6), params, ended=ended)
+    assert [i for i, _ in told] == [1, 1, 2, 2, 0, 0], "the shortest first"
+    assert running == [4, 4, 2, 2, 0, 0], "while the others are still at it"
+    for i, group in enumerate(groups):
+        assert [completion for place, completion in told if place == i] == group
+
+
+def test_an_exception_of_the_listener_ends_the_call_alone(lm: LanguageModel) -> None:
+    engine = Engine(lm, dtype="model")
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(prompts(4, 5), SamplingParams(max_tokens=4), ended=lambda *_: 1 / 0)
+    assert engine.blocks_used == 0
+    assert engine.generate(prompts(4), SamplingParams(max_tokens=4))

@@ -127,7 +127,7 @@ class Rounds:
     def __init__(self, mixed: Sequence[Sequence[int]]) -> None:
         self.mixed, self.calls, self.seeds = mixed, [], []
 
-    def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[Completion]]:
+    def generate(self, prompts: list[list[int]], params: list[SamplingParams], **_: Any) -> list[list[Completion]]:
         useful = self.mixed[len(self.calls)] if len(self.calls) < len(self.mixed) else ()
         self.calls.append(prompts)
         self.seeds += [p.seed for p in params]

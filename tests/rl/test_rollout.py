@@ -1,5 +1,6 @@
 """A rollout: problems of its own step, rewards from verdicts, verifiers that fail, and samples to read."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class Scripted:
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts, self.params, self.asked = texts, [], []
 
-    def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[Completion]]:
+    def generate(self, prompts: list[list[int]], params: list[SamplingParams], **_: Any) -> list[list[Completion]]:
         self.params, self.asked = params, prompts
         numbers = iter(range(10_000))
         return [
@@ -124,3 +125,32 @@ def test_truncation_and_length_are_counted(lm: LanguageModel, recipe: Make) -> N
     assert metrics["completion/max_length"] == 3
     cut = sum(c.finish_reason == "length" for group in found.completions for c in group)
     assert metrics["completion/truncated"] == pytest.approx(cut / lengths.numel())
+
+
+def test_what_has_ended_is_judged_while_the_rest_is_sampled(lm: LanguageModel, recipe: Make) -> None:
+    """The verifier waits until the engine's last step but one has passed; a rollout that judges at its end would
+    deadlock here, and the wait gives up."""
+    chosen, graded = recipe(rollout={"prompts": 4, "group_size": 2, "max_tokens": 12}), threading.Event()
+
+    class Noting(Arithmetic):
+        def grade(self, problem: Problem, completion: str) -> Verdict:
+            graded.set()
+            return super().grade(problem, completion)
+
+    engine, seen_early = Engine(lm, dtype="model"), []
+    whole = engine.generate
+
+    def watched(*args: Any, ended: Any, **named: Any) -> Any:
+        def noting(i: int, completion: Completion) -> None:
+            ended(i, completion)
+            if engine.stats["running"]:
+                seen_early.append(graded.wait(20))
+
+        return whole(*args, ended=noting, **named)
+
+    engine.generate = watched  # type: ignore[method-assign]
+    assert lm.tokenizer is not None
+    swapped = chosen.model_copy(update={"task": Noting()})
+    found = rollout(engine, lm.tokenizer, swapped, 0)
+    assert seen_early and all(seen_early)
+    assert found.verdicts == rollout(Engine(lm, dtype="model"), lm.tokenizer, swapped, 0).verdicts

@@ -175,6 +175,7 @@ class Engine:
         prompts: Iterable[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         priority: int = 0,
+        ended: Callable[[int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
         """Complete every prompt; result[i] holds the n completions of prompts[i].
 
@@ -182,6 +183,8 @@ class Engine:
             prompts: texts, encoded as they are (use `lm.tokenizer.chat` for conversations), or lists of token ids.
             params: one for all prompts, or one for each; None: the defaults of `SamplingParams`.
             priority: 0 or more; lower numbers are served first.
+            ended: called with i and a completion of prompts[i] as soon as it is there, while others are still being
+                generated; an exception of its own ends them all.
 
         Raises:
             ValueError: a prompt is empty, has a token outside the vocabulary or leaves no room in the model's context
@@ -196,9 +199,12 @@ class Engine:
             raise ValueError(f"prompts={shortened(prompts)} must be a list of texts or lists of token ids")
         groups = self._requests.sequences(list(prompts), params, priority)
         rows = [row for group in groups for row in group]
+        places = {id(row): i for i, group in enumerate(groups) for row in group}
         with interrupts.held(), contextlib.closing(self._run(rows)) as steps:
-            for _ in steps:
-                pass
+            for done in steps:
+                for row in done if ended is not None else ():
+                    if row.error is None:
+                        ended(places[id(row)], row.completion(self.tokenizer))  # type: ignore[misc]
         completions = [[row.completion(self.tokenizer) for row in group] for group in groups]
         for row in rows:
             if row.error is not None:
@@ -269,14 +275,18 @@ class Engine:
         with self._loop.held():
             self._pool.forget()
 
-    def _run(self, rows: list[Row]) -> Generator[None, None, None]:
-        """Drive the loop until these have ended; yields after every step. Left early, they are ended."""
+    def _run(self, rows: list[Row]) -> Generator[list[Row], None, None]:
+        """Drive the loop until these have ended; yields those that have, after every step. Left early, they are
+        ended."""
         left = rows
         try:
             self._loop.ask(partial(self._begin, rows))
-            while left := [row for row in left if not row.done]:
+            while left:
                 self._loop.turn()
-                yield
+                done = [row for row in left if row.done]
+                if done:
+                    left = [row for row in left if not row.done]
+                yield done
         finally:
             if left:
                 self._loop.ask(partial(self._end, left))

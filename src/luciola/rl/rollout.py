@@ -19,7 +19,7 @@ from luciola.recipe import GrpoRecipe
 from luciola.rl.advantage import spread
 from luciola.rl.reward import refuse_failures, rewards
 from luciola.tasks.base import GradesSteps, Problem, encoded, stops_of
-from luciola.tasks.judge import judge
+from luciola.tasks.judge import Judging
 from luciola.text.tokenizer import Tokenizer
 from luciola.text.untrusted import shortened
 from luciola.verify.verdict import Verdict
@@ -35,7 +35,8 @@ class Rollout:
         refilled: groups of equal rewards that dynamic sampling has replaced.
         parts: what the rewards are the weighted sum of, (P, G) each.
         rewards_PG, known_PG: what each completion earned, and whether the verifiers could tell.
-        seconds_sampling, seconds_verifying: wall time of the two halves.
+        seconds_sampling: wall time until the last completion was there.
+        seconds_verifying: from then on until the last verdict: what sampling did not hide.
     """
 
     problems: list[Problem]
@@ -132,9 +133,10 @@ def _round(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int, 
         for i in range(count)
     ]
     began = time.perf_counter()
-    completions = engine.generate(prompts, params)
-    sampled = time.perf_counter()
-    verdicts = judge(task, problems, [[c.text for c in group] for group in completions])
+    with Judging(task, problems) as judging:  # of what has ended, while the rest is sampled
+        completions = engine.generate(prompts, params, ended=lambda i, completion: judging.add(i, completion.text))
+        sampled = time.perf_counter()
+        verdicts = judging.verdicts([[c.text for c in group] for group in completions])
     earned = rewards(recipe.reward, problems, completions, verdicts)
     refuse_failures(earned.verdicts, step)
     _refuse_no_numbers(earned.total_PG, completions, step)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
 
 from luciola import hardware
 from luciola.tasks.base import Problem, Task
@@ -18,9 +19,35 @@ def grade(task: Task, problem: Problem, completion: str) -> Verdict:
         return Verdict("crash", 0.0, f"{type(error).__name__}: {error}")
 
 
+class Judging:
+    """Grades completions while others are still being sampled; verdicts stand in the order of the completions, whoever
+    ends first. Used in a `with` block, whose end waits for those that have begun."""
+
+    def __init__(self, task: Task, problems: Sequence[Problem]) -> None:
+        self._task, self._problems = task, problems
+        self._threads = ThreadPoolExecutor(hardware.cores())
+        self._asked: dict[tuple[int, str], Future[Verdict]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def add(self, place: int, text: str) -> None:
+        """A completion of problem number `place` is there; one that equals another is graded once."""
+        if (place, text) not in self._asked:
+            self._asked[place, text] = self._threads.submit(grade, self._task, self._problems[place], text)
+
+    def verdicts(self, completions: Sequence[Sequence[str]]) -> list[list[Verdict]]:
+        """Those of every completion of every problem, waiting for the last; what was not added is graded now."""
+        for place, group in enumerate(completions):
+            for text in group:
+                self.add(place, text)
+        return [[self._asked[place, text].result() for text in group] for place, group in enumerate(completions)]
+
+
 def judge(task: Task, problems: Sequence[Problem], completions: Sequence[Sequence[str]]) -> list[list[Verdict]]:
-    """Grade every completion of every problem; verdicts stand in the order of the completions, whoever ends first."""
-    pairs = [(problem, text) for problem, group in zip(problems, completions, strict=True) for text in group]
-    with ThreadPoolExecutor(hardware.cores()) as threads:
-        verdicts = iter(list(threads.map(lambda pair: grade(task, *pair), pairs)))
-    return [[next(verdicts) for _ in group] for group in completions]
+    """Grade every completion of every problem."""
+    with Judging(task, problems) as judging:
+        return judging.verdicts(completions)
