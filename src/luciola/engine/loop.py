@@ -12,7 +12,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from types import FrameType
 
 WAIT = 0.05  # seconds after which a thread whose results another one computes looks whether they are there
@@ -36,15 +36,21 @@ class Loop:
 
     def turn(self) -> None:
         """One step, unless another thread is at it; then wait for a moment. Ctrl-C waits for the end of the step."""
-        with interrupts.held():
-            if self._driving.acquire(timeout=WAIT):
-                try:
-                    self._take_in()
-                    self._step()
-                finally:
-                    self._driving.release()
+        if interrupts.holding:
+            self._turn()
+        else:
+            with interrupts.held():
+                self._turn()
         interrupts.due()
         self._tend()
+
+    def _turn(self) -> None:
+        if self._driving.acquire(timeout=WAIT):
+            try:
+                self._take_in()
+                self._step()
+            finally:
+                self._driving.release()
 
     def drive(self, request: Callable[[], None]) -> None:
         """Have `request` done, and turn in a thread of the loop's own until there is nothing more to do."""
@@ -96,9 +102,8 @@ class Loop:
                     self._driving.release()
 
     def _take_in(self) -> None:
-        with contextlib.suppress(Empty):
-            while True:
-                self._asked.get_nowait()()
+        while not self._asked.empty():  # only who holds the lock takes anything out
+            self._asked.get_nowait()()
 
 
 class _Interrupts:
@@ -115,8 +120,7 @@ class _Interrupts:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Meanwhile Ctrl-C is only noted, until `due` is called, or this ends."""
-        main = threading.current_thread() is threading.main_thread()  # another thread is never interrupted
-        before = signal.getsignal(signal.SIGINT) if main and self._before is None else None
+        before = None if self.holding else signal.getsignal(signal.SIGINT)
         if not callable(before):
             yield
             return
@@ -130,6 +134,11 @@ class _Interrupts:
                 self.due()
             finally:
                 self._before = None
+
+    @property
+    def holding(self) -> bool:
+        """Whether it is held already, or need not be, for this thread is never interrupted."""
+        return self._before is not None or threading.current_thread() is not threading.main_thread()
 
     def due(self) -> None:
         """Do now what Ctrl-C does where nothing is held, if it has come."""

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from luciola.engine.speculate import Speculator
 
 
-_ANYTHING = SamplingParams()  # for a row that has failed: what is drawn for it is thrown away
+_NO_NUMBERS = torch.empty(0)
+_ANYTHING = SamplingParams(temperature=0.0)  # for a row that has failed: what is drawn for it is thrown away
 
 
 class Ready:
@@ -228,7 +229,8 @@ class Runner:
         for row, sequence in enumerate(rows):
             offset = offset + 1 if sequence is before else 0
             before = sequence
-            numbers.append(sequence.stream.number(sequence.generated + offset))
+            if settings.draws:
+                numbers.append(sequence.stream.number(sequence.generated + offset))
             if settings.edits:
                 history = sequence.history
                 histories.append(history and history.followed_by(sequence.drafts[:offset]) if offset else history)
@@ -237,7 +239,7 @@ class Runner:
                     allowed[row] = sequence.grammar.allowed_V()
                 except Exception as error:
                     sequence.error = error
-        uniform_B = torch.tensor(numbers, device=self.device)
+        uniform_B = torch.tensor(numbers, device=self.device) if settings.draws else _NO_NUMBERS
         logprobs = any(sequence.params.logprobs for sequence in rows)
         while True:
             try:

@@ -182,6 +182,7 @@ class Settings:
     edits: tuple[tuple[int, _Edit], ...]
     top_logprobs: tuple[tuple[int, int], ...]  # (row, how many)
     kept: tuple[int, ...] = ()  # rows whose kept tokens are recorded
+    draws: bool = True  # whether any row needs a random number
 
     @classmethod
     def of(
@@ -208,6 +209,7 @@ class Settings:
             edits=tuple((b, edits[id(p)]) for b, p in enumerate(rows) if id(p) in edits),
             top_logprobs=tuple((b, int(p.top_logprobs)) for b, p in enumerate(rows) if p.top_logprobs),
             kept=tuple(b for b, p in enumerate(rows) if p.kept_tokens),
+            draws=len(kinds["greedy"]) < len(rows),
         )
 
 
@@ -244,7 +246,7 @@ def sample(
     Args:
         logits_BV: float32; not changed.
         settings: of these rows.
-        uniform_B: a number in [0, 1) for each row.
+        uniform_B: a number in [0, 1) for each row; not looked at where none `draws`.
         logprobs: record log-probabilities, and the likeliest tokens of rows that ask for them.
         histories: what each row has generated; None for rows without penalties and min_tokens, or () without any.
         allowed: by row, the tokens its grammar allows, (V,) bool; rows without a grammar are not in it.
@@ -254,7 +256,7 @@ def sample(
         NothingAllowedError: a row's logits are fine, but it may draw no token.
     """
     scores_BV = _edited(logits_BV, settings, histories, allowed or {})
-    if not logprobs and len(settings.greedy) == len(logits_BV):
+    if not (logprobs or settings.draws):
         best_B, tokens_B = largest(scores_BV)
         if not all(map(math.isfinite, best_B.tolist())):
             _check(best_B.isfinite(), logits_BV, scores_BV)
