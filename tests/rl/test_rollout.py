@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -133,6 +133,8 @@ def test_what_has_ended_is_judged_while_the_rest_is_sampled(lm: LanguageModel, r
     chosen, graded = recipe(rollout={"prompts": 4, "group_size": 2, "max_tokens": 12}), threading.Event()
 
     class Noting(Arithmetic):
+        graded_elsewhere: ClassVar[bool] = True
+
         def grade(self, problem: Problem, completion: str) -> Verdict:
             graded.set()
             return super().grade(problem, completion)

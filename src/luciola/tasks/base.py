@@ -96,6 +96,15 @@ class AsksForPrograms(Protocol):
         ...
 
 
+@runtime_checkable
+class GradedElsewhere(Protocol):
+    """A task whose completions other processes grade, which can work while further ones are sampled here. Graders in
+    this process would only take turns with the sampling, at a price."""
+
+    @property
+    def graded_elsewhere(self) -> bool: ...
+
+
 def encoded(tokenizer: Tokenizer, task: Task, problem: Problem) -> list[int]:
     """The token ids that put the problem to a model: a conversation, or the beginning of a text."""
     opening = task.opening(problem) if isinstance(task, AsksForPrograms) else None

@@ -16,7 +16,7 @@ import hashlib
 import random
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -30,6 +30,7 @@ class Jsonl(BaseModel):
     """Questions and answers, one JSON object a line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    graded_elsewhere: ClassVar[bool] = True  # see tasks/base.py
 
     name: Literal["jsonl"] = "jsonl"
     path: Path = Field(description="the file; relative to the folder in which luciola is started")

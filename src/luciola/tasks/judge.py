@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
 from luciola import hardware
-from luciola.tasks.base import Problem, Task
+from luciola.tasks.base import GradedElsewhere, Problem, Task
 from luciola.verify.verdict import Verdict
 
 
@@ -20,11 +20,13 @@ def grade(task: Task, problem: Problem, completion: str) -> Verdict:
 
 
 class Judging:
-    """Grades completions while others are still being sampled; verdicts stand in the order of the completions, whoever
-    ends first. Used in a `with` block, whose end waits for those that have begun."""
+    """Grades completions, where that is done by other processes while further ones are still being sampled; verdicts
+    stand in the order of the completions, whoever ends first. Used in a `with` block, whose end waits for those that
+    have begun."""
 
     def __init__(self, task: Task, problems: Sequence[Problem]) -> None:
         self._task, self._problems = task, problems
+        self._at_once = isinstance(task, GradedElsewhere) and task.graded_elsewhere
         self._threads = ThreadPoolExecutor(hardware.cores())
         self._asked: dict[tuple[int, str], Future[Verdict]] = {}
 
@@ -35,15 +37,20 @@ class Judging:
         self._threads.shutdown(cancel_futures=True)
 
     def add(self, place: int, text: str) -> None:
-        """A completion of problem number `place` is there; one that equals another is graded once."""
+        """A completion of problem number `place` is there."""
+        if self._at_once:
+            self._ask(place, text)
+
+    def _ask(self, place: int, text: str) -> None:
+        """Have it graded, once if it equals another of the same problem."""
         if (place, text) not in self._asked:
             self._asked[place, text] = self._threads.submit(grade, self._task, self._problems[place], text)
 
     def verdicts(self, completions: Sequence[Sequence[str]]) -> list[list[Verdict]]:
-        """Those of every completion of every problem, waiting for the last; what was not added is graded now."""
+        """Those of every completion of every problem, waiting for the last."""
         for place, group in enumerate(completions):
             for text in group:
-                self.add(place, text)
+                self._ask(place, text)
         return [[self._asked[place, text].result() for text in group] for place, group in enumerate(completions)]
 
 

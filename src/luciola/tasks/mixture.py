@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from luciola.tasks.arithmetic import Arithmetic
-from luciola.tasks.base import Problem, Split, Task
+from luciola.tasks.base import GradedElsewhere, Problem, Split, Task
 from luciola.tasks.countdown import Countdown
 from luciola.tasks.jsonl import Jsonl
 from luciola.tasks.reasoning_gym import ReasoningGym
@@ -33,6 +33,11 @@ class Mixture(BaseModel):
 
     name: Literal["mixture"] = "mixture"
     parts: dict[str, Single] = Field(min_length=1, description="the tasks, each under a name of one's own")
+
+    @property
+    def graded_elsewhere(self) -> bool:
+        """Whether any part is."""
+        return any(isinstance(part, GradedElsewhere) and part.graded_elsewhere for part in self.parts.values())
 
     def problem(self, split: Split, index: int, seed: int) -> Problem:
         """Part after part; each is asked for its own problems 0, 1, 2, ..."""

@@ -40,6 +40,7 @@ class _Programs(BaseModel):
     """What both have in common. Not a task by itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    graded_elsewhere: ClassVar[bool] = True  # see tasks/base.py
     ends: ClassVar[tuple[str, ...]]  # the stop strings of the form "completion"
 
     form: Literal["chat", "completion"] = Field(

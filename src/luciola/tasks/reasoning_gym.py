@@ -16,7 +16,7 @@ import random
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,6 +35,7 @@ class ReasoningGym(BaseModel):
     """Problems of the package reasoning-gym, scored by it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    graded_elsewhere: ClassVar[bool] = True  # see tasks/base.py
 
     name: Literal["reasoning_gym"] = "reasoning_gym"
     tasks: tuple[str, ...] = Field((), description="names of its tasks, in turn; left out: all that there are")
