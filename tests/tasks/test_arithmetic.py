@@ -166,7 +166,7 @@ def test_the_name_tells_tasks_apart() -> None:
     adapter: TypeAdapter[TaskConfig] = TypeAdapter(TaskConfig)
     assert adapter.validate_python({"name": "arithmetic", "operations": ["+"]}) == Arithmetic()
     assert adapter.validate_python({"name": "countdown"}).name == "countdown"
-    with pytest.raises(ValidationError, match="'arithmetic', 'countdown', 'jsonl'"):
+    with pytest.raises(ValidationError, match="'arithmetic', 'countdown', 'humaneval', 'jsonl'"):
         adapter.validate_python({"name": "chess"})
 
 
