@@ -20,7 +20,7 @@ def test_absorbed_and_expanded_give_the_same_states() -> None:
     model, cache, sequence = stack("MLA", 40, "float32")
     model.prepare()
     before = [pool.clone() for pool in cache.pools]
-    absorbed = model.decode(torch.zeros(1, dtype=torch.long), paged_step(model, cache, 39), cache.pools).states
+    absorbed = model.decode(paged_step(model, cache, 39), cache.pools).states
     for pool, kept in zip(cache.pools, before, strict=True):
         assert torch.equal(pool[:39], kept[:39])
         pool.copy_(kept)

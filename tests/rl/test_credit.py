@@ -16,6 +16,7 @@ from luciola.recipe.objective import NAMES
 from luciola.rl.advantage import EPS, overlong_penalty, process_advantages
 from luciola.rl.batch import per_sample
 from luciola.rl.credit import sequences, shaped_rewards
+from luciola.rl.ppo import Critic
 from luciola.rl.rollout import Rollout, rollout, step_ends
 from luciola.rl.update import update
 from luciola.tasks.arithmetic import Arithmetic
@@ -191,7 +192,8 @@ def test_empty_completions_and_equal_rewards_leave_finite_weights(
     found = by_hand(rewards, [[[8, 9], []], [[], [9, 8, 9]]])
     model = copy.deepcopy(lm.model)
     reference = copy.deepcopy(lm.model).requires_grad_(False) if chosen.objective.beta else None
-    metrics = update(model, Optimizer(model, chosen.optim), reference, found, chosen, 0, 1e-3)
+    critic = None if chosen.critic is None else Critic(model, chosen)
+    metrics = update(model, Optimizer(model, chosen.optim), reference, found, chosen, 0, 1e-3, critic=critic)
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert metrics["groups/without_spread"] == (0.0 if rewards[0][0] else 1.0)
     moved = any(not torch.equal(a, b) for a, b in zip(model.parameters(), lm.model.parameters(), strict=True))
