@@ -53,8 +53,8 @@ def r1(
     settings = load(PipelineRecipe, recipe, overrides or ())
     stages = plan(settings, recipe, skip or ())
     if dry_run:
-        from luciola.pipeline.estimate import describe
-        from luciola.pipeline.run import between
+        from luciola.rl.r1 import between
+        from luciola.rl.r1_estimate import describe
 
         chosen = between(stages, first, last)
         print(to_toml(settings))  # valid TOML as a whole, so that it can be kept as a recipe
@@ -64,7 +64,7 @@ def r1(
             )
         )
         return
-    from luciola.pipeline.run import r1 as start
+    from luciola.rl.r1 import r1 as start
 
     try:
         path = start(settings, recipe, skip=skip or (), first=first, last=last)
@@ -76,7 +76,7 @@ def r1(
 
 
 def _table(folder: Path) -> str:
-    from luciola.pipeline.table import cells, read
+    from luciola.rl.r1_table import cells, read
 
     return aligned(cells(read(folder)))
 

@@ -23,9 +23,9 @@ from luciola.engine.engine import Engine
 from luciola.evaluate import folder as evaluation_folder
 from luciola.evaluate.run import Evaluation, evaluate
 from luciola.model.language_model import load
-from luciola.pipeline import table
 from luciola.recipe import PipelineRecipe, RecipeError, RejectionRecipe, SftRecipe, to_toml
 from luciola.recipe.pipeline import STAGES, Stage, plan, stage_named
+from luciola.rl import r1_table as table
 from luciola.rl.grpo import grpo
 from luciola.rl.rejection import rejection
 from luciola.run import atomic_write, progress

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from luciola import hardware
-from luciola.pipeline import table
-from luciola.pipeline.run import r1
 from luciola.recipe import PipelineRecipe, RecipeError
 from luciola.recipe.pipeline import STAGES
+from luciola.rl import r1_table as table
+from luciola.rl.r1 import r1
 from luciola.run import curves
 
 Make = Callable[..., PipelineRecipe]
