@@ -282,3 +282,19 @@ def test_threads_leave_no_memory_behind(lm: LanguageModel) -> None:
     for _ in range(240):
         call()
     assert resident() - before < 12 << 20
+
+
+def test_ctrl_c_reaches_a_listener_at_once_and_no_block_is_lost(lm: LanguageModel) -> None:
+    """What is called when a completion ends may take its time, or hang."""
+    engine, began = Engine(lm, dtype="model"), time.monotonic()
+
+    def hangs(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[3, 4, 5], [6, 7]], SamplingParams(max_tokens=4, ignore_eos=True), ended=hangs)
+    assert time.monotonic() - began < 30
+    assert engine.blocks_used == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert engine.generate([[3, 4, 5]], SamplingParams(max_tokens=4))

@@ -410,3 +410,13 @@ def test_an_exception_of_the_listener_ends_the_call_alone(lm: LanguageModel) -> 
         engine.generate(prompts(4, 5), SamplingParams(max_tokens=4), ended=lambda *_: 1 / 0)
     assert engine.blocks_used == 0
     assert engine.generate(prompts(4), SamplingParams(max_tokens=4))
+
+
+def test_a_listener_that_is_none_is_refused(lm: LanguageModel) -> None:
+    with pytest.raises(ValueError, match="ended=3 must be a function"):
+        Engine(lm, dtype="model").generate(prompts(4), ended=3)  # type: ignore[arg-type]
+
+
+def test_half_a_character_is_refused(lm: LanguageModel) -> None:
+    with pytest.raises(ValueError, match=r"prompt 1 has half a character .* at place 2"):
+        Engine(lm, dtype="model").generate([[7], "ab\ud800"])

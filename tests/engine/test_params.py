@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import luciola
+from luciola.engine.grammar import Grammar
 from luciola.engine.params import SamplingParams
 
 
@@ -46,7 +47,7 @@ def test_a_number_too_long_to_be_written_is_refused_in_a_sentence() -> None:
 
 def test_the_ends_of_every_range_are_taken() -> None:
     most = 2**63 - 1
-    SamplingParams(max_tokens=most, min_tokens=most, top_k=most, n=most, seed=most, stop_token_ids=[most])
+    SamplingParams(max_tokens=most, min_tokens=most, top_k=most, n=65_536, seed=most, stop_token_ids=[most])
     SamplingParams(seed=-most, repetition_penalty=0.01, min_p=1, top_p=1, logit_bias={most: -100})
     SamplingParams(repetition_penalty=10**6, presence_penalty=-2, frequency_penalty=2, temperature=1e300)
 
@@ -121,7 +122,7 @@ def test_what_is_given_is_copied_and_cannot_be_changed() -> None:
 
 def test_copies_are_equal() -> None:
     params = SamplingParams(
-        stop=["a"], logit_bias={5: 1.0}, min_p=0.2, presence_penalty=0.5, grammar="g", speculate=False
+        stop=["a"], logit_bias={5: 1.0}, min_p=0.2, presence_penalty=0.5, grammar=Grammar.regex("g"), speculate=False
     )
     for other in (copy.deepcopy(params), pickle.loads(pickle.dumps(params)), dataclasses.replace(params)):
         assert other == params
@@ -137,3 +138,15 @@ def test_what_history_is_needed_for() -> None:
 
 def test_the_public_name_is_this_class() -> None:
     assert luciola.SamplingParams is SamplingParams
+
+
+@pytest.mark.parametrize("grammar", ["abc", {"type": "object"}, 3])
+def test_a_grammar_must_be_one(grammar: Any) -> None:
+    with pytest.raises(ValueError, match=r"grammar=.* must be a Grammar, such as Grammar.json"):
+        SamplingParams(grammar=grammar)
+
+
+def test_no_more_samples_than_can_be_kept() -> None:
+    assert SamplingParams(n=65_536).n == 65_536
+    with pytest.raises(ValueError, match="n=65537 must be a whole number from 1 to 65536"):
+        SamplingParams(n=65_537)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -197,14 +198,19 @@ class Engine:
             raise ValueError("prompts must be a list; put the single prompt in brackets")
         if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
             raise ValueError(f"prompts={shortened(prompts)} must be a list of texts or lists of token ids")
+        if ended is not None and not callable(ended):
+            raise ValueError(f"ended={shortened(ended)} must be a function of (i, completion), or None")
         groups = self._requests.sequences(list(prompts), params, priority)
         rows = [row for group in groups for row in group]
         places = {id(row): i for i, group in enumerate(groups) for row in group}
         with interrupts.held(), contextlib.closing(self._run(rows)) as steps:
             for done in steps:
-                for row in done if ended is not None else ():
-                    if row.error is None:
-                        ended(places[id(row)], row.completion(self.tokenizer))  # type: ignore[misc]
+                if ended is None or not done:
+                    continue
+                with interrupts.let_go():
+                    for row in done:
+                        if row.error is None:
+                            ended(places[id(row)], row.completion(self.tokenizer))
         completions = [[row.completion(self.tokenizer) for row in group] for group in groups]
         for row in rows:
             if row.error is not None:
@@ -222,16 +228,16 @@ class Engine:
         if isinstance(params, SamplingParams) and params.n != 1:
             raise ValueError(f"one completion can be streamed, not n={params.n}; use generate")
         ((row,),) = self._requests.sequences([prompt], params, priority, streamed=True)
-        told: list[Delta | Exception] = []
+        told: deque[Delta | Exception] = deque()  # another thread may be adding to it
         row.listener = told.append
         with contextlib.closing(self._run([row])) as steps:
             for _ in steps:
-                for message in told:
+                while told:
+                    message = told.popleft()
                     if isinstance(message, Exception):
                         raise message
                     if message.text:
                         yield message.text
-                told.clear()
 
     async def stream_async(
         self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0

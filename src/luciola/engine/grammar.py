@@ -122,9 +122,11 @@ class Grammar:
         """The same grammar, but the model writes freely until `text` has occurred, and ends only behind the grammar.
 
         Raises:
-            ValueError: `text` is empty.
+            ValueError: `text` is empty, or one has been given before.
         """
         _must_be_text("after", text)
+        if self.trigger:
+            raise ValueError(f"the grammar begins after {shortened(self.trigger)} already; give one text.")
         if not text:
             raise ValueError("after is empty; give the text behind which the grammar begins, such as '</think>'.")
         return replace(self, trigger=text)

@@ -135,6 +135,22 @@ class _Interrupts:
             finally:
                 self._before = None
 
+    @contextlib.contextmanager
+    def let_go(self) -> Iterator[None]:
+        """Within `held`: meanwhile Ctrl-C does what it always does."""
+        before = self._before
+        if before is None or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self.due()
+        ours = signal.signal(signal.SIGINT, before)
+        try:
+            self._before = None
+            yield
+        finally:
+            signal.signal(signal.SIGINT, ours)
+            self._before = before
+
     @property
     def holding(self) -> bool:
         """Whether it is held already, or need not be, for this thread is never interrupted."""

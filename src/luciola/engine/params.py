@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
 
 import numpy as np
 
+from luciola.engine.grammar import Grammar
 from luciola.text.untrusted import shortened
 
 MOST = 2**63 - 1  # that tensors of int64 hold
+MOST_SAMPLES = 65_536  # of one prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,7 @@ class SamplingParams:
         presence_penalty: subtracted from the logit of every token generated before; -2 to 2, 0 is none.
         frequency_penalty: subtracted once for every time it was generated; -2 to 2, 0 is none.
         logit_bias: token id -> what is added to its logit, -100 to 100; kept as (token, bias) pairs in order of tokens.
-        n: completions of each prompt.
+        n: completions of each prompt, up to 65,536.
         seed: same seed, same completions; None draws a fresh one.
         stop: texts that end a completion; they are not part of its `text`.
         stop_token_ids: tokens that end a completion like the model's end token.
@@ -70,7 +71,7 @@ class SamplingParams:
     routes: bool = False
     kept_tokens: bool = False
     speculate: bool = True
-    grammar: Any = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if self.stop is None or isinstance(self.stop, str):
@@ -95,7 +96,7 @@ class SamplingParams:
             (_within(self.repetition_penalty, 0.01, 1e6), "repetition_penalty", "between 0.01 and 1000000; 1 is none"),
             (_within(self.presence_penalty, -2.0, 2.0), "presence_penalty", "between -2 and 2; 0 is none"),
             (_within(self.frequency_penalty, -2.0, 2.0), "frequency_penalty", "between -2 and 2; 0 is none"),
-            (_whole(self.n, 1), "n", "a whole number from 1 to 2**63 - 1"),
+            (_whole(self.n, 1) and self.n <= MOST_SAMPLES, "n", f"a whole number from 1 to {MOST_SAMPLES}"),
             (self.seed is None or _whole(self.seed), "seed", "a whole number below 2**63 in size, or None"),
             (all(isinstance(s, str) and s for s in self.stop), "stop", "a list of texts, none empty"),
             (
@@ -104,6 +105,11 @@ class SamplingParams:
                 "a list of token ids, whole numbers from 0 to 2**63 - 1",
             ),
             (_whole(self.top_logprobs, 0), "top_logprobs", "0 (none) or a whole number up to 2**63 - 1"),
+            (
+                self.grammar is None or isinstance(self.grammar, Grammar),
+                "grammar",
+                "a Grammar, such as Grammar.json(schema) or Grammar.regex(pattern), or None",
+            ),
             *(
                 (isinstance(getattr(self, flag), bool | np.bool_), flag, "True or False")
                 for flag in ("logprobs", "ignore_eos", "routes", "kept_tokens", "speculate")

@@ -98,6 +98,12 @@ class Requests:
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise ValueError("this model has no tokenizer; give prompts as lists of token ids")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"prompt {i} has half a character (a lone surrogate) at place {error.start}; take it out"
+                ) from error
             ids = self._tokenizer.encode(prompt)
         else:
             try:

@@ -42,7 +42,7 @@ def update(
     critic: Critic | None = None,
 ) -> dict[str, Any]:
     """All optimiser steps of one rollout; returns their metrics, token sums turned into means. A critic learns from the
-    same parts; while it warms up the policy is only measured."""
+    same parts; while it warms up the policy's learning rate is 0."""
     samples = step_samples(model, reference, rollout, recipe, step, replay, critic)
     if critic is not None and critic.warming_up(step):
         lr = 0.0
