@@ -97,7 +97,9 @@ def test_a_verifier_that_fails_now_and_then_masks_the_sample(lm: LanguageModel, 
 @pytest.mark.parametrize("kind", ["crash", "timeout"])
 def test_a_verifier_that_fails_often_stops_the_run(lm: LanguageModel, recipe: Make, kind: str) -> None:
     few = recipe(rollout={"prompts": 10, "group_size": 2})
-    with pytest.raises(ValueError, match=rf"the verifier failed on 10% of the completions of step 1 \({kind}: it was"):
+    with pytest.raises(
+        ValueError, match=rf"the verifier failed on 2 of the first 2 completions of step 1, .*20 \({kind}: it was"
+    ):
         judged(lm, few, [kind] + ["wrong"] * 9)
 
 
