@@ -15,6 +15,8 @@ from luciola.verify import answer
 def sound(prompt, completion, truth): return answer.grade(completion, truth)
 def naive(prompt, completion, truth): return truth in completion
 def strict(prompt, completion, truth): return 0
+def constant(prompt, completion, truth): return 0.5
+def raises(prompt, completion, truth): raise KeyError("lost")
 def hangs(prompt, completion, truth): time.sleep(3600)
 """
 
@@ -39,7 +41,7 @@ def test_a_sound_reward_passes() -> None:
     result = tried("sound")
     assert (result.exit_code, result.stdout) == (
         0,
-        "paid 0 of 1 cheats and 1 of 1 honest answers; 0 calls hung or failed\n",
+        "paid 0 of 1 cheats and 1 of 1 honest answers, measured against 1 wrong ones; 0 of 3 calls hung or failed\n",
     )
 
 
@@ -47,20 +49,33 @@ def test_a_paid_cheat_is_listed_and_fails_the_command() -> None:
     result = tried("naive")
     assert result.exit_code == 1
     assert "paid" in result.stdout and "two boxes" in result.stdout
-    assert result.stdout.endswith("paid 1 of 1 cheats and 1 of 1 honest answers; 0 calls hung or failed\n")
+    assert "paid 1 of 1 cheats and 1 of 1 honest answers, measured against 1" in result.stdout
+    assert result.stdout.endswith("; 0 of 3 calls hung or failed\n")
 
 
-def test_refused_honest_answers_are_listed_and_hanging_calls_fail_the_command() -> None:
-    result = tried("strict")
-    assert result.exit_code == 0
+@pytest.mark.parametrize("name", ["strict", "constant"])
+def test_a_reward_that_pays_no_honest_answer_fails_the_command(name: str) -> None:
+    result = tried(name)
+    assert result.exit_code == 1
     assert "honest, not paid" in result.stdout
-    result = tried("hangs", "--seconds", "0.2")
-    assert result.exit_code == 1
-    assert result.stdout.count("timeout") == 3
-    assert result.stdout.endswith("3 calls hung or failed\n")
+    assert "paid 0 of 1 cheats and 0 of 1 honest answers" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("no honest answer earns more than 0 and more than a wrong one")
 
 
-def test_a_reward_that_is_not_there_is_one_sentence() -> None:
-    result = tried("none")
+def test_an_honest_answer_that_is_refused_beside_one_that_is_paid_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = court.answer_cases()
+    odd = Case("an odd form", "2+2?", "\\boxed{four}", "4", "honest")
+    monkeypatch.setattr(court, "answer_cases", lambda: [*few, odd])
+    result = tried("sound")
+    assert result.exit_code == 0
+    assert "honest, not paid" in result.stdout and "an odd form" in result.stdout
+    assert "1 of 2 honest answers" in result.stdout
+
+
+@pytest.mark.parametrize(("name", "outcome"), [("hangs", "timeout"), ("raises", "crash")])
+def test_a_call_that_hangs_or_fails_fails_the_command_and_pays_nothing(name: str, outcome: str) -> None:
+    result = tried(name, "--seconds", "0.2" if name == "hangs" else "20")
     assert result.exit_code == 1
-    assert result.stderr == "error: the reward tried_rewards:none: the module tried_rewards has no none\n"
+    assert result.stdout.count(outcome) == 3
+    assert "paid 0 of 1 cheats and 0 of 1 honest answers" in result.stdout
+    assert "; 3 of 3 calls hung or failed\n" in result.stdout

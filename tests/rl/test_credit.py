@@ -1,6 +1,7 @@
 """From rewards to advantages: steps, long completions, groups without a difference, empty ones, the sampling mask."""
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from luciola.engine.engine import Completion, Engine
 from luciola.engine.params import SamplingParams
 from luciola.model.language_model import LanguageModel
-from luciola.recipe import GrpoRecipe
+from luciola.recipe import GrpoRecipe, RecipeError, check
 from luciola.recipe.objective import NAMES
 from luciola.rl.advantage import EPS, overlong_penalty, process_advantages
 from luciola.rl.batch import per_sample
@@ -83,6 +84,33 @@ def test_graded_steps_reach_the_tokens(recipe: Make) -> None:
     right, wrong = advantages(found, chosen)
     assert right[0] > right[1] == right[2] > 0
     assert wrong[0] > wrong[1] and wrong[1] < 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"objective": {"overlong": "penalty"}}, "no outcome reward to take the penalty from: set overlong = 'keep'"),
+        ({"objective": {"name": "dapo"}}, "no outcome reward to take the penalty from"),
+        ({"reward": {"length": 0.1}}, r"reward\.length would be ignored"),
+        ({"reward": {"repetition": 0.1}}, r"reward\.repetition would be ignored"),
+        ({"reward": {"language": 0.1}}, r"reward\.language would be ignored"),
+        (
+            {"reward": {"own": {"mine:words": -0.5}}},
+            r"reward\.own would be ignored: objective\.supervision = 'process'",
+        ),
+    ],
+)
+def test_what_process_supervision_would_ignore_is_refused(
+    recipe: Make, changes: dict[str, dict[str, Any]], reason: str
+) -> None:
+    recipe(**changes)  # in itself it is fine
+    with pytest.raises(RecipeError, match=reason):
+        recipe(**changes | {"objective": changes.get("objective", {}) | {"supervision": "process"}})
+
+
+def test_a_run_with_process_supervision_can_be_read_back_from_all_its_settings(recipe: Make) -> None:
+    chosen = recipe(objective={"supervision": "process", "overlong": "mask"}, reward={"own": {"mine:words": 0.0}})
+    assert check(GrpoRecipe, json.loads(chosen.model_dump_json(exclude_none=True)), "resolved") == chosen
 
 
 # Long completions

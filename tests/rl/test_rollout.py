@@ -1,6 +1,7 @@
 """A rollout: problems of its own step, rewards from verdicts, verifiers that fail, and samples to read."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -97,8 +98,26 @@ def test_a_verifier_that_fails_now_and_then_masks_the_sample(lm: LanguageModel, 
 @pytest.mark.parametrize("kind", ["crash", "timeout"])
 def test_a_verifier_that_fails_often_stops_the_run(lm: LanguageModel, recipe: Make, kind: str) -> None:
     few = recipe(rollout={"prompts": 10, "group_size": 2})
-    with pytest.raises(ValueError, match=rf"the verifier failed on 10% of the completions of step 1 \({kind}: it was"):
+    with pytest.raises(
+        ValueError, match=rf"the verifier failed on 2 of the first 2 completions of step 1, .*20 \({kind}: it was"
+    ):
         judged(lm, few, [kind] + ["wrong"] * 9)
+
+
+def test_a_verifier_that_is_slow_to_fail_is_not_asked_to_the_end(lm: LanguageModel, recipe: Make) -> None:
+    asked = []
+
+    class Slow(Arithmetic):
+        def grade(self, problem: Problem, completion: str) -> Verdict:
+            asked.append(completion)
+            time.sleep(0.05)
+            return Verdict("timeout", 0.0, "no result")
+
+    assert lm.tokenizer is not None
+    many = recipe(rollout={"prompts": 100, "group_size": 2}).model_copy(update={"task": Slow()})
+    with pytest.raises(ValueError, match=r"failed on 11 of the first 11 completions of step 1, .* 5% of its 200 "):
+        rollout(Scripted(["4"]), lm.tokenizer, many, 0)  # type: ignore[arg-type]
+    assert 6 <= len(asked) < 70  # equal completions of a problem are graded once
 
 
 def test_exactly_five_percent_is_still_tolerated(lm: LanguageModel, recipe: Make) -> None:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from luciola.verify import court
+from luciola.verify import court, own_worker
 from luciola.verify.court import Case, Finding, try_reward
+from luciola.verify.reward_function import load
 
 REWARDS = """
 import os, time
@@ -17,7 +18,12 @@ def erratic(prompt, completion, truth):
     if completion == "hang": time.sleep(3600)
     if completion == "leave": os._exit(1)
     if completion == "raise": raise ValueError("no")
+    if completion == "exit": raise SystemExit(0)
     return float("nan") if completion == "nan" else 1.0
+def single(prompt, completion, truth):
+    import numpy
+    return numpy.float32(completion == truth)
+def text(prompt, completion, truth): return "1"
 number = 3
 """
 CASES = [
@@ -57,13 +63,24 @@ def test_verdicts_are_rewards_too() -> None:
 
 
 def test_failures_are_told_apart_and_the_trial_goes_on() -> None:
-    cases = [Case(text, "", text, "4") for text in ("hang", "leave", "raise", "nan", "fine")]
+    cases = [Case(text, "", text, "4") for text in ("hang", "leave", "raise", "exit", "nan", "fine")]
     found = outcomes("erratic", cases, seconds=1)
     assert {name: finding.outcome for name, finding in found.items()} == {
-        "hang": "timeout", "leave": "crash", "raise": "crash", "nan": "crash", "fine": "paid",
+        "hang": "timeout", "leave": "crash", "raise": "crash", "exit": "crash", "nan": "crash", "fine": "paid",
     }  # fmt: skip
-    assert found["raise"].detail == "ValueError: no"
-    assert all(found[name].reward == 0 for name in ("hang", "leave", "raise", "nan"))
+    assert (found["raise"].detail, found["exit"].detail) == ("ValueError: no", "SystemExit: 0")
+    assert all(found[name].reward == 0 for name in ("hang", "leave", "raise", "exit", "nan"))
+
+
+@pytest.mark.parametrize("name", ["naive", "form", "verdict", "single", "text"])
+def test_the_court_and_the_trainer_read_a_reward_alike(name: str) -> None:
+    found = outcomes(name, CASES)
+    for case in CASES:
+        trainers = own_worker.check(f"court_rewards:{name}", case.prompt, case.completion, case.truth)
+        finding = found[case.name]
+        assert (finding.outcome == "crash") == (trainers["kind"] == "crash") == (name == "text")
+        assert finding.reward == trainers.get("reward", 0.0)
+        assert finding.detail.endswith(trainers["detail"])
 
 
 @pytest.mark.parametrize(
@@ -72,12 +89,12 @@ def test_failures_are_told_apart_and_the_trial_goes_on() -> None:
         ("naive", 'a reward is named "module:function"'),
         ("nowhere:naive", "there is no module nowhere"),
         ("court_rewards:none", "the module court_rewards has no none"),
-        ("court_rewards:number", "is no function"),
+        ("court_rewards:number", "expected a function, got int"),
     ],
 )
 def test_a_reward_that_is_none(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        court.load(name)
+        load(name)
     with pytest.raises(ValueError, match=message):
         list(try_reward(name, CASES))
 

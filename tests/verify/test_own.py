@@ -20,6 +20,12 @@ def yes(prompt, completion, truth): return True
 def raises(prompt, completion, truth): raise KeyError("lost")
 def nan(prompt, completion, truth): return float("nan")
 def infinite(prompt, completion, truth): return float("inf")
+def single(prompt, completion, truth):
+    import numpy
+    return numpy.float32(0.5)
+def verdict(prompt, completion, truth):
+    from luciola.verify.verdict import Verdict
+    return Verdict("wrong", 0.25, "close")
 def text(prompt, completion, truth): return "1.0"
 def nothing(prompt, completion, truth): pass
 def hangs(prompt, completion, truth): time.sleep(3600)
@@ -28,7 +34,17 @@ def leaves(prompt, completion, truth): os._exit(0)
 def prints(prompt, completion, truth):
     print('{"kind": "correct", "reward": 100}', flush=True)
     return 0.25
+def exits(prompt, completion, truth): raise SystemExit(0)
+def huge(prompt, completion, truth): return 10 ** 400
 def too_few(prompt): return 1.0
+def too_many(prompt, completion, truth, more): return 1.0
+def named_only(*, prompt, completion, truth): return 1.0
+def with_default(prompt, completion, truth, weight=1.0): return weight
+def anything(*arguments): return float(len(arguments))
+class Callable:
+    def __call__(self, prompt, completion, truth): return 0.75
+instance = Callable()
+number = 3
 """
 
 
@@ -59,18 +75,27 @@ def test_a_number_is_a_reward() -> None:
     assert call("half", "5") == Verdict("correct", 0.0)
     assert call("yes") == Verdict("correct", 1.0)
     assert call("prints") == Verdict("correct", 0.25)
+    assert call("with_default") == Verdict("correct", 1.0)
+    assert call("anything") == Verdict("correct", 3.0)
+    assert call("single") == Verdict("correct", 0.5)
+    assert call("instance") == Verdict("correct", 0.75)
+
+
+def test_a_verdict_keeps_its_kind_and_its_reward() -> None:
+    assert call("verdict") == Verdict("wrong", 0.25, "close")
 
 
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
         ("raises", "KeyError: 'lost'"),
-        ("nan", "expected a finite number, got nan"),
-        ("infinite", "expected a finite number, got inf"),
-        ("text", "expected a finite number, got '1.0'"),
-        ("nothing", "expected a finite number, got None"),
-        ("leaves", "ended its process"),
-        ("too_few", "TypeError"),
+        ("nan", "or a Verdict, got nan"),
+        ("infinite", "expected a finite real number"),
+        ("text", "or a Verdict, got '1.0'"),
+        ("nothing", "or a Verdict, got None"),
+        ("huge", "OverflowError"),
+        ("leaves", "the worker process ended (status 0)"),
+        ("exits", "SystemExit: 0"),
     ],
 )
 def test_what_is_no_number_is_a_crash_and_the_next_call_works(function: str, reason: str) -> None:
@@ -82,7 +107,12 @@ def test_what_is_no_number_is_a_crash_and_the_next_call_works(function: str, rea
 
 @pytest.mark.parametrize("function", ["hangs", "spins"])
 def test_what_hangs_is_a_timeout_and_the_next_call_works(function: str) -> None:
-    assert (call(function).kind, call("half").reward) == ("timeout", 0.5)
+    verdict = call(function)
+    assert (verdict.kind, verdict.detail) == (
+        "timeout",
+        f"reward function my_rewards:{function}: no result within 3 seconds",
+    )
+    assert call("half").reward == 0.5
 
 
 def test_a_worker_killed_from_outside_is_a_crash_once(pool: Pool) -> None:
@@ -102,12 +132,19 @@ def test_a_worker_killed_from_outside_is_a_crash_once(pool: Pool) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("my_rewards:none", "AttributeError"),
-        ("no_such_module:f", "ModuleNotFoundError"),
-        ("my_rewards", "AttributeError"),
+        ("my_rewards:none", "the module my_rewards has no none"),
+        ("no_such_module:f", "there is no module no_such_module"),
+        ("my_rewards", 'a reward is named "module:function"'),
+        ("my_rewards:number", "expected a function, got int"),
+        ("my_rewards:too_few", r"expected a function of \(prompt, completion, truth\), got one of \(prompt\)"),
+        ("my_rewards:too_many", r"got one of \(prompt, completion, truth, more\)"),
+        ("my_rewards:named_only", r"got one of \(\*, prompt, completion, truth\)"),
+        ("my_rewards:Callable", "expected a function of"),
     ],
 )
-def test_a_name_that_leads_nowhere_is_refused_before_training(name: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=rf"the reward function '{name}' cannot be used \({reason}.*mend reward\.own"):
+def test_what_cannot_be_called_is_refused_before_training(name: str, reason: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"the reward function '{name}' cannot be used \(.*{reason}.*mend reward\.own"
+    ):
         own.check(name)
     own.check("my_rewards:half")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated
 
 import typer
@@ -17,7 +18,7 @@ def court(
     """Try a reward function with every known cheat, and list the cheats it pays.
 
     Also listed: honest answers it does not pay, and calls in which it hung or failed. Exit code 1 if a cheat was paid,
-    or if a call hung or failed.
+    if a call hung or failed, or if no honest answer was paid.
 
     \b
     Examples: luciola court my_rewards:accuracy
@@ -26,21 +27,28 @@ def court(
     from luciola.verify.court import answer_cases, code_cases, try_reward
 
     rows: list[tuple[str, ...]] = []
-    counts = dict.fromkeys(("cheat", "paid", "honest", "refused", "failed"), 0)
+    tried = Counter[str]()  # cases by role
+    counts = Counter[str]()  # those paid by role, and "failed"
     for finding in try_reward(reward, code_cases() if code else answer_cases(), seconds):
-        case, failed = finding.case, finding.outcome in ("timeout", "crash")
-        paid = case.role == "cheat" and finding.outcome == "paid"
-        refused = case.role == "honest" and finding.outcome == "unpaid"
-        for name, holds in (("paid", paid), ("refused", refused), ("failed", failed)):
-            counts[name] += holds
-        if case.role in counts:
-            counts[case.role] += 1
-        if paid or refused or failed:
-            what = "paid" if paid else "honest, not paid" if refused else finding.outcome
-            rows.append((what, figure(finding.reward), case.name, finding.detail or repr(case.completion[-60:])))
+        case, paid, failed = finding.case, finding.outcome == "paid", finding.outcome in ("timeout", "crash")
+        tried[case.role] += 1
+        counts[case.role] += paid
+        counts["failed"] += failed
+        what = {("cheat", "paid"): "paid", ("honest", "unpaid"): "honest, not paid"}.get((case.role, finding.outcome))
+        if what or failed:
+            detail = finding.detail or repr(case.completion[-60:])
+            rows.append((what or finding.outcome, figure(finding.reward), case.name, detail))
     if rows:
         print(aligned([("outcome", "reward", "case", ""), *rows]))
-    print(f"paid {counts['paid']} of {counts['cheat']} cheats and {counts['honest'] - counts['refused']} of ", end="")
-    print(f"{counts['honest']} honest answers; {counts['failed']} calls hung or failed")
-    if counts["paid"] or counts["failed"]:
+    print(
+        f"paid {counts['cheat']} of {tried['cheat']} cheats and {counts['honest']} of {tried['honest']} honest "
+        f"answers, measured against {tried['wrong']} wrong ones; "
+        f"{counts['failed']} of {tried.total()} calls hung or failed"
+    )
+    useless = tried["honest"] > 0 and counts["honest"] == 0
+    if useless:
+        print(
+            "no honest answer earns more than 0 and more than a wrong one: nothing right can be learnt from this reward"
+        )
+    if counts["cheat"] or counts["failed"] or useless:
         raise typer.Exit(1)

@@ -52,7 +52,9 @@ class ObjectiveSection(BaseModel):
         "set in [critic] (PPO)",
     )
     supervision: Literal["outcome", "process"] = Field(
-        "outcome", description="process: each step's own reward, from tasks that grade steps (DeepSeekMath, 4.1.3)"
+        "outcome",
+        description="outcome: the sum of [reward]; process: instead of it each step's own reward, from tasks that "
+        "grade steps (DeepSeekMath, 4.1.3); accuracy and format are then only logged",
     )
     ratio: Ratio = Field(
         "token",
@@ -153,6 +155,10 @@ class ObjectiveSection(BaseModel):
             (
                 self.supervision == "process" and self.kl_in == "reward",
                 "supervision = 'process' has no outcome reward to put the KL into: set kl_in = 'loss'",
+            ),
+            (
+                self.supervision == "process" and self.overlong == "penalty",
+                "supervision = 'process' has no outcome reward to take the penalty from: set overlong = 'keep'",
             ),
         ]
         if self.advantage == "critic":

@@ -283,7 +283,8 @@ def _function_name(name: str) -> str:
 
 
 class RewardSection(Section):
-    """What a completion earns: a weighted sum of parts, each logged under its name."""
+    """What a completion earns: a weighted sum of parts, each logged under its name. With objective.supervision =
+    'process' its steps earn instead: accuracy and format are then logged and teach nothing, the others are refused."""
 
     accuracy: Amount = Field(1.0, description="weight of a right answer")
     format: Amount = Field(0.1, description="weight of the form <think>...</think><answer>...</answer>")
@@ -420,6 +421,13 @@ class GrpoRecipe(Section):
             raise ValueError(
                 f"objective.supervision = 'process' needs a task that grades steps, which '{self.task.name}' does not; "
                 "choose task.name = 'arithmetic', or 'outcome'"
+            )
+        ignored = [name for name in ("length", "repetition", "language") if getattr(self.reward, name)]
+        ignored += ["own"] if any(self.reward.own.values()) else []
+        if objective.supervision == "process" and ignored:
+            raise ValueError(
+                f"reward.{ignored[0]} would be ignored: objective.supervision = 'process' learns from the rewards of "
+                "steps alone; leave it out, or choose 'outcome'"
             )
         if self.critic is not None and self.lora is not None:
             raise ValueError(

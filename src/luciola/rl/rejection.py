@@ -28,7 +28,7 @@ from luciola.recipe.pipeline import SFT_FILE, GeneralSection, SelectSection
 from luciola.rl.reward import refuse_failures
 from luciola.run import Run, atomic_write, read_records
 from luciola.run.records import RecordFile
-from luciola.tasks.judge import judge
+from luciola.tasks.judge import Judging
 from luciola.text.tokenizer import Tokenizer
 from luciola.train.stopping import stop_on_signal
 from luciola.verify.style import format_reward, language_share
@@ -175,8 +175,9 @@ def _step(engine: Engine, tokenizer: Tokenizer, recipe: RejectionRecipe, step: i
         for i in range(settings.prompts)
     ]
     completions = engine.generate([tokenizer.chat(task.messages(problem)) for problem in problems], params)
-    verdicts = judge(task, problems, [[c.text for c in group] for group in completions])
-    refuse_failures(verdicts, step)
+    with Judging(task, problems) as judging:
+        each = judging.each([[c.text for c in group] for group in completions])
+        verdicts = refuse_failures(each, [len(group) for group in completions], step)
     return [
         {
             "key": problem.key,

@@ -9,14 +9,14 @@ so, and its reward is not known.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
-from luciola import hardware
 from luciola.engine.sequence import Completion
 from luciola.recipe import RewardSection
 from luciola.tasks.base import Problem
@@ -49,8 +49,12 @@ def rewards(
     problems: Sequence[Problem],
     completions: Sequence[Sequence[Completion]],
     verdicts: Sequence[Sequence[Verdict]],
+    step: int,
 ) -> Rewards:
-    """The reward of every completion, from the task's verdicts and its text."""
+    """The reward of every completion of step `step`, from the task's verdicts and its text.
+
+    Raises ValueError when one's own functions, or they and the task's verifier together, fail on more than 5 %.
+    """
     texts = [[completion.text for completion in group] for group in completions]
     judged = [list(group) for group in verdicts]
     parts = {
@@ -64,12 +68,13 @@ def rewards(
     if section.language:
         parts["language"] = [[language_reward(text, section.target_language) for text in group] for group in texts]
     for name in section.own:
-        called = _called(name, problems, texts)
+        called = _called(name, problems, texts, step)
         parts[name] = [[verdict.reward for verdict in group] for group in called]
         judged = [
             [new if new.kind in VERIFIER_FAILED and old.kind not in VERIFIER_FAILED else old for old, new in pairs]
             for pairs in (zip(old, new, strict=True) for old, new in zip(judged, called, strict=True))
         ]
+    judged = refuse_failures(chain.from_iterable(judged), [len(group) for group in judged], step)
     weights = {"accuracy": section.accuracy, "format": section.format, "length": section.length}
     weights |= {"repetition": section.repetition, "language": section.language, **section.own}
     parts_PG = {name: torch.tensor(values, dtype=torch.float32) for name, values in parts.items()}
@@ -81,25 +86,32 @@ def rewards(
     )
 
 
-def refuse_failures(verdicts: Sequence[Sequence[Verdict]], step: int) -> None:
-    """Raises ValueError when the verifiers failed on more than 5 % of a step's completions."""
-    flat = [verdict for group in verdicts for verdict in group]
-    failed = [verdict for verdict in flat if verdict.kind in VERIFIER_FAILED]
-    if len(failed) > TOO_MANY_FAILURES * len(flat):
-        raise ValueError(
-            f"the verifier failed on {len(failed) / len(flat):.0%} of the completions of step {step + 1} "
-            f"({failed[0].kind}: {failed[0].detail}); "
-            "rewards would be wrong, so the run has stopped; mend the verifier or give it more time"
-        )
+def refuse_failures(verdicts: Iterable[Verdict], sizes: Sequence[int], step: int) -> list[list[Verdict]]:
+    """The verdicts of a step's completions as groups of these sizes, waited for one after the other.
+
+    Raises ValueError as soon as more than 5 % of all the step's completions have failed, not only after the last.
+    """
+    failed, seen, total = [], [], sum(sizes)
+    for verdict in verdicts:
+        seen.append(verdict)
+        if verdict.kind in VERIFIER_FAILED:
+            failed.append(verdict)
+        if len(failed) > TOO_MANY_FAILURES * total:
+            raise ValueError(
+                f"the verifier failed on {len(failed)} of the first {len(seen)} completions of step {step + 1}, which "
+                f"is over {TOO_MANY_FAILURES:.0%} of its {total} ({failed[0].kind}: {failed[0].detail}); "
+                "rewards would be wrong, so the run has stopped; mend the verifier or give it more time"
+            )
+    each = iter(seen)
+    return [list(islice(each, size)) for size in sizes]
 
 
 def _lengths(group: Sequence[Completion], verdicts: Sequence[Verdict]) -> list[float]:
     return length_rewards([len(c.token_ids) for c in group], [verdict.kind == "correct" for verdict in verdicts])
 
 
-def _called(name: str, problems: Sequence[Problem], texts: Sequence[Sequence[str]]) -> list[list[Verdict]]:
-    """One's own function on every completion; verdicts in their order, whoever ends first."""
-    asked = [(problem, text) for problem, group in zip(problems, texts, strict=True) for text in group]
-    with ThreadPoolExecutor(hardware.cores()) as threads:
-        found = iter(list(threads.map(lambda pair: own.call(name, pair[0].prompt, pair[1], pair[0].truth), asked)))
-    return [[next(found) for _ in group] for group in texts]
+def _called(name: str, problems: Sequence[Problem], texts: Sequence[Sequence[str]], step: int) -> list[list[Verdict]]:
+    """One's own function on every completion."""
+    asked = [(p.prompt, text, p.truth) for p, group in zip(problems, texts, strict=True) for text in group]
+    with closing(own.calls(name, asked)) as verdicts:  # after too many failures the calls that wait are not made
+        return refuse_failures(verdicts, [len(group) for group in texts], step)

@@ -136,9 +136,9 @@ def _round(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int, 
     with Judging(task, problems) as judging:  # of what has ended, while the rest is sampled
         completions = engine.generate(prompts, params, ended=lambda i, completion: judging.add(i, completion.text))
         sampled = time.perf_counter()
-        verdicts = judging.verdicts([[c.text for c in group] for group in completions])
-    earned = rewards(recipe.reward, problems, completions, verdicts)
-    refuse_failures(earned.verdicts, step)
+        each = judging.each([[c.text for c in group] for group in completions])
+        verdicts = refuse_failures(each, [len(group) for group in completions], step)
+    earned = rewards(recipe.reward, problems, completions, verdicts, step)
     _refuse_no_numbers(earned.total_PG, completions, step)
     steps = []
     if objective.supervision == "process":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
@@ -22,7 +22,7 @@ def grade(task: Task, problem: Problem, completion: str) -> Verdict:
 class Judging:
     """Grades completions, where that is done by other processes while further ones are still being sampled; verdicts
     stand in the order of the completions, whoever ends first. Used in a `with` block, whose end waits for those that
-    have begun."""
+    have begun and drops the others."""
 
     def __init__(self, task: Task, problems: Sequence[Problem]) -> None:
         self._task, self._problems = task, problems
@@ -46,15 +46,18 @@ class Judging:
         if (place, text) not in self._asked:
             self._asked[place, text] = self._threads.submit(grade, self._task, self._problems[place], text)
 
-    def verdicts(self, completions: Sequence[Sequence[str]]) -> list[list[Verdict]]:
-        """Those of every completion of every problem, waiting for the last."""
+    def each(self, completions: Sequence[Sequence[str]]) -> Iterator[Verdict]:
+        """The verdict of every completion of every problem, each waited for when it is its turn."""
         for place, group in enumerate(completions):
             for text in group:
                 self._ask(place, text)
-        return [[self._asked[place, text].result() for text in group] for place, group in enumerate(completions)]
+        for place, group in enumerate(completions):
+            for text in group:
+                yield self._asked[place, text].result()
 
 
 def judge(task: Task, problems: Sequence[Problem], completions: Sequence[Sequence[str]]) -> list[list[Verdict]]:
     """Grade every completion of every problem."""
     with Judging(task, problems) as judging:
-        return judging.verdicts(completions)
+        each = judging.each(completions)
+        return [[next(each) for _ in group] for group in completions]

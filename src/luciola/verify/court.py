@@ -1,19 +1,17 @@
 """The reward court: try a reward function with every cheat we know, and see which ones it pays.
 
-A reward is a function (prompt, completion, truth) -> number or `Verdict`. The cases lie beside this file, in cases/:
-`cheats.jsonl` and `honest.jsonl` for answers, `programs.toml` for programs. A case is *paid* when it earns more than
-nothing and more than an ordinary wrong answer does, so that a reward may give something for the form alone. Rewards run
-in a process of their own that is killed and replaced when one hangs or takes its process with it.
+A reward is a function (prompt, completion, truth) -> number or `Verdict`, read as the trainer reads it. The cases lie
+beside this file, in cases/: `cheats.jsonl` and `honest.jsonl` for answers, `programs.toml` for programs. A case is
+*paid* when it earns more than nothing and more than an ordinary wrong answer does, so that a reward may give something
+for the form alone. Rewards run in a process of their own that is killed and replaced when one hangs or takes its
+process with it.
 """
 
 import json
-import math
 import os
-import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -21,14 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from luciola.verify import answer, code
+from luciola.verify.reward_function import RewardFunction, call, load, why
 from luciola.verify.verdict import Verdict
 
 CASES = Path(__file__).with_name("cases")
 SECONDS = 20.0  # for one call; a program may use some ten
 _START_SECONDS = 120.0  # for importing the module of a reward, torch perhaps included
-
-Reward = Callable[[str, str, str], float | Verdict]
-
 
 Role = Literal["cheat", "honest", "wrong"]
 
@@ -97,29 +93,6 @@ def code_cases() -> list[Case]:
     ]
 
 
-def load(name: str) -> Reward:
-    """The function that "module:function" names; the module may lie in the current folder.
-
-    Raises:
-        ValueError: there is no such function.
-    """
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise ValueError(f'a reward is named "module:function", not {name!r}')
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        reward = getattr(import_module(module), function)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"the reward {name}: there is no module {error.name} here or among the packages") from None
-    except AttributeError:
-        raise ValueError(f"the reward {name}: the module {module} has no {function}") from None
-    if not callable(reward):
-        raise ValueError(f"the reward {name} is no function")
-    found: Reward = reward
-    return found
-
-
 def try_reward(name: str, cases: list[Case], seconds: float = SECONDS) -> Iterator[Finding]:
     """What the reward does with each case, in their order.
 
@@ -179,15 +152,15 @@ class _Process:
                 problem = "its module ended the process"
             if problem:
                 self.end()
-                raise ValueError(problem if "reward" in problem else f"the reward {self._name}: {problem}")
+                raise ValueError(f"the reward {self._name}: {problem}")
         return self._pipe
 
 
 def _serve(name: str, pipe: Connection) -> None:
     try:
         reward = load(name)
-    except Exception as error:
-        pipe.send(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
+    except (Exception, SystemExit) as error:
+        pipe.send(why(error))
         return
     pipe.send("")
     while True:
@@ -195,18 +168,16 @@ def _serve(name: str, pipe: Connection) -> None:
             case: Any = pipe.recv()
         except EOFError:
             os._exit(0)
-        pipe.send(_call(reward, case))
+        pipe.send(_judged(reward, case))
 
 
-def _call(reward: Reward, case: tuple[str, str, str]) -> tuple[float, Literal["timeout", "crash"] | None, str]:
+def _judged(
+    reward: RewardFunction, case: tuple[str, str, str]
+) -> tuple[float, Literal["timeout", "crash"] | None, str]:
     try:
-        said = reward(*case)
-        if isinstance(said, Verdict):
-            # A verdict "timeout" or "crash" is an outcome like any other: it was given in time, and earns nothing.
-            return said.reward, None, f"{said.kind} {said.detail}".strip()
-        value = float(said)
-    except Exception as error:
-        return 0.0, "crash", f"{type(error).__name__}: {error}"[:300]
-    if not math.isfinite(value):
-        return 0.0, "crash", f"the reward is {value}"
-    return value, None, ""
+        verdict = call(reward, *case)
+    except (Exception, SystemExit) as error:
+        return 0.0, "crash", why(error)
+    # A verdict "timeout" or "crash" is an outcome like any other: it was given in time, and earns nothing.
+    kind = "" if verdict.kind == "correct" else verdict.kind
+    return verdict.reward, None, f"{kind} {verdict.detail}".strip()

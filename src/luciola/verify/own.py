@@ -2,13 +2,15 @@
 
     def brevity(prompt: str, completion: str, truth: str) -> float: ...
 
-The module is found from the folder in which luciola is started, or where it is installed. The function runs in a
-process with limits of time and memory, so that one which hangs, raises or returns no finite number gives the verdict
-"timeout" or "crash" and neither stops the run nor passes for a reward of 0.
+The module is found from the folder in which luciola is started, or where it is installed. What may be returned is said
+in `reward_function.py`. The function runs in a process with limits of time and memory, so that one which hangs, raises
+or returns anything else gives the verdict "timeout" or "crash" and neither stops the run nor passes for a reward of 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from luciola.verify.pool import Pool, shared
@@ -23,7 +25,8 @@ def check(name: str) -> None:
     """Import the function once, before anything is trained.
 
     Raises:
-        ValueError: there is no such module or function, or importing it fails.
+        ValueError: there is no such module or function, importing it fails, or it does not take (prompt, completion,
+            truth).
     """
     verdict = _pool().check(name)
     if verdict.kind != "correct":
@@ -31,11 +34,24 @@ def check(name: str) -> None:
 
 
 def call(name: str, prompt: str, completion: str, truth: str) -> Verdict:
-    """What the function gives, as the reward of a verdict "correct"; "timeout" or "crash" where it fails."""
+    """The verdict that the function gives, "correct" with a number of its as the reward; "timeout" or "crash" where
+    it fails."""
     verdict = _pool().check(name, prompt, completion, truth)
-    if verdict.kind == "correct":
+    if verdict.kind not in ("timeout", "crash"):
         return verdict
     return Verdict(verdict.kind, 0.0, f"reward function {name}: {verdict.detail}")
+
+
+def calls(name: str, asked: Sequence[tuple[str, str, str]]) -> Generator[Verdict, None, None]:
+    """`call` for each (prompt, completion, truth), side by side; verdicts in their order, whoever ends first.
+
+    When the generator is closed, calls that have not begun are not made.
+    """
+    threads = ThreadPoolExecutor(_pool().size)  # no more: one that waits for a worker would have begun already
+    try:
+        yield from threads.map(lambda each: call(name, *each), asked)
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _pool() -> Pool:

@@ -1,39 +1,29 @@
 """The process that calls reward functions of one's own. `pool.py` starts it by file name and may kill it.
 
-In: [name, seconds] to import a function, [name, prompt, completion, truth, seconds] to call it. Out: {"kind", "detail",
+In: [name, seconds] to find a function, [name, prompt, completion, truth, seconds] to call it. Out: {"kind", "detail",
 "reward"}.
 """
 
-import math
-import os
-import sys
-from collections.abc import Callable
 from functools import lru_cache
-from importlib import import_module
 from typing import Any
 
+from luciola.verify.reward_function import call, load, why
 from luciola.verify.serving import serve
+
+_loaded = lru_cache(load)
 
 
 def check(name: str, *arguments: str) -> dict[str, Any]:
-    """The reward; "crash", with the reason, where there is none."""
+    """The verdict with its reward; "crash", with the reason, where there is none."""
     try:
-        function = _function(name)
-        value = function(*arguments) if arguments else 0.0
-    except Exception as error:
-        return {"kind": "crash", "detail": f"{type(error).__name__}: {error}"}
-    if isinstance(value, bool | int | float) and math.isfinite(value):
-        return {"kind": "correct", "detail": "", "reward": float(value)}
-    return {"kind": "crash", "detail": f"expected a finite number, got {value!r:.60}"}
-
-
-@lru_cache
-def _function(name: str) -> Callable[..., object]:
-    module, _, function = name.partition(":")
-    found: Callable[..., object] = getattr(import_module(module), function)
-    return found
+        function = _loaded(name)
+        if not arguments:
+            return {"kind": "correct", "detail": "", "reward": 0.0}
+        verdict = call(function, *arguments)
+    except (Exception, SystemExit) as error:
+        return {"kind": "crash", "detail": why(error)}
+    return {"kind": verdict.kind, "detail": verdict.detail, "reward": verdict.reward}
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.getcwd())
     serve(check)

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +28,7 @@ from luciola.verify.verdict import Verdict, no_answer
 SECONDS = 5.0  # of wall time for one comparison; 99 % of MATH's take under a tenth
 MEMORY_MB = 1024
 _START_SECONDS = 60.0  # for an interpreter to import sympy on a machine that is busy with training
+_END_SECONDS = 1.0  # for a process that has closed its pipes to be gone
 _REPLACE_AFTER = 2000  # comparisons; sympy's caches grow
 
 ALGEBRA = Path(__file__).with_name("worker.py")
@@ -151,10 +153,12 @@ class _Worker:
             reply = _read_line(process, seconds)
         except TimeoutError:
             self.kill()
-            return Verdict("timeout", 0.0, f"not compared within {seconds:g} seconds")
+            return Verdict("timeout", 0.0, f"no result within {seconds:g} seconds")
         except (OSError, EOFError):
+            with suppress(subprocess.TimeoutExpired):  # its pipes close a moment before it has a status of its own
+                process.wait(_END_SECONDS)
             self.kill()
-            return Verdict("crash", 0.0, f"the comparison ended its process (status {process.returncode})")
+            return Verdict("crash", 0.0, f"the worker process ended (status {process.returncode})")
         except BaseException:  # an interrupt must not leave this reply in the pipe for the next answer
             self.kill()
             raise

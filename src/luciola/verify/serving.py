@@ -15,7 +15,7 @@ from typing import Any
 
 
 def serve(check: Callable[..., dict[str, Any]]) -> None:
-    """Answer requests until the input ends; whatever `check` raises makes the verdict "crash".
+    """Answer requests until the input ends; whatever `check` raises, SystemExit included, makes the verdict "crash".
 
     The memory that the process may have, in MB, is the program's first argument.
     """
@@ -28,8 +28,8 @@ def serve(check: Callable[..., dict[str, Any]]) -> None:
         _limit_processor_time(seconds)
         try:
             reply = check(*request)
-        except Exception as error:
-            reply = {"kind": "crash", "detail": f"the comparison failed: {type(error).__name__}"}
+        except (Exception, SystemExit) as error:
+            reply = {"kind": "crash", "detail": f"the verifier raised {type(error).__name__}"}
         print(json.dumps(reply), file=replies, flush=True)
 
 
