@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from luciola import hardware
 from luciola.cli import app
 from luciola.recipe import PretrainRecipe, load
+from luciola.recipe.objective import NAMES
 from luciola.run import Run
 
 RECIPE = """
@@ -147,6 +149,18 @@ def test_a_dry_run_prints_a_whole_recipe_and_starts_nothing(luciola: Callable[..
     assert not (workplace / "runs").exists()
     (workplace / "resolved.toml").write_text(result.stdout)
     assert load(PretrainRecipe, "resolved.toml") == load(PretrainRecipe, "tiny.toml", ["steps=7"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_objective_can_be_tried_on_the_shipped_recipe(
+    luciola: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(hardware, "gemm_peak", lambda dtype: 1e12)
+    result = luciola("grpo", "quickstart", f"objective.name={name}", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    printed = tomllib.loads(result.stdout)["objective"]
+    assert printed["name"] == name
+    assert NAMES[name].items() <= printed.items()
 
 
 def test_the_result_of_a_run_is_a_table(luciola: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
