@@ -69,7 +69,7 @@ def _left_out(folder: Path, planned: Collection[str]) -> Iterator[Stage]:
         recipe = check(form.Recipe, read_toml(file) | {"run": {"name": name, "folder": str(folder)}}, str(file))
         start = None
         if form.starts:
-            assert recipe.model.path is not None  # these kinds' own check
+            assert recipe.model is not None and recipe.model.path is not None  # these kinds' own check
             made = Path(recipe.model.path).name
             start = made if made in form.starts else form.starts[-1]  # the last is a stored model otherwise
         yield Stage(name, start, recipe)
