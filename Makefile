@@ -26,7 +26,7 @@ test: lint  ## lint, then every test on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/.dev  ## every comparison against other software, as ratios measured in one process
-	$(BIN)/luciola bench
+	$(BIN)/luciola bench all
 
 clean:  ## forget the installation (runs/ stays)
 	rm -rf $(VENV)

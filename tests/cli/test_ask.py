@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -50,6 +51,26 @@ def test_generate_continues_an_argument_or_its_input(model: str) -> None:
     assert first == luciola_says("generate", model, *options, stdin="1+1").stdout
     assert len(luciola_says("generate", model, "1+1", *options, "-n", "3").stdout.split("\n---\n")) == 3
     assert luciola_says("generate", model, "1+1", "--chat", *options).stdout != ""
+
+
+def test_an_empty_input_is_named_without_a_number(model: str) -> None:
+    result = CliRunner().invoke(app, ["generate", model], input="")
+    assert result.exit_code == 1
+    assert result.stderr == "error: the prompt is empty; give a text, as an argument or on standard input\n"
+
+
+def test_a_schema_may_come_through_a_pipe(model: str) -> None:
+    options = ("--max-tokens", "60", "--seed", "1", "--dtype", "float32")
+    for content, code, expected in (('{"const": 121}', 0, "121\n"), ("[1]", 1, "must hold a JSON object")):
+        reader, writer = os.pipe()
+        os.write(writer, content.encode())
+        os.close(writer)
+        try:
+            result = CliRunner().invoke(app, ["generate", model, "1+1", "--schema", f"/dev/fd/{reader}", *options])
+        finally:
+            os.close(reader)
+        assert result.exit_code == code, result.output
+        assert expected in (result.stderr if code else result.stdout)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +249,16 @@ def test_evaluate_scores_a_text(model: str, tmp_path: Path, monkeypatch: pytest.
     assert both["change"]["perplexity"] == pytest.approx(expected) and expected != 0
     heading, line = luciola_says(*options, "--quantize", "int8").stdout.splitlines()[:2]
     assert heading.split() == ["float32", "int8", "change"] and line.split()[-1] == f"{expected:+.2%}"
+
+
+def test_evaluate_counts_characters_that_the_tokenizer_does_not_have(model: str, tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    for text, unknown in (("What is 1+1? ", 0), ("What ist 1+1 &\n&\n", 4)):
+        path.write_text(text)
+        result = luciola_says("evaluate", model, "--perplexity", str(path), "--dtype", "float32", "--json")
+        assert json.loads(result.stdout)["float32"]["unknown_characters"] == unknown
+        assert (f"does not have {unknown} of the {len(text)} characters of {path}" in result.stderr) == (unknown > 0)
+        assert ("warning" in result.stderr) == (unknown > 0)
 
 
 def test_evaluate_names_what_does_not_go_with_a_text(model: str, tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from luciola import hardware
 from luciola.cli import app
 from luciola.recipe import PretrainRecipe, load
+from luciola.recipe.objective import NAMES
 from luciola.run import Run
 
 RECIPE = """
@@ -149,6 +151,18 @@ def test_a_dry_run_prints_a_whole_recipe_and_starts_nothing(luciola: Callable[..
     assert load(PretrainRecipe, "resolved.toml") == load(PretrainRecipe, "tiny.toml", ["steps=7"])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_objective_can_be_tried_on_the_shipped_recipe(
+    luciola: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(hardware, "gemm_peak", lambda dtype: 1e12)
+    result = luciola("grpo", "quickstart", f"objective.name={name}", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    printed = tomllib.loads(result.stdout)["objective"]
+    assert printed["name"] == name
+    assert NAMES[name].items() <= printed.items()
+
+
 def test_the_result_of_a_run_is_a_table(luciola: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(recipe: PretrainRecipe, resume: bool = False) -> Path:
         assert resume
@@ -197,13 +211,17 @@ def test_bench_runs_what_stands_in_its_folder(
         '"""Decoding against a peer."""\nPEERS = ("peer", "other")\ndef run(against): return {against: 1.25}\n'
     )
     monkeypatch.setattr("luciola.bench.__path__", [str(workplace / "compared")])
-    assert luciola("bench", "--list").stdout == "decode-cli-test: Decoding against a peer.\n"
-    assert "  peer  1.25" in luciola("bench", "--output", "out.json").stdout
+    listed = luciola("bench", "--output", "out.json").stdout
+    assert listed.startswith("decode-cli-test  Decoding against a peer.\n") and "luciola bench all" in listed
+    assert "1.25" not in listed and not Path("out.json").exists()
+    assert "  peer  1.25" in luciola("bench", "all", "--output", "out.json").stdout
     assert json.loads(Path("out.json").read_text()) == {"decode-cli-test": {"peer": 1.25}}
     assert "  other  1.25" in luciola("bench", "decode-cli-test", "--against", "other").stdout
     fails(luciola("bench", "nothing"), 1, "there is no comparison nothing; there are decode-cli-test")
-    assert "cannot be compared with nobody; it knows peer, other" in luciola("bench", "--against", "nobody").stderr
-    several = luciola("bench", "--against", "other,peer", "--output", "out.json").stdout
+    assert (
+        "cannot be compared with nobody; it knows peer, other" in luciola("bench", "all", "--against", "nobody").stderr
+    )
+    several = luciola("bench", "all", "--against", "other,peer", "--output", "out.json").stdout
     assert "  peer.peer    1.25" in several
     assert json.loads(Path("out.json").read_text()) == {
         "decode-cli-test": {"other": {"other": 1.25}, "peer": {"peer": 1.25}}

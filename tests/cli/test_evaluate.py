@@ -86,6 +86,25 @@ def test_killed_and_gone_on_with_the_numbers_are_the_same(model: str, monkeypatc
     assert "holds an evaluation with other settings (seed = 0 there, 5 here)" in result.stderr
 
 
+def test_problems_that_do_not_fit_are_refused_before_any_is_asked(workplace: Path, model: str) -> None:
+    rows = [{"question": "1+1=?", "answer": "2"}, {"question": "1+" * 3000 + "1=?", "answer": "3001"}]
+    (workplace / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = evaluate(model, "arithmetic", "jsonl=sums.jsonl", *OPTIONS, "--output", "found")
+    assert result.exit_code == 1
+    assert "error: jsonl: 1 of 2 problems do not fit into the model's context of 4096 tokens" in result.stderr
+    assert "take a model with a longer context, or another task" in result.stderr
+    assert result.stderr.count("\n") == 1 and not Path("found").exists()
+    (workplace / "sums.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    result = evaluate(model, "jsonl=sums.jsonl", "--samples", "0", "--max-tokens", "4")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_task_that_is_named_twice_is_refused(workplace: Path, model: str) -> None:
+    result = evaluate(model, "countdown", "arithmetic", "countdown", *OPTIONS)
+    assert result.exit_code == 2
+    assert "error: countdown is named twice; name it once" in result.stderr
+
+
 def test_programs_without_bubblewrap_are_refused_with_the_way_to_install_it(
     model: str, monkeypatch: pytest.MonkeyPatch, workplace: Path
 ) -> None:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 
 from luciola import hardware
 from luciola.cli import app
+from luciola.cli.explain import _signed
 
 RECIPE = """
 dtype = "float32"
@@ -90,6 +91,14 @@ def test_the_table_ends_with_three_equal_losses(inside: Callable[..., Result]) -
     assert sums[0] == pytest.approx(sums[1], abs=1e-7)
     assert sums[1] == pytest.approx(sums[2], abs=1e-7)
     assert "Every ratio is 1" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [(0.0, "+0.000000000"), (0.5, "+0.500000000"), (-1e-6, "-0.000001000"), (-6.5e-10, "-6.500e-10")],
+)
+def test_a_tiny_loss_keeps_its_digits(loss: float, text: str) -> None:
+    assert _signed(loss) == text
 
 
 def test_json_holds_every_completion(inside: Callable[..., Result]) -> None:

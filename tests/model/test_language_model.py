@@ -90,6 +90,11 @@ def test_a_model_is_loaded_in_the_dtype_asked_for(tmp_path: Path) -> None:
 
 
 def test_mistakes(tmp_path: Path) -> None:
+    for nothing in (None, 3):
+        with pytest.raises(
+            ValueError, match=f"the model is given as {nothing}; give a path, as text or a Path, or 'pypi"
+        ):
+            luciola.load(nothing)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="does not exist; give a model folder, a GGUF file, a run folder or pypi:NAME"):
         luciola.load(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"config\.json is missing"):

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from luciola.recipe import (
     GrpoRecipe,
+    ObjectiveSection,
     PipelineRecipe,
     PretrainRecipe,
     RecipeError,
@@ -22,6 +23,7 @@ from luciola.recipe import (
     shipped,
     to_toml,
 )
+from luciola.recipe.objective import NAMES
 
 PRETRAIN = """
 steps = 10
@@ -94,6 +96,27 @@ def test_overrides_are_toml_values_or_else_text(tiny: Path, override: str, path:
         recipe = getattr(recipe, part)
     assert recipe == value
     assert type(recipe) is type(value)
+
+
+def test_another_objective_on_the_command_line_starts_from_its_name_alone() -> None:
+    shipped_section = load(GrpoRecipe, "quickstart").objective
+    assert (shipped_section.clip_high, shipped_section.aggregation) == (0.28, "token")
+    for name in NAMES.keys() - {"grpo"}:
+        section = load(GrpoRecipe, "quickstart", [f"objective.name={name}"]).objective
+        assert section == ObjectiveSection(name=name), name
+    assert load(GrpoRecipe, "quickstart", ["objective.name=grpo"]).objective == shipped_section
+    for overrides in (
+        ["objective.clip_high=5e-4", "objective.name=gspo"],
+        ["objective.name=gspo", "objective.clip_high=5e-4"],
+    ):
+        section = load(GrpoRecipe, "quickstart", overrides).objective
+        assert section == ObjectiveSection(name="gspo", clip_high=5e-4)
+
+
+def test_a_stage_of_a_pipeline_takes_another_objective_too() -> None:
+    overridden = load(PipelineRecipe, "r1", ["reasoning_rl.objective.name=cispo"])
+    assert overridden.reasoning_rl["objective"] == {"name": "cispo"}
+    assert overridden.rl_all == load(PipelineRecipe, "r1").rl_all
 
 
 def test_an_override_makes_the_section_it_needs(tiny: Path) -> None:

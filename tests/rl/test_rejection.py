@@ -155,5 +155,8 @@ def test_what_it_wrote_is_right_and_its_counts_add_up(sampling: Callable[..., Re
 
 
 def test_data_without_a_single_right_answer_is_refused(sampling: Callable[..., RejectionRecipe]) -> None:
-    with pytest.raises(ValueError, match=r"none of 24 completions is worth keeping .*malformed"):
-        rejection(sampling("none", steps=1, select={"well_formed": True}))
+    recipe = sampling("none", steps=1, select={"well_formed": True})
+    with pytest.raises(ValueError, match=r"none of 24 completions is worth keeping .*malformed") as failure:
+        rejection(recipe)
+    for mend in (f"delete {recipe.run.folder}/none,", "a higher rejection.steps", "a looser rejection.select"):
+        assert mend in str(failure.value)

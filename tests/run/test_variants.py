@@ -92,3 +92,20 @@ def test_the_command_prints_the_table_and_draws(runs: list[Path], tmp_path: Path
     assert "dr_grpo" in result.stdout and "70.0%" in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
     draw(variants(runs[:1]), picture)  # one run is a variant as well
+
+
+def test_a_picture_that_cannot_be_written_is_named_as_it_was_given(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    for name, sentence in (
+        ("variants.jpg", "variants.jpg: the curves are drawn as PNG; give a name that ends in .png"),
+        ("folder.png", "folder.png is a folder"),
+        ("file/variants.png", "file: "),
+    ):
+        result = CliRunner().invoke(app, ["compare", *map(str, runs), "--output", str(tmp_path / name)])
+        assert result.exit_code == 1 and sentence in result.stderr, result.stderr
+        assert "/." not in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "variants.jpg").exists()
+    fresh = tmp_path / "new" / "variants.PNG"
+    assert CliRunner().invoke(app, ["compare", *map(str, runs), "--output", str(fresh)]).exit_code == 0
+    assert fresh.read_bytes().startswith(b"\x89PNG")

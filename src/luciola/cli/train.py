@@ -58,8 +58,12 @@ def sft(recipe: Recipe, overrides: Overrides = None, resume: Resume = False, dry
 def grpo(recipe: Recipe, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False) -> None:
     """Reinforcement learning from verifiable rewards (GRPO).
 
+    objective.name=NAME with another objective than the recipe's drops the recipe's other keys of [objective].
+
     \b
-    Example: luciola grpo recipes/quickstart.toml optim.lr=2e-4 run.name=try2
+    Examples:
+      luciola grpo recipes/quickstart.toml optim.lr=2e-4 run.name=try2
+      luciola grpo recipes/quickstart.toml objective.name=gspo objective.clip_high=5e-4
     """
     _train(f"grpo {shlex.quote(recipe)}", "grpo", recipe, overrides, resume, dry_run)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,14 @@ def perplexity(
     if not next(iter(scores.values())).tokens:
         raise ValueError(f"{path} has fewer than two tokens, and a prediction needs one to start from; give more text")
     return scores
+
+
+def unknown_characters(tokenizer: Tokenizer, path: Path) -> tuple[int, int]:
+    """How many characters of the text file the tokenizer does not have, and how many the file has."""
+    counts: Counter[str] = Counter()
+    for piece, _ in pieces(path):
+        counts.update(piece)
+    return sum(count for character, count in counts.items() if tokenizer.lacks(character)), counts.total()
 
 
 def pieces(path: Path, characters: int = PIECE) -> Iterator[tuple[str, int]]:

@@ -20,6 +20,7 @@ from luciola.run.records import RecordFile
 from luciola.tasks.base import AsksForPrograms, Problem, Task, encoded, stops_of
 from luciola.tasks.judge import judge
 from luciola.text.tokenizer import Tokenizer
+from luciola.text.untrusted import printable
 from luciola.verify.verdict import Verdict
 
 MAX_TOKENS = 1024
@@ -71,12 +72,11 @@ def evaluate(
         Programs have neither `maj@k` nor `format_rate`: they do not vote, and are not in the R1 form.
 
     Raises:
-        ValueError: the model has no tokenizer, the task no held-out problem, or `kept` holds other problems.
+        ValueError: as of `asked`, or `kept` holds other problems.
     """
-    if lm.tokenizer is None:
-        raise ValueError("this model has no tokenizer, so no problem can be put to it")
+    chosen = asked(lm, task, problems, seed)
+    assert lm.tokenizer is not None  # or they could not have been asked
     engine = engine or Engine(lm)
-    chosen = list(_held_out(task, problems, seed))
     together = max(1, AT_ONCE // (samples + 1))
     judged = _read(kept, chosen, samples, together) if kept is not None else []
     if judged:
@@ -109,6 +109,28 @@ def evaluate(
     if file is not None:
         file.close()
     return Evaluation(figures(judged, answers=not isinstance(task, AsksForPrograms)), judged)
+
+
+def asked(lm: LanguageModel, task: Task, problems: int, seed: int) -> list[Problem]:
+    """The held-out problems that an evaluation puts to the model.
+
+    Raises:
+        ValueError: the model has no tokenizer, the task no held-out problem, or one leaves no room in the model's
+            context for an answer.
+    """
+    if lm.tokenizer is None:
+        raise ValueError("this model has no tokenizer, so no problem can be put to it")
+    chosen = list(_held_out(task, problems, seed))
+    context = lm.config.max_position_embeddings
+    lengths = {problem.key: len(encoded(lm.tokenizer, task, problem)) for problem in chosen}
+    long = [key for key, length in lengths.items() if length >= context]
+    if long:
+        raise ValueError(
+            f"{task.name}: {len(long)} of {len(chosen)} problems do not fit into the model's context of {context} "
+            f"tokens with room for an answer, first of all {printable(long[0], 60)} with {lengths[long[0]]} tokens; "
+            "take a model with a longer context, or another task"
+        )
+    return chosen
 
 
 def _attempts(

@@ -31,7 +31,11 @@ def load(Model: type[M], name: str | Path, overrides: Sequence[str] = ()) -> M:
 
 
 def assemble(Model: type[M], data: dict[str, Any], overrides: Sequence[str], origin: str) -> M:
-    """`data`, which came from `origin`, as a `Model` with overrides applied; RecipeError says where a mistake is."""
+    """`data`, which came from `origin`, as a `Model` with overrides applied; RecipeError says where a mistake is.
+
+    An override of objective.name with another objective drops what `data` says about the parts of its own one.
+    """
+    _drop_other_objectives(data, overrides)
     written: dict[Location, str] = {}  # where each override went, and its text
     for override in overrides:
         written[_apply(data, override)] = override
@@ -101,6 +105,21 @@ def _apply(data: dict[str, Any], override: str) -> Location:
             raise RecipeError(f"override {override}: {'.'.join(parts[:depth])} is a value, not a section")
     table[parts[-1]] = _value(text)
     return parts
+
+
+def _drop_other_objectives(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Empties each [objective] of `data` that an override gives another name: its parts were chosen for the old one,
+    and an override could not take them out."""
+    for override in overrides:
+        key, _, text = override.partition("=")
+        *sections, name = (part.strip() for part in key.split("."))
+        if name != "name" or sections[-1:] != ["objective"]:
+            continue
+        section: Any = data
+        for part in sections:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and section.get("name", "grpo") != _value(text):
+            section.clear()
 
 
 def _value(text: str) -> Any:

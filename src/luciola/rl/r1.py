@@ -28,7 +28,7 @@ from luciola.recipe.pipeline import STAGES, Stage, plan, stage_named
 from luciola.rl import r1_table as table
 from luciola.rl.grpo import grpo
 from luciola.rl.rejection import rejection
-from luciola.run import atomic_write, progress
+from luciola.run import atomic_write, progress, refuse_other_settings
 from luciola.train.pretrain import pretrain
 from luciola.train.sft import sft
 
@@ -60,10 +60,14 @@ def r1(
     for stage in stages[: stages.index(chosen[0])]:
         if not (stage.folder / "summary.json").exists():
             raise ValueError(f"stage {stage.name} has not finished, so --from {first} has nothing to begin with")
+    for stage in chosen:  # all of them before anything is written, so that a refused pipeline stays as it was
+        refuse_other_settings(stage.recipe)
+        _refuse_other_inputs(stage, folder)
     atomic_write(folder / "pipeline.toml", to_toml(recipe))
     for stage in chosen:
         print(f"{stage.name}: {STAGES[stage.name].description}", file=sys.stderr)
-        _refuse_other_inputs(stage, folder)
+        inputs = _refuse_other_inputs(stage, folder)  # again, now that the stages before it are there
+        atomic_write(stage.folder / "inputs.json", json.dumps(inputs, indent=2) + "\n")
         RUNNERS[stage.recipe.kind](stage.recipe, resume=True)
         if not isinstance(stage.recipe, RejectionRecipe):
             measure(stage, recipe)
@@ -106,8 +110,12 @@ def measure(stage: Stage, recipe: PipelineRecipe) -> None:
     evaluation_folder.finish(folder, stage.name, {table.TASK: Evaluation(figures, found.judged)})
 
 
-def _refuse_other_inputs(stage: Stage, folder: Path) -> None:
-    """ValueError where an earlier stage was made anew, with another result, since this one began."""
+def _refuse_other_inputs(stage: Stage, folder: Path) -> dict[str, str]:
+    """The digests of what a stage starts from, as far as it is there, by file.
+
+    Raises:
+        ValueError: an earlier stage was made anew, with another result, since this one began.
+    """
     files: list[Path] = []
     if stage.start is not None and (folder / stage.start).is_dir():
         files += sorted((folder / stage.start / "model").glob("*.safetensors"))
@@ -123,7 +131,7 @@ def _refuse_other_inputs(stage: Stage, folder: Path) -> None:
                 f"{stage.folder} was begun from another {changed[0]} than is there now; delete {stage.folder} to make "
                 "it anew from this one"
             )
-    atomic_write(kept, json.dumps(ours, indent=2) + "\n")
+    return ours
 
 
 def _digest(path: Path) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from luciola.recipe import check, read_toml
 from luciola.recipe.pipeline import STAGES, Stage
 from luciola.run import atomic_write
 
@@ -16,8 +17,12 @@ HEADING = ("stage", "what", "steps", "minutes", "held out", "95 % interval", "th
 
 
 def write(folder: Path, stages: Sequence[Stage]) -> None:
-    """Write table.json and table.md: a row a stage, in their order; those that have not finished have no figures."""
-    rows = [_row(stage) for stage in stages]
+    """Write table.json and table.md: a row a stage, in their order; those that have not finished have no figures.
+
+    Stages that were left out this time and have a folder from an earlier one are among them.
+    """
+    found = [*stages, *_left_out(folder, {stage.name for stage in stages})]
+    rows = [_row(stage) for stage in sorted(found, key=lambda stage: list(STAGES).index(stage.name))]
     atomic_write(folder / "table.json", json.dumps(rows, indent=2) + "\n")
     lines = cells(rows)
     ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
@@ -53,6 +58,21 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             line += ["not finished", "", ""]
         lines.append(line + [f"{row['parts'][part]:.1%}" if part in row.get("parts", {}) else "" for part in parts])
     return lines
+
+
+def _left_out(folder: Path, planned: Collection[str]) -> Iterator[Stage]:
+    """The stages in the folder that are not planned, as their own recipes tell."""
+    for name, form in STAGES.items():
+        file = folder / name / "recipe.toml"
+        if name in planned or not file.exists():
+            continue
+        recipe = check(form.Recipe, read_toml(file) | {"run": {"name": name, "folder": str(folder)}}, str(file))
+        start = None
+        if form.starts:
+            assert recipe.model is not None and recipe.model.path is not None  # these kinds' own check
+            made = Path(recipe.model.path).name
+            start = made if made in form.starts else form.starts[-1]  # the last is a stored model otherwise
+        yield Stage(name, start, recipe)
 
 
 def _row(stage: Stage) -> dict[str, Any]:

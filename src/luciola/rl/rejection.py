@@ -64,8 +64,9 @@ def rejection(recipe: RejectionRecipe, resume: bool = False) -> Path:
         if not selected.kept:
             reasons = ", ".join(f"{count} {reason}" for reason, count in selected.refused.most_common())
             raise ValueError(
-                f"{run.path}: none of {len(candidates)} completions is worth keeping ({reasons}); sample more of them, "
-                "from a model that can do the task, or loosen [select]"
+                f"{run.path}: none of {len(candidates)} completions is worth keeping ({reasons}); delete {run.path}, "
+                "then sample more (a higher rejection.steps), keep more (a looser rejection.select) or start from a "
+                "model that can do the task"
             )
         rows = [{"messages": row["messages"]} for row in selected.kept] + general
         random.Random(f"{recipe.seed}/rejection").shuffle(rows)

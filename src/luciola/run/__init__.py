@@ -6,7 +6,7 @@ lists and compares runs.
 """
 
 from luciola.run.compare import RunInfo, differences, list_runs
-from luciola.run.folder import Run
+from luciola.run.folder import Run, refuse_other_settings
 from luciola.run.progress import duration, progress
 from luciola.run.publish import atomic_write, publish_file, publish_folder, recover_folder
 from luciola.run.records import read_records
@@ -23,4 +23,5 @@ __all__ = [
     "publish_folder",
     "read_records",
     "recover_folder",
+    "refuse_other_settings",
 ]

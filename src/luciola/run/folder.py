@@ -72,7 +72,7 @@ class Run:
                     raise ValueError(f"the run {path} has finished (luciola chat {path}); choose another run.name=NAME")
                 raise ValueError(f"the run {path} exists; continue it with --resume, or choose another run.name=NAME")
             if kept:
-                _refuse_other_settings(stored, recipe)
+                refuse_other_settings(recipe)
                 dtype = _reopen(path, recipe)
             else:
                 dtype = _start(path, recipe, kind)
@@ -203,7 +203,11 @@ def _reopen(path: Path, recipe: Recipe) -> str:
     return str(facts["dtype"])
 
 
-def _refuse_other_settings(stored: Path, recipe: Recipe) -> None:
+def refuse_other_settings(recipe: Recipe) -> None:
+    """ValueError where the recipe's run has begun with other settings; those of [run] may differ."""
+    stored = Path(recipe.run.folder, recipe.run.name, "recipe.toml")
+    if not stored.exists() or not _has_begun(stored.parent):
+        return
     before = check(type(recipe), read_toml(stored), where=str(stored))
     changed = [change for change in differences(before, recipe) if not change[0].startswith("run.")]
     if changed:

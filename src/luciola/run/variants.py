@@ -15,6 +15,7 @@ from typing import Any
 from luciola.recipe import read_toml
 from luciola.run.compare import flat, run_kind
 from luciola.run.curves import LEAF, NIGHT, QUIET, held_out
+from luciola.run.publish import publish_file
 from luciola.run.records import read_records
 
 COLORS = ("#e0a100", LEAF, NIGHT, "#b4532a", "#6a5a9c", "#3f87b5", QUIET)
@@ -106,9 +107,8 @@ def draw(found: Sequence[Variant], path: Path) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with publish_file(path) as unfinished:
+        figure.savefig(unfinished, format="png")
 
 
 def _variant(label: str, paths: Sequence[Path], settings: Mapping[Path, Mapping[str, Any]]) -> Variant:

@@ -106,6 +106,15 @@ class Tokenizer:
             raise ValueError(f"The tokenizer cannot encode {shortened(text)}: {printable(str(error))}.") from error
         return ids
 
+    def lacks(self, character: str) -> bool:
+        """Whether the character is lost: it becomes the token for what is unknown, or none (white space may do that).
+
+        A tokenizer that falls back to bytes lacks nothing.
+        """
+        ids = self.encode(character)
+        unknown = {self.token_id(name) for name in (getattr(self._backend.model, "unk_token", None), UNKNOWN) if name}
+        return not unknown.isdisjoint(ids) or not (ids or character.isspace())
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids beyond the vocabulary (padding rows of an embedding) decode to nothing."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)

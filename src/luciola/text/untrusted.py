@@ -14,12 +14,20 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in the JSON file `path`.
 
     Raises:
-        ValueError: there is no such file, `read_text` refuses it, it is not JSON (in which there is no NaN), it does
-            not hold an object, or a key in it appears twice or is not printable.
+        ValueError: there is no such file, or `read_text` or `parse_json` refuses it.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing or no file; is {path.parent} a model in Hugging Face layout?")
-    text = read_text(path)
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, path: Path) -> dict[str, Any]:
+    """The object in the JSON text of the file `path`.
+
+    Raises:
+        ValueError: it is not JSON (in which there is no NaN), it does not hold an object, or a key in it appears twice
+            or is not printable.
+    """
     try:
         content = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

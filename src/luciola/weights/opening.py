@@ -1,5 +1,6 @@
 """Which file or folder a user means, opened as a Checkpoint."""
 
+import os
 from pathlib import Path
 
 from luciola.weights import gguf, hf, peft
@@ -16,6 +17,8 @@ def open_checkpoint(path: str | Path, adapters: int = MOST_ADAPTERS) -> Checkpoi
     Raises:
         ValueError: nothing is there, or what is there cannot be read; one sentence says why.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"the model is given as {path!r}; give a path, as text or a Path, or 'pypi:NAME'")
     if isinstance(path, str) and path.startswith(PACKAGE_PREFIX):
         path = gguf.find_packaged(path.removeprefix(PACKAGE_PREFIX))
     path = Path(path).expanduser()

@@ -145,3 +145,27 @@ def test_an_evaluation_with_other_settings_is_made_anew(tiny: Make) -> None:
     r1(tiny(), "tiny.toml", last="base")
     folder = r1(tiny(evaluate={"problems": 5, "max_tokens": 12}), "tiny.toml", last="base")
     assert table.read(folder)[0]["problems"] == 5
+
+
+def test_a_refused_pipeline_leaves_its_records_as_they_were(tiny: Make) -> None:
+    folder = r1(tiny(), "tiny.toml", last="reasoning_rl")
+    files = [folder / name for name in ("pipeline.toml", "table.json", "table.md")]
+    before = [file.read_bytes() for file in files]
+    changed = tiny(rl_all={**tiny().rl_all, "seed": 5})
+    with pytest.raises(ValueError, match=r"reasoning_rl was started with other settings \(model.path = "):
+        r1(changed, "tiny.toml", skip=["cold_start"])
+    assert [file.read_bytes() for file in files] == before
+    kept = folder / "reasoning_rl" / "inputs.json"
+    kept.write_text(json.dumps(dict.fromkeys(json.loads(kept.read_text()), "of another cold start")))
+    with pytest.raises(ValueError, match="reasoning_rl was begun from another"):
+        r1(changed, "tiny.toml")
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_the_table_shows_stages_that_are_there_and_left_out(tiny: Make) -> None:
+    folder = r1(tiny(), "tiny.toml", last="cold_start")
+    row = table.read(folder)[1]
+    assert row["stage"] == "cold_start" and "accuracy" in row
+    r1(tiny(), "tiny.toml", skip=["cold_start"], last="base")
+    assert table.read(folder)[1] == row
+    assert [row["stage"] for row in table.read(folder)] == list(STAGES)
