@@ -284,6 +284,7 @@ def test_threads_leave_no_memory_behind(lm: LanguageModel) -> None:
     assert resident() - before < 12 << 20
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_reaches_a_listener_at_once_and_no_block_is_lost(lm: LanguageModel) -> None:
     """What is called when a completion ends may take its time, or hang."""
     engine, began = Engine(lm, dtype="model"), time.monotonic()

@@ -36,6 +36,7 @@ SETTINGS = [
     "optim.warmup_steps=0",
     "evaluate.every=1",
     "evaluate.problems=200",
+    *("objective.clip_low=0.2", "objective.clip_high=0.28", "objective.aggregation=token"),  # of both alike
 ]
 METHODS: dict[str, list[str]] = {
     "grpo": ["objective.name=grpo"],
