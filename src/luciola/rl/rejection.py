@@ -20,14 +20,15 @@ import torch
 
 from luciola.data.documents import read_records as read_rows
 from luciola.engine.engine import Engine
-from luciola.engine.params import SamplingParams
 from luciola.engine.sampler import derived_seed
 from luciola.model.language_model import LanguageModel, load
 from luciola.recipe import RejectionRecipe
 from luciola.recipe.pipeline import SFT_FILE, GeneralSection, SelectSection
 from luciola.rl.reward import refuse_failures
+from luciola.rl.rollout import sampling
 from luciola.run import Run, atomic_write, read_records
 from luciola.run.records import RecordFile
+from luciola.tasks.base import encoded
 from luciola.tasks.judge import Judging
 from luciola.text.tokenizer import Tokenizer
 from luciola.train.stopping import stop_on_signal
@@ -164,19 +165,10 @@ def _step(engine: Engine, tokenizer: Tokenizer, recipe: RejectionRecipe, step: i
     settings, task = recipe.rollout, recipe.task
     first = step * settings.prompts
     problems = [task.problem("train", first + i, recipe.seed) for i in range(settings.prompts)]
-    params = [
-        SamplingParams(
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            n=settings.group_size,
-            seed=derived_seed(recipe.seed, step, i),
-        )
-        for i in range(settings.prompts)
-    ]
-    completions = engine.generate([tokenizer.chat(task.messages(problem)) for problem in problems], params)
+    params = sampling(settings, task, [derived_seed(recipe.seed, step, i) for i in range(settings.prompts)])
+    prompts = [encoded(tokenizer, task, problem) for problem in problems]
     with Judging(task, problems) as judging:
+        completions = engine.generate(prompts, params, ended=lambda i, completion: judging.add(i, completion.text))
         each = judging.each([[c.text for c in group] for group in completions])
         verdicts = refuse_failures(each, [len(group) for group in completions], step)
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,10 +16,10 @@ from luciola.engine.engine import Engine
 from luciola.engine.params import SamplingParams
 from luciola.engine.sampler import derived_seed
 from luciola.engine.sequence import Completion
-from luciola.recipe import GrpoRecipe
+from luciola.recipe import GrpoRecipe, RolloutSection
 from luciola.rl.advantage import spread
 from luciola.rl.reward import refuse_failures, rewards
-from luciola.tasks.base import GradesSteps, Problem, encoded, stops_of
+from luciola.tasks.base import GradesSteps, Problem, Task, encoded, stops_of
 from luciola.tasks.judge import Judging
 from luciola.text.tokenizer import Tokenizer
 from luciola.text.untrusted import shortened
@@ -110,6 +111,23 @@ def rollout(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int)
     return found
 
 
+def sampling(settings: RolloutSection, task: Task, seeds: Iterable[int], **recorded: Any) -> list[SamplingParams]:
+    """How to sample a group for each seed; `recorded` says what else is kept of a completion."""
+    return [
+        SamplingParams(
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            n=settings.group_size,
+            seed=seed,
+            stop=stops_of(task),
+            **recorded,
+        )
+        for seed in seeds
+    ]
+
+
 def _round(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int, number: int, count: int) -> Rollout:
     """Groups for the first `count` problems of round `number`; every round has problems and seeds of its own."""
     settings, task, objective = recipe.rollout, recipe.task, recipe.objective
@@ -117,21 +135,14 @@ def _round(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int, 
     first = step * settings.prompts * (objective.refills + 1) + place
     problems = [task.problem("train", first + i, recipe.seed) for i in range(count)]
     prompts = [encoded(tokenizer, task, problem) for problem in problems]
-    params = [
-        SamplingParams(
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            n=settings.group_size,
-            seed=derived_seed(recipe.seed, step, place + i),
-            stop=stops_of(task),
-            logprobs=True,
-            routes=recipe.grpo.replay_routes,
-            kept_tokens=objective.keep_sampling_mask,
-        )
-        for i in range(count)
-    ]
+    params = sampling(
+        settings,
+        task,
+        [derived_seed(recipe.seed, step, place + i) for i in range(count)],
+        logprobs=True,
+        routes=recipe.grpo.replay_routes,
+        kept_tokens=objective.keep_sampling_mask,
+    )
     began = time.perf_counter()
     with Judging(task, problems) as judging:  # of what has ended, while the rest is sampled
         completions = engine.generate(prompts, params, ended=lambda i, completion: judging.add(i, completion.text))
