@@ -1,27 +1,30 @@
 """Recipes: what a run shall do, as a TOML file that is checked before anything starts.
 
-`schema.py` says which keys there are, `check.py` turns a mistake into one sentence, `files.py` reads and writes.
+`schema.py`, `grpo.py`, `objective.py` and `pipeline.py` say which keys there are, `check.py` turns a mistake into one
+sentence, `files.py` reads and writes.
 
     recipe = load(GrpoRecipe, "quickstart", ["grpo.steps=20", "run.name=try2"])
 """
 
 from luciola.recipe.check import RecipeError, check, documented_keys
 from luciola.recipe.files import assemble, load, read_toml, resolve, shipped, to_toml
-from luciola.recipe.objective import ObjectiveSection
-from luciola.recipe.pipeline import PipelineRecipe, RejectionRecipe
-from luciola.recipe.schema import (
+from luciola.recipe.grpo import (
     CriticSection,
     EvaluateSection,
     GrpoRecipe,
     GrpoSection,
+    RewardSection,
+    RolloutSection,
+)
+from luciola.recipe.objective import ObjectiveSection
+from luciola.recipe.pipeline import PipelineRecipe, RejectionRecipe
+from luciola.recipe.schema import (
     LoraSection,
     ModelSection,
     OptimSection,
     PretrainDataSection,
     Pretraining,
     PretrainRecipe,
-    RewardSection,
-    RolloutSection,
     RunSection,
     SftDataSection,
     SftRecipe,

@@ -11,8 +11,9 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from luciola.recipe.check import Location, RecipeError, check, first_error, nearest, validate
+from luciola.recipe.grpo import GrpoRecipe
 from luciola.recipe.pipeline import PipelineRecipe
-from luciola.recipe.schema import GrpoRecipe, PretrainRecipe, SftRecipe
+from luciola.recipe.schema import PretrainRecipe, SftRecipe
 
 M = TypeVar("M", bound=BaseModel)
 

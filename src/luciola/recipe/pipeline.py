@@ -13,15 +13,14 @@ from typing import Any, ClassVar, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from luciola.recipe.check import RecipeError, check, nearest
+from luciola.recipe.grpo import GrpoRecipe, RolloutSection
 from luciola.recipe.schema import (
     Amount,
     Count,
     CountOrZero,
     Dtype,
-    GrpoRecipe,
     ModelSection,
     PretrainRecipe,
-    RolloutSection,
     RunSection,
     Section,
     SftRecipe,
