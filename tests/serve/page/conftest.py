@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,18 @@ from typing import Any
 import pytest
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-QUIET = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --disable-default-apps --hide-scrollbars"
-).split()
+QUIET = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--disable-default-apps",
+]
 
 if "scripted" not in sys.modules:  # tests are imported by their paths: a neighbour is found only by its own
     _spec = importlib.util.spec_from_file_location("scripted", Path(__file__).parent / "scripted.py")
@@ -45,7 +54,11 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     downloads = tmp_path_factory.mktemp("downloads")
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    preferences = {
+        "download.default_directory": str(downloads),
+        "profile.default_content_setting_values.automatic_downloads": 1,
+    }
+    options.add_experimental_option("prefs", preferences)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     for flag in [*QUIET, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]:
         options.add_argument(flag)
@@ -58,7 +71,8 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 # What must never happen on the page is noted in window.__seen: alerts, and all that the policy had to forbid.
 WATCH = """
 window.__seen = [];
-addEventListener("securitypolicyviolation", (e) => window.__seen.push(`policy: ${e.violatedDirective} ${e.blockedURI}`));
+const forbidden = (e) => window.__seen.push(`policy: ${e.violatedDirective} ${e.blockedURI}`);
+addEventListener("securitypolicyviolation", forbidden);
 for (const name of ["alert", "confirm", "prompt", "eval"]) window[name] = () => window.__seen.push(name);
 addEventListener("error", (e) => window.__seen.push(`error: ${e.message}`));
 addEventListener("unhandledrejection", (e) => window.__seen.push(`rejection: ${e.reason}`));
@@ -80,9 +94,13 @@ class Page:
         return self.driver.execute_script(script, *arguments)
 
     def until(self, condition: Callable[[], Any], seconds: float = 10) -> Any:
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        return WebDriverWait(self.driver, seconds, 0.03).until(lambda _: condition())
+        end = time.monotonic() + seconds
+        while not (found := condition()):
+            assert time.monotonic() < end, (
+                f"not so within {seconds} s; the page says:\n{self.one('#page').text[-2000:]}"
+            )
+            time.sleep(0.03)
+        return found
 
     def all(self, selector: str) -> list[Any]:
         return list(self.driver.find_elements("css selector", selector))

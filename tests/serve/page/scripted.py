@@ -24,8 +24,8 @@ import luciola.serve
 
 STATIC = Path(luciola.serve.__file__).parent / "static"
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
@@ -69,7 +69,7 @@ class Scripted:
 
     def start(self) -> None:
         config = uvicorn.Config(
-            self._app(), port=self.port, log_level="error", timeout_graceful_shutdown=0, lifespan="off"
+            self._app(), port=self.port, log_level="critical", timeout_graceful_shutdown=0, lifespan="off"
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)

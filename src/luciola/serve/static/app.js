@@ -89,7 +89,7 @@ async function remove(id) {
 
 const pending = new Map(); // conversation id -> timer of its next save
 
-/** Writes a conversation down, at most once a second while it keeps changing. */
+/** Writes a conversation down, at most three times a second while it keeps changing. */
 function save(conversation, soon = true) {
   if (!conversations.has(conversation.id)) return;
   if (!soon && pending.has(conversation.id)) return;
@@ -104,7 +104,7 @@ function save(conversation, soon = true) {
     );
   };
   if (soon) write();
-  else pending.set(conversation.id, setTimeout(write, 1000));
+  else pending.set(conversation.id, setTimeout(write, 300));
 }
 
 /** Takes over what another tab added; the objects that a running answer writes to stay the same. */

@@ -31,6 +31,19 @@ export function maths(tex, display) {
   return el("math", [body], display ? { display: "block" } : {});
 }
 
+function operand(element) {
+  return element !== undefined && (element.localName !== "mo" || /^[)\]}|!⟩⌋⌉‖′]$/.test(element.textContent));
+}
+
+/** As in TeX, there is no space around the operators of a script. */
+function tighten(script) {
+  for (const operator of [script, ...script.querySelectorAll("mo")]) {
+    if (operator.localName !== "mo") continue;
+    operator.setAttribute("lspace", "0.05em");
+    operator.setAttribute("rspace", "0.05em");
+  }
+}
+
 class Parser {
   constructor(tex) {
     this.tokens = tex.match(TOKEN)?.filter((token) => !/^%./.test(token)) ?? [];
@@ -82,7 +95,10 @@ class Parser {
         found.splice(0, found.length, el("mfrac", [row([...found]), row(this.until(...ends))]));
       } else {
         const atom = this.scripted(ends);
-        if (atom) found.push(atom);
+        if (!atom) continue;
+        // A sign that follows no operand belongs to what comes next, and stands close to it.
+        if (atom.localName === "mo" && "−+±∓".includes(atom.textContent) && !operand(found.at(-1))) atom.setAttribute("form", "prefix");
+        found.push(atom);
       }
     }
     this.alphabet = alphabet;
@@ -115,6 +131,7 @@ class Parser {
     }
     if (primes.length) sup = row(sup ? [...primes, sup] : primes);
     if (!sub && !sup) return base;
+    for (const script of [sub, sup]) if (script) tighten(script);
     const under = limits || base.classList.contains("limits");
     if (sub && sup) return el(under ? "munderover" : "msubsup", [base, sub, sup]);
     if (sub) return el(under ? "munder" : "msub", [base, sub]);
@@ -154,6 +171,7 @@ class Parser {
       return el("mi", [letter], this.alphabet ? { mathvariant: "normal" } : {});
     }
     if ("([])|".includes(token)) return mo(token, { stretchy: "false" });
+    if (".!/".includes(token)) return mo(token, { lspace: "0", rspace: "0" });
     return mo({ "-": "−", "*": "∗" }[token] ?? token);
   }
 

@@ -122,7 +122,7 @@ export class MessageView {
     this.notice.hidden = !words;
     this.notice.className = `notice ${end === "error" || end === "lost" || live ? "fault" : ""}`;
     this.notice.replaceChildren(words ?? "");
-    if (words && end !== "length" && end !== "stop") {
+    if (words && end !== "length" && end !== "stopped") {
       const retry = make("button", "quiet", "Retry");
       retry.type = "button";
       retry.onclick = () => this.actions.regenerate(this.node);
