@@ -9,13 +9,15 @@ const PUNCTUATION = /[\p{P}\p{S}]/u;
 const CJK = /[\p{sc=Han}\p{sc=Hiragana}\p{sc=Katakana}\p{sc=Hangul}]/u;
 const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", hellip: "…", mdash: "—", ndash: "–", times: "×" };
 
-/** A text node in which characters that silently reorder what is read (bidi embeddings, overrides) are made visible. */
+/** A text node in which characters that silently reorder what is read (bidi embeddings, overrides) are made visible,
+ * and half a surrogate pair is the sign for what cannot be read. */
 export function plain(text) {
   return document.createTextNode(visible(text));
 }
 
 export function visible(text) {
-  return text.replace(/[\u202a-\u202e\u2066-\u2069]/g, (c) => `⟨U+${c.charCodeAt(0).toString(16).toUpperCase()}⟩`);
+  const whole = text.toWellFormed?.() ?? text;
+  return whole.replace(/[\u202a-\u202e\u2066-\u2069]/g, (c) => `⟨U+${c.charCodeAt(0).toString(16).toUpperCase()}⟩`);
 }
 
 /** The address if following it is harmless, else null. */

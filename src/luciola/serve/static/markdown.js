@@ -42,7 +42,9 @@ export class Markdown {
   place(i, block) {
     const old = this.blocks[i];
     this.blocks[i] = block;
-    if (old && old.kind === block.kind && old.source.trimEnd() === block.source.trimEnd() && old.closed === block.closed) {
+    const same = old && old.kind === block.kind && old.closed === block.closed;
+    // Blank lines behind a block mean nothing, but in code they do.
+    if (same && (block.kind === "code" ? old.source === block.source : old.source.trimEnd() === block.source.trimEnd())) {
       block.node = old.node;
       return;
     }

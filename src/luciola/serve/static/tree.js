@@ -81,7 +81,7 @@ export function prompt(conversation, parent, history) {
   for (let at = conversation.nodes[parent]; at; at = conversation.nodes[at.parent]) above.unshift(at);
   const messages = (history ? above : above.slice(-1))
     .filter((node) => node.role === "user" || node.content)
-    .map(({ role, content }) => ({ role, content }));
+    .map(({ role, content }) => ({ role, content: content.toWellFormed?.() ?? content }));
   if (conversation.system) messages.unshift({ role: "system", content: conversation.system });
   return messages;
 }
