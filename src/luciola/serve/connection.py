@@ -1,0 +1,146 @@
+"""One client's connection: uvicorn's httptools protocol, with bounds on what a client may send and how long it takes.
+
+httptools keeps a header until it is complete, however long it grows, and uvicorn waits for a request's head for ever.
+Here a head has a size and a deadline, a client that reads nothing of its reply is let go, and when connections run out
+the one that has said nothing for longest makes room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from luciola.serve.guard import LINGER, ServerSettings, error_body, log_request, reason
+
+MAX_HEAD = 32 * 1024  # bytes of a request line with its headers, and of anything else that is no body
+MAX_PIPELINED = 64  # requests on one connection that wait for the reply to an earlier one
+
+
+class Connection(HttpToolsProtocol):
+    """`silent` is shared by all connections: those that owe us a request's head, the longest silent first.
+
+    `most` bounds the number of connections, as the settings do.
+    """
+
+    def __init__(self, settings: ServerSettings, silent: dict[Connection, None], most: int, **uvicorn: Any) -> None:
+        super().__init__(**uvicorn)
+        self._settings, self._silent = settings, silent
+        self._most = min(settings.max_connections, most)
+        self._unparsed = 0  # bytes read since the parser last handed on a head or a piece of a body
+        self._refused = False
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._most:
+            if not self._silent:
+                self._write_refusal(503, "too many connections are open; try again later")
+                transport.close()
+                return
+            longest_silent = next(iter(self._silent))
+            del self._silent[longest_silent]
+            longest_silent.transport.abort()
+        self._silent[self] = None
+        self._start_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timers()
+        self._silent.pop(self, None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        self._unparsed += len(data)
+        if self._head_timer is None and self in self._silent:
+            self._start_head_timer()  # the next request on a connection kept alive
+        super().data_received(data)
+        if self._unparsed > MAX_HEAD:
+            self._refuse_head()
+
+    def on_headers_complete(self) -> None:
+        # All of the head may have come in one read that was larger than what is allowed.
+        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > MAX_HEAD:
+            self._refuse_head()
+            raise ValueError("refused")  # stops the parser
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self.refuse(400, f"more than {MAX_PIPELINED} requests wait on this connection; await replies first")
+            raise ValueError("refused")
+        super().on_headers_complete()
+        self._unparsed = 0
+        self._silent.pop(self, None)
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def on_body(self, body: bytes) -> None:
+        self._unparsed = 0
+        super().on_body(body)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            self._silent[self] = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self._settings.write_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        self.refuse(400, "this is not a valid HTTP/1.1 request")
+
+    def refuse(self, status: int, message: str) -> None:
+        """Answer bytes that make no request, and close; nothing more of what the client sends is parsed."""
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        self._stop_timers()
+        self._silent.pop(self, None)
+        self.pipeline.clear()
+        if self.cycle is not None and not self.cycle.response_complete:
+            if self.cycle.response_started:  # an answer now would land in the midst of another
+                self.transport.abort()
+                return
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self._write_refusal(status, message)
+        # Closing with bytes unread resets the connection, and a client still sending would never see the answer: so
+        # read on for a moment, and throw away.
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._head_timer = self.loop.call_later(LINGER, self.transport.abort)
+
+    def _refuse_head(self) -> None:
+        self.refuse(431, f"the request's line and headers exceed {MAX_HEAD} bytes")
+
+    def _write_refusal(self, status: int, message: str) -> None:
+        body = error_body(status, message)
+        head = (
+            f"HTTP/1.1 {status} {reason(status)}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        )
+        self.transport.write(head.encode() + b"x-content-type-options: nosniff\r\nconnection: close\r\n\r\n" + body)
+        if self._settings.access_log:
+            log_request(client=self.client[0] if self.client else None, status=status, refused=message)
+
+    def _start_head_timer(self) -> None:
+        self._head_timer = self.loop.call_later(self._settings.head_timeout, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        if self._unparsed:
+            self.refuse(408, f"the request's headers took longer than {self._settings.head_timeout:g} seconds")
+        else:
+            self.transport.abort()
+
+    def _stop_timers(self) -> None:
+        for timer in (self._head_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
