@@ -146,6 +146,11 @@ class Engine:
         return self._weights.model
 
     @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokens that end a completion."""
+        return self._ends
+
+    @property
     def quantization(self) -> Report | None:
         """Which matrices have how many bits; None without `quantize`."""
         return self._weights.report
