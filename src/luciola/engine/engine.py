@@ -249,10 +249,12 @@ class Engine:
     ) -> AsyncIterator[Delta]:
         """Yield what each step adds to the completions of a prompt; the last delta of each brings the whole.
 
-        Many of these may run at once, in one or several event loops: one thread of the engine serves them together.
+        Many of these may run at once, in one or several event loops: one thread of the engine serves them together, and
+        prompts are made ready (encoded, grammars compiled) in threads of asyncio's, so that no event loop waits.
         Closing the iterator, or cancelling the task that reads it, ends the request and frees its blocks within a step.
         """
-        (rows,) = self._requests.sequences([prompt], params, priority, streamed=True)
+        prepare = partial(self._requests.sequences, [prompt], params, priority, streamed=True)
+        (rows,) = await asyncio.to_thread(prepare)  # cancelled meanwhile, nothing has begun
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
 

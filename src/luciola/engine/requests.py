@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import operator
+import threading
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
-from functools import cached_property
 
 from luciola.engine.grammar import GrammarCompiler
 from luciola.engine.params import SamplingParams
@@ -27,6 +27,8 @@ class Requests:
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None, most: int, ends: Iterable[int]) -> None:
         self._config, self._tokenizer, self._most, self._ends = config, tokenizer, most, sorted(ends)
         self._numbers = itertools.count()
+        self._first = threading.Lock()
+        self._made: GrammarCompiler | None = None
 
     def sequences(
         self,
@@ -120,8 +122,11 @@ class Requests:
             raise ValueError(f"prompt {i} has token {bad}, outside the vocabulary of {self._config.vocab_size}")
         return ids
 
-    @cached_property
+    @property
     def _compiler(self) -> GrammarCompiler:
         if self._tokenizer is None:
             raise ValueError("a grammar needs a tokenizer, and this model has none")
-        return GrammarCompiler(self._tokenizer, self._config.vocab_size, self._ends)
+        with self._first:  # of several threads one makes it
+            if self._made is None:
+                self._made = GrammarCompiler(self._tokenizer, self._config.vocab_size, self._ends)
+        return self._made

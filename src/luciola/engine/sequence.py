@@ -57,11 +57,19 @@ class Completion:
 
 @dataclass(slots=True)
 class Delta:
-    """What a step added to completion number `index` of a request."""
+    """What a step added to completion number `index` of a request.
+
+    Attributes:
+        text: what has become certain; a text that may become a stop text is held back, so it may lag behind the tokens.
+        token_ids: the new tokens.
+        logprobs, top_logprobs: of these tokens, as in `Completion`, where the parameters ask for them.
+    """
 
     index: int
     text: str
     token_ids: list[int]
+    logprobs: list[float] | None = None
+    top_logprobs: list[dict[int, float]] | None = None
     completion: Completion | None = None  # with the last delta: the whole
 
 
@@ -155,8 +163,11 @@ class Sequence:
         if self.error is not None:
             self.listener(self.error)
             return
-        tokens = self.tokens[self.prompt_length + self.told :]
+        params, told = self.params, self.told
+        tokens = self.tokens[self.prompt_length + told :]
         self.told += len(tokens)
         text = self.writer.take() if self.writer is not None else ""
+        logprobs = self.logprobs[told:] if params.logprobs else None
+        top = self.top[told:] if params.top_logprobs else None
         whole = self.completion(tokenizer) if self.finish is not None else None
-        self.listener(Delta(self.index, text, tokens, whole))
+        self.listener(Delta(self.index, text, tokens, logprobs, top, whole))
