@@ -37,9 +37,7 @@ def serve(
         str | None,
         typer.Option(help="The chat page's system message; default: the instruction of the task that a run learnt."),
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(help="Sampling temperature of requests that name none.", min=0.0)
-    ] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature of requests that name none.", min=0.0)] = 1.0,
     top_p: Annotated[float, typer.Option(help="Likewise, the nucleus.", min=1e-6, max=1.0)] = 1.0,
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest completion that a request can have; default: the context.", min=1)

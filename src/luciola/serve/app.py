@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -199,7 +199,8 @@ async def _answer(service: Service, request: Request, make: Callable[[], ChatJob
     except ApiError as error:
         service.metrics.failed(error.status)
         raise
-    return StreamingResponse(_events(service, request, job, first, chunks), media_type="text/event-stream", headers=UNCACHED)
+    events = _events(service, request, job, first, chunks)
+    return StreamingResponse(events, media_type="text/event-stream", headers=UNCACHED)
 
 
 async def _events(
@@ -219,7 +220,7 @@ async def _events(
             _note(request, job)
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def _while_connected(request: Request, work: Awaitable[Result]) -> Result:
     """The result of the work, which is given up when the client leaves.
 
     Raises:
@@ -265,9 +266,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         beyond = [token for token in body.tokens if token >= service.vocab_size]
         if beyond:
-            raise ApiError(
-                f"tokens has {beyond[0]}, outside the vocabulary of {service.vocab_size}", param="tokens"
-            )
+            raise ApiError(f"tokens has {beyond[0]}, outside the vocabulary of {service.vocab_size}", param="tokens")
         text = await asyncio.to_thread(service.tokenizer.decode, body.tokens, False)
         return replies.Text(prompt=text, content=text)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 
 from luciola import SamplingParams
@@ -69,7 +69,7 @@ class ChatJob:
         )
         return prompt, params
 
-    async def _deltas(self) -> AsyncIterator[Delta]:
+    async def _deltas(self) -> AsyncGenerator[Delta, None]:
         run = self.service.run(self.id, [self.prompt.ids], [self.params], self.request.priority or 0)
         async with aclosing(run) as deltas:
             async for _, delta in deltas:
@@ -106,7 +106,7 @@ class ChatJob:
             reply.prompt_token_ids = self.prompt.ids
         return reply.json_bytes()
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The reply as it grows: the JSON of each chunk."""
         first = True
         async with aclosing(self._deltas()) as deltas:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from typing import cast
 
 from luciola import SamplingParams
 from luciola.engine.grammar import Grammar
@@ -34,7 +35,7 @@ class TextJob:
         self.id, self.created = service.new_id("cmpl"), int(time.time())
         self.prompts = [self._tokens(prompt, name) for name, prompt in _prompts(request.prompt)]
         if len(self.prompts) * (request.n or 1) > MAX_CHOICES:
-            raise ApiError(f"{len(self.prompts)} prompts times n are more than {MAX_CHOICES} completions", param="prompt")
+            raise ApiError(f"prompts times n may be at most {MAX_CHOICES} completions", param="prompt")
         self.scores = bool(request.echo) and request.logprobs is not None  # the prompt's tokens have log-probabilities
         grammar = grammar_of(request)
         self.params = [self._params(ids, grammar) for ids in self.prompts]
@@ -70,7 +71,7 @@ class TextJob:
             **chosen,
         )
 
-    async def _deltas(self) -> AsyncIterator[tuple[TextInTheMaking, Delta]]:
+    async def _deltas(self) -> AsyncGenerator[tuple[TextInTheMaking, Delta], None]:
         n = self.params[0].n
         run = self.service.run(self.id, self.prompts, self.params, self.request.priority or 0)
         async with aclosing(run) as deltas:
@@ -86,7 +87,7 @@ class TextJob:
         reply.usage = self.usage()
         return reply.json_bytes()
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The reply as it grows: the JSON of each chunk."""
         async with aclosing(self._deltas()) as deltas:
             async for choice, delta in deltas:
@@ -218,5 +219,5 @@ def _prompts(given: str | list[int] | list[str] | list[list[int]]) -> list[tuple
     if not given:
         raise ApiError("prompt is an empty list; give a text, or token ids", param="prompt")
     if isinstance(given[0], int):
-        return [("prompt", given)]  # type: ignore[list-item]
-    return [(f"prompt[{i}]", one) for i, one in enumerate(given)]  # type: ignore[misc]
+        return [("prompt", cast("list[int]", given))]
+    return [(f"prompt[{i}]", one) for i, one in enumerate(cast("list[str | list[int]]", given))]

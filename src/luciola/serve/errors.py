@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}} and the status that goes with it."""
+"""Errors as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}}, and the status to each."""
 
 from __future__ import annotations
 

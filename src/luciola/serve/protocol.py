@@ -1,4 +1,4 @@
-"""What clients may ask for: OpenAI's requests with the extras that clients of vLLM, SGLang, llama.cpp and DeepSeek send.
+"""What clients may ask for: OpenAI's requests with the extras of vLLM, SGLang, llama.cpp and DeepSeek.
 
 Values must have the type that stands here ("1" is no number), null means the default, and names that are not known are
 passed over, as those servers do. A name that is known but cannot be honoured is refused: an answer that silently is not

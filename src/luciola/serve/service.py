@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -104,7 +104,7 @@ class Service:
 
     async def run(
         self, request_id: str, prompts: Sequence[list[int]], params: Sequence[SamplingParams], priority: int = 0
-    ) -> AsyncIterator[tuple[int, Delta]]:
+    ) -> AsyncGenerator[tuple[int, Delta], None]:
         """Yield what each step adds to the completions of each prompt: (number of the prompt, delta). Closed early, it
         ends them, and their part of the cache is free within a step.
 
@@ -162,7 +162,7 @@ class Service:
         stop_thinking: threading.Event,
     ) -> None:
         try:
-            async with aclosing(self.engine.stream_async(ids, params, priority, stop_thinking)) as deltas:  # type: ignore[type-var]
+            async with aclosing(self.engine.stream_async(ids, params, priority, stop_thinking)) as deltas:
                 async for delta in deltas:
                     news.put_nowait((i, delta))
         except Exception as error:

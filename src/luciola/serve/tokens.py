@@ -47,7 +47,7 @@ class TokenTexts:
         return TokenLogprob(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=likeliest)
 
     def table(self, top: Mapping[int, float]) -> dict[str, float]:
-        """The likeliest tokens of a place as completions list them. Two tokens may have one text: the likelier stays."""
+        """The likeliest tokens of a place as completions list them. Of two with one text the likelier stays."""
         found: dict[str, float] = {}
         for token, logprob in top.items():
             found.setdefault(self.text(token), finite(logprob))
