@@ -222,7 +222,7 @@ class Guard:
             return
         try:
             own = _host_and_port(f"{urlsplit(origin).scheme}://{headers.get('host', '')}")
-            if own == _host_and_port(origin):
+            if own is not None and own == _host_and_port(origin):
                 return
         except ValueError:
             pass
@@ -341,10 +341,11 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-def _host_and_port(url: str) -> tuple[str | None, int | None]:
-    """Raises ValueError if `url` has no proper host and port."""
+def _host_and_port(url: str) -> tuple[str, int] | None:
+    """Of a web page's or server's URL, else None. Raises ValueError for some URLs that are none."""
     parts = urlsplit(url)
-    return parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    return (parts.hostname, port) if parts.hostname and port else None
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
