@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 
 from luciola import SamplingParams
 from luciola.engine.sequence import Completion, Delta
@@ -28,6 +29,8 @@ from luciola.serve.replies import (
 )
 from luciola.serve.sampling import grammar_of, params_of
 from luciola.serve.service import Service
+from luciola.serve.tool_calls import CallPiece
+from luciola.serve.tools import ToolUse
 from luciola.serve.usage import numbers_of, prompt_logprobs, usage_of
 from luciola.text.chat import END_THINK
 
@@ -44,14 +47,32 @@ class ChatJob:
     def __init__(self, service: Service, request: ChatRequest) -> None:
         self.service, self.request = service, request
         self.id, self.created = service.new_id("chatcmpl"), int(time.time())
+        try:
+            self.tools = ToolUse.read(
+                [tool.model_dump(exclude_none=True) for tool in request.tools or ()],
+                request.tool_choice
+                if isinstance(request.tool_choice, str | None)
+                else request.tool_choice.model_dump(),
+                request.parallel_tool_calls,
+            )
+        except ValueError as error:
+            raise ApiError(str(error), param="tools") from error
         self.prompt, self.params = self._prepared()
         self.choices = [Choice(self, index) for index in range(self.params.n)]
 
     def _prepared(self) -> tuple[Prompt, SamplingParams]:
         request, service = self.request, self.service
         grammar = grammar_of(request)
-        messages = as_dicts(request.messages)
-        prompt = chat_prompt(service.tokenizer, request, messages, None, grammar is not None)
+        messages, tools = as_dicts(request.messages), None
+        try:
+            if self.tools is not None:
+                if grammar is not None:
+                    raise ValueError("response_format cannot be had beside tools that may be called")
+                grammar = self.tools.grammar(service.tool_prompts.form, service.tokenizer)
+            messages, tools = service.tool_prompts.prepare(messages, () if self.tools is None else self.tools.given)
+        except ValueError as error:
+            raise ApiError(str(error), param="messages" if "messages" in str(error) else "tools") from error
+        prompt = chat_prompt(service.tokenizer, request, messages, tools, grammar is not None)
         service.check_room(prompt.ids, "messages")
         if grammar is not None and prompt.thinks:
             grammar = grammar.after(END_THINK)
@@ -67,6 +88,8 @@ class ChatJob:
             grammar=grammar,
             thinking_budget=request.thinking_token_budget if prompt.thinks else None,
         )
+        if self.tools is not None and service.tool_prompts.special:
+            params = replace(params, skip_special_tokens=False)
         return prompt, params
 
     async def _deltas(self) -> AsyncGenerator[Delta, None]:
@@ -143,7 +166,8 @@ class Choice:
         separate = service.tokenizer.thinks and request.separate_reasoning is not False
         self._splitter = ReasoningSplitter(job.prompt.inside and separate, separate)
         self._thinking, self._content = "", ""
-        self._calls: list[Call] = []
+        tools, form = job.tools, service.tool_prompts.form
+        self._parser = None if tools is None else tools.parser(form)
         self._tokens: list[TokenLogprob] = []  # not sent yet
         self._ids: list[int] = []  # likewise
         self._begun = False
@@ -155,7 +179,12 @@ class Choice:
             self.completion = delta.completion
             more_thinking, more_content = self._splitter.end()
             thinking, content = thinking + more_thinking, content + more_content
-        pieces: list[CallDelta] = []
+        pieces: list[CallPiece] = []
+        if self._parser is not None:
+            content, pieces = self._parser.push(content)
+            if delta.completion is not None:
+                rest, more = self._parser.end()
+                content, pieces = content + rest, [*pieces, *more]
         self._note_tokens(delta)
         if self._request.include_reasoning is False:
             thinking = ""
@@ -168,7 +197,7 @@ class Choice:
         if content:
             shown.content = content
         if pieces:
-            shown.tool_calls = pieces
+            shown.tool_calls = [CallDelta.model_validate(piece.delta()) for piece in pieces]
         return shown
 
     def grow(self, delta: Delta) -> Iterator[ChatChunkChoice]:
@@ -198,8 +227,8 @@ class Choice:
         if self._thinking:
             for name in self._service.settings.reasoning_fields:
                 setattr(message, name, self._thinking)
-        if self._calls:
-            message.tool_calls = self._calls
+        if self._parser is not None and self._parser.calls:
+            message.tool_calls = [Call.model_validate(call) for call in self._parser.calls]
             message.content = self._content or None
         choice = ChatChoice(
             index=self._index,
@@ -217,7 +246,7 @@ class Choice:
 
     def _finish(self) -> FinishReason:
         assert self.completion is not None
-        if self._calls and self.completion.finish_reason == "stop":
+        if self._parser is not None and self._parser.calls and self.completion.finish_reason == "stop":
             return "tool_calls"
         return self.completion.finish_reason
 

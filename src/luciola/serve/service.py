@@ -16,6 +16,7 @@ from luciola.engine.sequence import Delta
 from luciola.serve.errors import ApiError, overloaded, unknown_model
 from luciola.serve.metrics import Metrics
 from luciola.serve.tokens import TokenTexts
+from luciola.serve.tool_prompts import ToolPrompts
 
 log = logging.getLogger("luciola.serve")
 
@@ -63,6 +64,7 @@ class Service:
         self.tokenizer, self.engine, self.settings = lm.tokenizer, engine, settings
         self.vocab_size = lm.config.vocab_size
         self.context = lm.config.max_position_embeddings
+        self.tool_prompts = ToolPrompts.of(lm.tokenizer)
         self.texts = TokenTexts(lm.tokenizer)
         self.metrics = Metrics(engine, settings.name)
         self.created = int(time.time())
