@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -251,7 +251,7 @@ class Engine:
         params: SamplingParams | None = None,
         priority: int = 0,
         stop_thinking: threading.Event | None = None,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Yield what each step adds to the completions of a prompt; the last delta of each brings the whole.
 
         Many of these may run at once, in one or several event loops: one thread of the engine serves them together, and
