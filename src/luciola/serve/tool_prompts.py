@@ -151,8 +151,8 @@ def describe(form: CallFormat, tools: Sequence[Mapping[str, Any]]) -> str:
     example = form.write([("NAME", "{ARGUMENTS}")])
     return (
         f"You can call these functions, each given with the JSON schema of its arguments:\n\n<tools>\n{listed}\n"
-        "</tools>\n\nTo call one, write its name and its arguments, a JSON object, in exactly this form and nothing behind it:"
-        f"\n\n{example}\n\nThe result is then given to you."
+        "</tools>\n\nTo call one, write its name and its arguments, a JSON object, in exactly this form and nothing "
+        f"behind it:\n\n{example}\n\nThe result is then given to you."
     )
 
 
