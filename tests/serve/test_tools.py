@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luciola.engine.engine import Engine
-from luciola.engine.grammar import GrammarCompiler
+from luciola.engine.grammar import Grammar, GrammarCompiler
 from luciola.engine.params import SamplingParams
 from luciola.model.language_model import LanguageModel
+from luciola.serve.reasoning import ReasoningSplitter
 from luciola.serve.tool_calls import CallPiece, SpecialTokenFilter, ToolCallParser
 from luciola.serve.tool_formats import (
     DEEPSEEK_V3,
@@ -125,7 +126,9 @@ def test_schemas_that_cannot_be_enforced(parameters: dict[str, Any], strict: boo
     if sentence is None:
         use.grammar(HERMES, tokenizer)
         return
-    with pytest.raises(ValueError, match=r"^tools\[1\].*'bad'.*" + re.escape(sentence)) as refused:
+    with pytest.raises(
+        ValueError, match="^tools: the parameters of 'bad' cannot be used: .*" + re.escape(sentence)
+    ) as refused:
         use.grammar(HERMES, tokenizer)
     assert "\n" not in str(refused.value)
 
@@ -149,10 +152,9 @@ def vocabulary(kind: str, form: CallFormat) -> Tokenizer:
 
 
 def completion(
-    use: ToolUse, form: CallFormat, tokenizer: Tokenizer, seed: int, begin: str = "", after: str = ""
+    grammar: Grammar, form: CallFormat, tokenizer: Tokenizer, seed: int, begin: str = "", after: str = ""
 ) -> str:
     """A text that ends, drawn at random among what the grammar allows behind `begin`."""
-    grammar = use.grammar(form, tokenizer)
     state = compiler(tokenizer).start(grammar.after(after) if after else grammar)
     ids = tokenizer.encode(begin)
     for token in ids:
@@ -205,7 +207,7 @@ def test_required_calls_come_and_nothing_else(form: CallFormat, kind: str) -> No
     assert use
     seen, numbers = set(), set()
     for seed in range(8):
-        text = completion(use, form, tokenizer, seed)
+        text = completion(use.grammar(form, tokenizer), form, tokenizer, seed)
         for enforced in (True, False):
             content, calls = parsed(use.parser(form, enforced=enforced), [text])
             assert content == "" and calls, text
@@ -221,7 +223,7 @@ def test_a_named_function_is_called_once_where_calls_may_not_be_parallel(form: C
     tokenizer, use = vocabulary("tokens", form), ToolUse.read(TOOLS, function("now_in"), False)
     assert use
     for seed in range(6):
-        text = completion(use, form, tokenizer, seed, "ab </think>", after="</think>")
+        text = completion(use.grammar(form, tokenizer), form, tokenizer, seed, "ab </think>", after="</think>")
         content, calls = parsed(use.parser(form), [text.partition("</think>")[2]])
         assert content == "" and [name for name, _ in calls] == ["now_in"]
         check_arguments(calls)
@@ -241,9 +243,25 @@ def test_a_model_may_write_text_but_a_call_once_begun_is_well_formed(form: CallF
     assert parsed(use.parser(form), [plain]) == (plain, [])
     begin = plain + form.marker if form.anywhere else form.marker
     for seed in range(6):
-        content, calls = parsed(use.parser(form), [completion(use, form, tokenizer, seed, begin)])
+        content, calls = parsed(
+            use.parser(form), [completion(use.grammar(form, tokenizer), form, tokenizer, seed, begin)]
+        )
         assert content == (plain.rstrip() if form.anywhere else "") and calls
         check_arguments(calls)
+
+
+@each_format
+@pytest.mark.parametrize("kind", ["tokens", "bpe"])
+def test_an_answer_may_have_a_schema_of_its_own(form: CallFormat, kind: str) -> None:
+    tokenizer, use = vocabulary(kind, form), ToolUse.read(TOOLS)
+    assert use
+    answer = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"], "additionalProperties": False}
+    for begin in ('{"x', form.marker if form.anywhere else '{"name'):
+        grammar = use.grammar(form, tokenizer, answer)
+        text = completion(grammar, form, tokenizer, 3, begin)
+        content, calls = parsed(use.parser(form), [text])
+        check_arguments(calls)
+        assert len(calls) if "x" not in begin else json.loads(content)["x"] in (1, 2)
 
 
 # The parser
@@ -373,6 +391,13 @@ TEMPLATES = {
         + RESULT + "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}",
         HERMES, True, "object", True,
     ),
+    "qwen, failing without content": (
+        TOOL_LIST + "{% for m in messages %}{% if '</think>' in m.content %}{{ raise_exception('') }}{% endif %}"
+        "{{ m.content }}{% if m.tool_calls %}{% for c in m.tool_calls %}{% set c = c.function %}"
+        '\n<tool_call>\n{"name": "{{ c.name }}", "arguments": {{ c.arguments | tojson }}}\n</tool_call>{% endfor %}'
+        "{% endif %}{% endfor %}",
+        HERMES, True, "object", True,
+    ),
     # R1's shows no tools, and takes a message of calls for one of text if it has content.
     "deepseek": (
         "{% for m in messages %}{% if m.role == 'assistant' and m.content is none %}<｜tool▁calls▁begin｜>"
@@ -491,24 +516,27 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("choice", ["required", "auto"])
-def test_a_random_model_calls_tools(choice: str) -> None:
+@pytest.mark.parametrize("thinks", [False, True])
+def test_a_random_model_calls_tools(thinks: bool) -> None:
     alphabet = "".join(map(chr, range(32, 127))) + "\n°"
     tokenizer = Tokenizer.characters(alphabet)
     lm = LanguageModel.create(TINY | {"vocab_size": tokenizer.vocab_size}, tokenizer)
-    prompts, use = ToolPrompts.of(tokenizer), ToolUse.read(TOOLS, choice)
+    prompts, use = ToolPrompts.of(tokenizer), ToolUse.read(TOOLS, "required")
     assert use
+    grammar = use.grammar(prompts.form, tokenizer)
     messages, shown = prompts.prepare([{"role": "user", "content": "Call."}], use.given)
     params = SamplingParams(
-        max_tokens=400, n=4, seed=1, grammar=use.grammar(prompts.form, tokenizer), logit_bias={1: 20.0}
+        max_tokens=400, n=4, seed=1, grammar=grammar.after("</think>") if thinks else grammar, logit_bias={1: 20.0}
     )
     (completions,) = Engine(lm).generate([tokenizer.chat(messages, tools=shown)], params)
     found = 0
     for sample in completions:
-        content, calls = parsed(use.parser(prompts.form), list(sample.text))
-        if choice == "required":
-            assert sample.finish_reason == "length" or (calls and not content)
+        splitter = ReasoningSplitter(thinking=thinks)
+        parts = [*map(splitter.push, sample.text), splitter.end()]
+        content, calls = parsed(use.parser(prompts.form), [part for _, part in parts])
+        assert bool("".join(thinking for thinking, _ in parts)) == thinks
         if sample.finish_reason == "stop":
+            assert content == "" and calls
             check_arguments(calls)
-            found += len(calls)
-    assert choice == "auto" or found
+            found += 1
+    assert found >= 2
