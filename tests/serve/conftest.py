@@ -36,12 +36,21 @@ class Live:
     def connect(self, timeout: float = 10.0) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout)
 
+    @staticmethod
+    def everything(client: socket.socket) -> bytes:
+        """All that the server sends until it closes the connection; a reset ends it too."""
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := client.recv(65536):
+                received += piece
+        return received
+
     def ask(self, request: bytes) -> bytes:
-        """All that the server answers on a connection of its own until it closes it; a reset ends it too."""
+        """All that the server answers to these bytes, on a connection of their own."""
         with self.connect() as client:
             with contextlib.suppress(ConnectionError):
                 client.sendall(request)
-            return everything(client)
+            return self.everything(client)
 
     def is_well(self) -> bool:
         """Whether a new client is served."""
@@ -89,14 +98,6 @@ def start(folder: Path, environment: dict[str, str] | None, log: Path, **options
             stderr=errors,
             text=True,
         )
-
-
-def everything(client: socket.socket) -> bytes:
-    received = b""
-    with contextlib.suppress(ConnectionError):
-        while piece := client.recv(65536):
-            received += piece
-    return received
 
 
 @pytest.fixture

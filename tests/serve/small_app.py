@@ -56,6 +56,7 @@ async def flood(request: Request) -> StreamingResponse:
         try:
             while True:
                 yield MEBIBYTE
+                await asyncio.sleep(0)
         finally:
             state.floods -= 1
 

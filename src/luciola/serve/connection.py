@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from luciola.serve.guard import LINGER, ServerSettings, error_body, log_request, reason
@@ -57,7 +58,13 @@ class Connection(HttpToolsProtocol):
         self._unparsed += len(data)
         if self._head_timer is None and self in self._silent:
             self._start_head_timer()  # the next request on a connection kept alive
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.refuse(400, "this is not a valid HTTP request")
         if self._unparsed > MAX_HEAD:
             self._refuse_head()
 
@@ -69,6 +76,8 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             self.refuse(400, f"more than {MAX_PIPELINED} requests wait on this connection; await replies first")
             raise ValueError("refused")
+        if self._is_upgrade():
+            return  # it is declined, and the request parsed again as an ordinary one
         super().on_headers_complete()
         self._unparsed = 0
         self._silent.pop(self, None)
@@ -79,6 +88,24 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._unparsed = 0
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._is_upgrade():
+            super().on_message_complete()
+
+    def _is_upgrade(self) -> bool:
+        return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Parse a request that offers another protocol once more, without the offer, and then what came after its head.
+
+        Java's HTTP client offers HTTP/2 with its requests, and httptools would take their bodies for HTTP/2.
+        """
+        kept = [pair for pair in self.headers if pair[0] not in (b"upgrade", b"connection", b"http2-settings")]
+        line = b"%s %s HTTP/1.1\r\n" % (self.parser.get_method(), self.url)
+        head = line + b"".join(b"%s: %s\r\n" % pair for pair in kept) + b"\r\n"
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(head + rest)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -94,9 +121,6 @@ class Connection(HttpToolsProtocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
-
-    def send_400_response(self, msg: str) -> None:
-        self.refuse(400, "this is not a valid HTTP/1.1 request")
 
     def refuse(self, status: int, message: str) -> None:
         """Answer bytes that make no request, and close; nothing more of what the client sends is parsed."""
