@@ -100,8 +100,14 @@ def start(folder: Path, environment: dict[str, str] | None, log: Path, **options
         )
 
 
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., contextlib.AbstractContextManager[Live]]:
+    """`with serving(folder, max_body=1000) as server`: the small application behind the guard, files in `folder`."""
+    return served
+
+
 @pytest.fixture
 def small_server(tmp_path: Path) -> Iterator[Callable[..., Live]]:
-    """`small_server(max_body=1000)`: the small application behind the guard, with these `ServerSettings`."""
+    """`small_server(max_body=1000)`: the same until the test ends."""
     with contextlib.ExitStack() as stack:
         yield lambda **options: stack.enter_context(served(tmp_path, **options))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,10 +21,18 @@ LAST = b"Connection: close\r\n\r\n"
 MEBIBYTE = b"x" * 2**20
 
 
+@pytest.fixture(scope="module")
+def process(serving: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One server for all of the tests, with short deadlines."""
+    deadlines = {"head_timeout": 0.5, "body_timeout": 2.0, "stall_timeout": 0.5, "write_timeout": 0.5, "keep_alive": 1}
+    with serving(tmp_path_factory.mktemp("server"), **deadlines) as server:
+        yield server
+
+
 @pytest.fixture
-def server(small_server: Servers) -> Iterator[Any]:
-    """With short deadlines; whatever a test did, others are served after it, and memory has not grown much."""
-    server = small_server(head_timeout=0.5, body_timeout=2.0, stall_timeout=0.5, write_timeout=0.5, keep_alive=1)
+def server(process: Any) -> Iterator[Any]:
+    """Whatever a test did, others are served after it, and memory has not grown much."""
+    server = process
     assert server.is_well()
     before = server.memory()
     yield server
@@ -184,6 +193,24 @@ def test_who_reads_nothing_of_a_reply_is_let_go(server: Any) -> None:
         assert httpx.get(server.url + "/v1/left").json() == 0
 
 
+def test_who_leaves_in_the_midst_is_noticed(server: Any) -> None:
+    for ending in ("closes", "resets", "sends no more", "asks for more and closes"):
+        with server.connect() as client:
+            client.sendall(GET.replace(b"/health", b"/v1/forever") + b"\r\n")
+            if ending == "asks for more and closes":
+                client.sendall(GET + b"\r\n")
+            assert b"200" in client.recv(100)
+            assert httpx.get(server.url + "/v1/left").json() == 1
+            if ending == "resets":
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if ending == "sends no more":
+                client.shutdown(socket.SHUT_WR)
+            else:
+                client.close()
+            time.sleep(0.1)
+            assert httpx.get(server.url + "/v1/left").json() == 0
+
+
 GARBAGE = [
     b"\x00" * 100,
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)),  # TLS
@@ -333,8 +360,9 @@ def test_no_path_leads_out_of_the_static_folder(server: Any, path: str) -> None:
     assert server.ask(GET.replace(b"/health", b"/static/page.js") + LAST).endswith(b"page")
 
 
-def test_the_log_keeps_its_lines(server: Any) -> None:
+def test_the_log_keeps_its_lines(small_server: Servers) -> None:
+    server = small_server()
     server.ask(b"GET /%0d%0a%7b%22status%22%3a200%7d%1b%5b2J HTTP/1.1\r\nHost: localhost\r\n" + LAST)
     server.ask(GET + b"X-Request-Id: a\x1b[2J\r\n" + LAST)
     text = server.log.read_text()
-    assert "\x1b" not in text and [line["status"] for line in server.lines()] == [200, 404, 400]
+    assert "\x1b" not in text and [line["status"] for line in server.lines()] == [404, 400]

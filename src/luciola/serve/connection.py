@@ -11,7 +11,7 @@ import asyncio
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from luciola.serve.guard import LINGER, ServerSettings, error_body, log_request, reason
 
@@ -31,6 +31,7 @@ class Connection(HttpToolsProtocol):
         self._most = min(settings.max_connections, most)
         self._unparsed = 0  # bytes read since the parser last handed on a head or a piece of a body
         self._refused = False
+        self._answering: RequestResponseCycle | None = None  # `cycle` is the latest request; this one, the earliest
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -50,6 +51,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timers()
         self._silent.pop(self, None)
+        self._forget_reply()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -78,7 +80,10 @@ class Connection(HttpToolsProtocol):
             raise ValueError("refused")
         if self._is_upgrade():
             return  # it is declined, and the request parsed again as an ordinary one
+        waiting = len(self.pipeline)
         super().on_headers_complete()
+        if len(self.pipeline) == waiting:
+            self._answering = self.cycle
         self._unparsed = 0
         self._silent.pop(self, None)
         if self._head_timer is not None:
@@ -108,8 +113,9 @@ class Connection(HttpToolsProtocol):
         self.data_received(head + rest)
 
     def on_response_complete(self) -> None:
+        self._answering = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
-        if self.cycle.response_complete and not self.transport.is_closing():
+        if self._answering is None and not self.transport.is_closing():
             self._silent[self] = None
 
     def pause_writing(self) -> None:
@@ -130,18 +136,22 @@ class Connection(HttpToolsProtocol):
         self._stop_timers()
         self._silent.pop(self, None)
         self.pipeline.clear()
-        if self.cycle is not None and not self.cycle.response_complete:
-            if self.cycle.response_started:  # an answer now would land in the midst of another
-                self.transport.abort()
-                return
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+        if self._answering is not None and self._answering.response_started:
+            self.transport.abort()  # an answer now would land in the midst of another
+            return
+        self._forget_reply()
         self._write_refusal(status, message)
         # Closing with bytes unread resets the connection, and a client still sending would never see the answer: so
         # read on for a moment, and throw away.
         self.transport.write_eof()
         self.flow.resume_reading()
         self._head_timer = self.loop.call_later(LINGER, self.transport.abort)
+
+    def _forget_reply(self) -> None:
+        """Tell the application that nobody waits for the reply it is at."""
+        if self._answering is not None:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
 
     def _refuse_head(self) -> None:
         self.refuse(431, f"the request's line and headers exceed {MAX_HEAD} bytes")
