@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -146,6 +147,11 @@ class Engine:
         return self._weights.model
 
     @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokens that end a completion."""
+        return self._ends
+
+    @property
     def quantization(self) -> Report | None:
         """Which matrices have how many bits; None without `quantize`."""
         return self._weights.report
@@ -240,14 +246,21 @@ class Engine:
                         yield message.text
 
     async def stream_async(
-        self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        priority: int = 0,
+        stop_thinking: threading.Event | None = None,
     ) -> AsyncIterator[Delta]:
         """Yield what each step adds to the completions of a prompt; the last delta of each brings the whole.
 
-        Many of these may run at once, in one or several event loops: one thread of the engine serves them together.
+        Many of these may run at once, in one or several event loops: one thread of the engine serves them together, and
+        prompts are made ready (encoded, grammars compiled) in threads of asyncio's, so that no event loop waits.
+        Once `stop_thinking` is set, thinking ends at the next token, as if its budget were spent.
         Closing the iterator, or cancelling the task that reads it, ends the request and frees its blocks within a step.
         """
-        (rows,) = self._requests.sequences([prompt], params, priority, streamed=True)
+        prepare = partial(self._requests.sequences, [prompt], params, priority, True, stop_thinking)
+        (rows,) = await asyncio.to_thread(prepare)  # cancelled meanwhile, nothing has begun
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
 

@@ -46,6 +46,8 @@ class SamplingParams:
         kept_tokens: record at every token which ones top_k, top_p and min_p left to draw from; implies `logprobs`.
         speculate: let the engine draft tokens ahead where it can; the distribution is the same either way.
         grammar: what the text must follow, or None.
+        thinking_budget: after so many tokens between `<think>`, with which the prompt ends or the text begins, and
+            `</think>` the engine writes `</think>` in the model's place; 0 or more, None: no bound.
 
     Raises:
         ValueError: a setting out of its range, or two that contradict each other; the sentence names it.
@@ -72,6 +74,7 @@ class SamplingParams:
     kept_tokens: bool = False
     speculate: bool = True
     grammar: Grammar | None = None
+    thinking_budget: int | None = None
 
     def __post_init__(self) -> None:
         if self.stop is None or isinstance(self.stop, str):
@@ -109,6 +112,11 @@ class SamplingParams:
                 self.grammar is None or isinstance(self.grammar, Grammar),
                 "grammar",
                 "a Grammar, such as Grammar.json(schema) or Grammar.regex(pattern), or None",
+            ),
+            (
+                self.thinking_budget is None or _whole(self.thinking_budget, 0),
+                "thinking_budget",
+                "a whole number from 0 to 2**63 - 1, or None",
             ),
             *(
                 (isinstance(getattr(self, flag), bool | np.bool_), flag, "True or False")

@@ -234,11 +234,14 @@ class Runner:
             if settings.edits:
                 history = sequence.history
                 histories.append(history and history.followed_by(sequence.drafts[:offset]) if offset else history)
-            if sequence.grammar is not None:
+            if sequence.grammar is not None or sequence.thinking is not None:
                 try:
-                    allowed[row] = sequence.grammar.allowed_V()
+                    mask_V = _mask(sequence, logits_BV.shape[1], offset)
                 except Exception as error:
                     sequence.error = error
+                    continue
+                if mask_V is not None:
+                    allowed[row] = mask_V
         uniform_B = torch.tensor(numbers, device=self.device) if settings.draws else _NO_NUMBERS
         logprobs = any(sequence.params.logprobs for sequence in rows)
         while True:
@@ -281,6 +284,9 @@ class Runner:
                 self._look(sequence, token)
                 if sequence.ended or new == count or drafts[new - 1] != token:
                     break
+                # What was drawn behind a draft does not know that a token is forced there: the next step sees to it.
+                if sequence.thinking is not None and sequence.thinking.forced(sequence.grammar) is not None:
+                    break
             place += count
             self.generated_tokens += new
             if new > 1:
@@ -295,6 +301,10 @@ class Runner:
         try:
             if sequence.history is not None:
                 sequence.history.push(token)
+            if sequence.thinking is not None:
+                sequence.thinking.accept(token)
+                if sequence.thinking.over:
+                    sequence.thinking = None
             if sequence.grammar is not None and not end:
                 sequence.grammar.accept(token)
             stopped = sequence.writer is not None and sequence.writer.push(token)
@@ -365,6 +375,18 @@ class Runner:
             "grammar_tokens": self.grammar_tokens,
             "grammar_seconds": self.grammar_seconds,
         }
+
+
+def _mask(sequence: Sequence, V: int, offset: int) -> Tensor | None:
+    """The tokens that may come next, (V,) bool; None: all. Behind drafts, none of which a grammar has, nothing is
+    forced yet."""
+    thinking = sequence.thinking
+    token = thinking.forced(sequence.grammar) if thinking is not None and offset == 0 else None
+    if token is not None:
+        forced_V = torch.zeros(V, dtype=torch.bool)
+        forced_V[token] = True
+        return forced_V
+    return None if sequence.grammar is None else sequence.grammar.allowed_V()
 
 
 def _stacked(routings: Many[Routing], work: Many[tuple[Sequence, int]] | Many[Piece]) -> Tensor | None:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from luciola.engine.params import SamplingParams
+from luciola.engine.thinking import thinking_tokens
 
 if TYPE_CHECKING:
     from luciola.engine.grammar import GrammarState
     from luciola.engine.sampler import History, UniformStream
     from luciola.engine.speculate import Pace
+    from luciola.engine.thinking import Thinking
     from luciola.engine.writer import Writer
     from luciola.text.tokenizer import Tokenizer
 
@@ -39,6 +41,8 @@ class Completion:
         kept_logprobs: log-probability of each token among those, at the sampling temperature.
         cached_tokens: tokens of the prompt that a prefix in the cache saved from being computed.
         drafted, accepted: tokens that speculation has guessed for it, and how many of them were right.
+        thinking_tokens: tokens up to the end of its thinking, `</think>` included: all of them where that has not come,
+        0 where it does not think.
     """
 
     text: str
@@ -53,15 +57,24 @@ class Completion:
     cached_tokens: int = field(default=0, compare=False)
     drafted: int = field(default=0, compare=False)
     accepted: int = field(default=0, compare=False)
+    thinking_tokens: int = 0
 
 
 @dataclass(slots=True)
 class Delta:
-    """What a step added to completion number `index` of a request."""
+    """What a step added to completion number `index` of a request.
+
+    Attributes:
+        text: what has become certain; a text that may become a stop text is held back, so it may lag behind the tokens.
+        token_ids: the new tokens.
+        logprobs, top_logprobs: of these tokens, as in `Completion`, where the parameters ask for them.
+    """
 
     index: int
     text: str
     token_ids: list[int]
+    logprobs: list[float] | None = None
+    top_logprobs: list[dict[int, float]] | None = None
     completion: Completion | None = None  # with the last delta: the whole
 
 
@@ -109,6 +122,8 @@ class Sequence:
     writer: Writer | None = None  # where the text is looked at while it grows
     history: History | None = None
     grammar: GrammarState | None = None
+    opened: bool = False  # its prompt ends in the midst of thinking
+    thinking: Thinking | None = None  # where that is to be ended, until it is over
     pace: Pace | None = None
     drafted: int = 0
     accepted: int = 0
@@ -147,6 +162,7 @@ class Sequence:
             cached_tokens=self.cached_tokens or 0,
             drafted=self.drafted,
             accepted=self.accepted,
+            thinking_tokens=0 if tokenizer is None else thinking_tokens(tokenizer, tokens, text, self.opened),
         )
 
     def tell(self, tokenizer: Tokenizer | None) -> None:
@@ -155,8 +171,11 @@ class Sequence:
         if self.error is not None:
             self.listener(self.error)
             return
-        tokens = self.tokens[self.prompt_length + self.told :]
+        params, told = self.params, self.told
+        tokens = self.tokens[self.prompt_length + told :]
         self.told += len(tokens)
         text = self.writer.take() if self.writer is not None else ""
+        logprobs = self.logprobs[told:] if params.logprobs else None
+        top = self.top[told:] if params.top_logprobs else None
         whole = self.completion(tokenizer) if self.finish is not None else None
-        self.listener(Delta(self.index, text, tokens, whole))
+        self.listener(Delta(self.index, text, tokens, logprobs, top, whole))
