@@ -45,12 +45,21 @@ class Live:
     def connect(self, timeout: float = 10.0) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout)
 
+    @staticmethod
+    def everything(client: socket.socket) -> bytes:
+        """All that the server sends until it closes the connection; a reset ends it too."""
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := client.recv(65536):
+                received += piece
+        return received
+
     def ask(self, request: bytes) -> bytes:
-        """All that the server answers on a connection of its own until it closes it; a reset ends it too."""
+        """All that the server answers to these bytes, on a connection of their own."""
         with self.connect() as client:
             with contextlib.suppress(ConnectionError):
                 client.sendall(request)
-            return everything(client)
+            return self.everything(client)
 
     def is_well(self) -> bool:
         """Whether a new client is served."""
@@ -100,17 +109,15 @@ def start(folder: Path, environment: dict[str, str] | None, log: Path, **options
         )
 
 
-def everything(client: socket.socket) -> bytes:
-    received = b""
-    with contextlib.suppress(ConnectionError):
-        while piece := client.recv(65536):
-            received += piece
-    return received
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., contextlib.AbstractContextManager[Live]]:
+    """`with serving(folder, max_body=1000) as server`: the small application behind the guard, files in `folder`."""
+    return served
 
 
 @pytest.fixture
 def small_server(tmp_path: Path) -> Iterator[Callable[..., Live]]:
-    """`small_server(max_body=1000)`: the small application behind the guard, with these `ServerSettings`."""
+    """`small_server(max_body=1000)`: the same until the test ends."""
     with contextlib.ExitStack() as stack:
         yield lambda **options: stack.enter_context(served(tmp_path, **options))
 

@@ -47,23 +47,39 @@ async def count(request: Request) -> StreamingResponse:
     return StreamingResponse(events(), media_type="text/event-stream")
 
 
+async def forever(request: Request) -> StreamingResponse:
+    """One event, and then none."""
+    state = request.app.state
+
+    async def events() -> AsyncIterator[bytes]:
+        state.running += 1
+        try:
+            yield b"data: 0\n\n"
+            await asyncio.Event().wait()
+        finally:
+            state.running -= 1
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
 async def flood(request: Request) -> StreamingResponse:
-    """A reply without end; `/left` tells how many of them the server still writes."""
+    """Bytes without end; `/v1/left` tells how many such replies are still being written."""
     state = request.app.state
 
     async def pieces() -> AsyncIterator[bytes]:
-        state.floods += 1
+        state.running += 1
         try:
             while True:
                 yield MEBIBYTE
+                await asyncio.sleep(0)
         finally:
-            state.floods -= 1
+            state.running -= 1
 
     return StreamingResponse(pieces())
 
 
 async def left(request: Request) -> JSONResponse:
-    return JSONResponse(request.app.state.floods)
+    return JSONResponse(request.app.state.running)
 
 
 async def wait(request: Request) -> PlainTextResponse:
@@ -95,6 +111,7 @@ def create(static: Path) -> Starlette:
             Route("/ready", ready),
             Route("/v1/echo", echo, methods=["POST", "GET"]),
             Route("/v1/count", count),
+            Route("/v1/forever", forever),
             Route("/v1/flood", flood),
             Route("/v1/left", left),
             Route("/v1/wait", wait),
@@ -103,7 +120,7 @@ def create(static: Path) -> Starlette:
             Mount("/static", StaticFiles(directory=static)),
         ]
     )
-    app.state.draining, app.state.floods = False, 0
+    app.state.draining, app.state.running = False, 0
     return app
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from luciola.serve.guard import LINGER, ServerSettings, error_body, log_request, reason
 
@@ -30,6 +31,7 @@ class Connection(HttpToolsProtocol):
         self._most = min(settings.max_connections, most)
         self._unparsed = 0  # bytes read since the parser last handed on a head or a piece of a body
         self._refused = False
+        self._answering: RequestResponseCycle | None = None  # `cycle` is the latest request; this one, the earliest
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -49,6 +51,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timers()
         self._silent.pop(self, None)
+        self._forget_reply()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -57,7 +60,13 @@ class Connection(HttpToolsProtocol):
         self._unparsed += len(data)
         if self._head_timer is None and self in self._silent:
             self._start_head_timer()  # the next request on a connection kept alive
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.refuse(400, "this is not a valid HTTP request")
         if self._unparsed > MAX_HEAD:
             self._refuse_head()
 
@@ -69,7 +78,12 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             self.refuse(400, f"more than {MAX_PIPELINED} requests wait on this connection; await replies first")
             raise ValueError("refused")
+        if self._is_upgrade():
+            return  # it is declined, and the request parsed again as an ordinary one
+        waiting = len(self.pipeline)
         super().on_headers_complete()
+        if len(self.pipeline) == waiting:
+            self._answering = self.cycle
         self._unparsed = 0
         self._silent.pop(self, None)
         if self._head_timer is not None:
@@ -80,9 +94,28 @@ class Connection(HttpToolsProtocol):
         self._unparsed = 0
         super().on_body(body)
 
+    def on_message_complete(self) -> None:
+        if not self._is_upgrade():
+            super().on_message_complete()
+
+    def _is_upgrade(self) -> bool:
+        return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Parse a request that offers another protocol once more, without the offer, and then what came after its head.
+
+        Java's HTTP client offers HTTP/2 with its requests, and httptools would take their bodies for HTTP/2.
+        """
+        kept = [pair for pair in self.headers if pair[0] not in (b"upgrade", b"connection", b"http2-settings")]
+        line = b"%s %s HTTP/1.1\r\n" % (self.parser.get_method(), self.url)
+        head = line + b"".join(b"%s: %s\r\n" % pair for pair in kept) + b"\r\n"
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(head + rest)
+
     def on_response_complete(self) -> None:
+        self._answering = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
-        if self.cycle.response_complete and not self.transport.is_closing():
+        if self._answering is None and not self.transport.is_closing():
             self._silent[self] = None
 
     def pause_writing(self) -> None:
@@ -95,9 +128,6 @@ class Connection(HttpToolsProtocol):
             self._write_timer.cancel()
             self._write_timer = None
 
-    def send_400_response(self, msg: str) -> None:
-        self.refuse(400, "this is not a valid HTTP/1.1 request")
-
     def refuse(self, status: int, message: str) -> None:
         """Answer bytes that make no request, and close; nothing more of what the client sends is parsed."""
         if self._refused or self.transport.is_closing():
@@ -106,18 +136,22 @@ class Connection(HttpToolsProtocol):
         self._stop_timers()
         self._silent.pop(self, None)
         self.pipeline.clear()
-        if self.cycle is not None and not self.cycle.response_complete:
-            if self.cycle.response_started:  # an answer now would land in the midst of another
-                self.transport.abort()
-                return
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+        if self._answering is not None and self._answering.response_started:
+            self.transport.abort()  # an answer now would land in the midst of another
+            return
+        self._forget_reply()
         self._write_refusal(status, message)
         # Closing with bytes unread resets the connection, and a client still sending would never see the answer: so
         # read on for a moment, and throw away.
         self.transport.write_eof()
         self.flow.resume_reading()
         self._head_timer = self.loop.call_later(LINGER, self.transport.abort)
+
+    def _forget_reply(self) -> None:
+        """Tell the application that nobody waits for the reply it is at."""
+        if self._answering is not None:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
 
     def _refuse_head(self) -> None:
         self.refuse(431, f"the request's line and headers exceed {MAX_HEAD} bytes")

@@ -171,9 +171,15 @@ class Guard:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """What is decided before CORS answers: no browser needs to read these refusals."""
+        if scope["http_version"] not in ("1.0", "1.1"):
+            raise Refused("this server speaks HTTP/1.1", 400)
         hosts = headers.getlist("host")
         if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):
             raise Refused("a request needs exactly one Host header", 400)
+        encodings = headers.getlist("transfer-encoding")
+        if encodings and (encodings != ["chunked"] or scope["http_version"] == "1.0"):
+            # A proxy in front may have understood another length of the body than we do.
+            raise Refused("the only Transfer-Encoding known here is chunked", 400)
         if self.draining and scope["path"] not in WHILE_DRAINING:
             raise Refused(SHUTTING_DOWN, 503, headers={"retry-after": "5"})
         if self._checks_host and hosts and not self._is_own_name(hosts[0]):
