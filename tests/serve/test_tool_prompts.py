@@ -111,6 +111,16 @@ def test_every_template_gets_tools_calls_and_results_as_it_takes_them(family: st
     assert json.dumps(given_messages) == before
 
 
+def test_a_template_without_system_messages_has_the_tools_in_the_first_question() -> None:
+    template = TEMPLATES["none"][0].replace("'system', ", "")
+    tokenizer = Tokenizer.characters("ab", chat_template=template)
+    prompts, use = ToolPrompts.of(tokenizer), ToolUse.read(TOOLS)
+    assert use
+    messages, shown = prompts.prepare([{"role": "user", "content": "Well?"}], use.given)
+    text = tokenizer.render(messages, tools=shown)
+    assert text.startswith("<user>") and "maxLength" in text and text.endswith("Well?")
+
+
 def test_a_conversation_without_calls_is_left_as_it_is() -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": None}]
     for template, *_ in TEMPLATES.values():
