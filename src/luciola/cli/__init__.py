@@ -18,6 +18,7 @@ from luciola.cli.files import convert, inspect, parity
 from luciola.cli.look import bench, compare, doctor, runs
 from luciola.cli.measure import evaluate
 from luciola.cli.r1 import r1
+from luciola.cli.serve import serve
 from luciola.cli.train import grpo, pretrain, quickstart, sft
 
 app = typer.Typer(
@@ -55,6 +56,7 @@ for command in (
     evaluate,
     generate,
     chat,
+    serve,
     convert,
     inspect,
     parity,

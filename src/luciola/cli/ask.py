@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 GROUP = 32  # numbers that share a scale unless --group-size says otherwise
 
 
-def _one_of(*known: str) -> Callable[[str | None], str | None]:
+def one_of(*known: str) -> Callable[[str | None], str | None]:
     def check(value: str | None) -> str | None:
         if value is not None and value not in known:
             raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}")
@@ -69,7 +69,7 @@ MinP = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="auto (the faster on this machine), float32 or bfloat16.", callback=_one_of("auto", "float32", "bfloat16")
+        help="auto (the faster on this machine), float32 or bfloat16.", callback=one_of("auto", "float32", "bfloat16")
     ),
 ]
 Quantize = Annotated[
@@ -77,7 +77,7 @@ Quantize = Annotated[
     typer.Option(
         help="int8 or int4: weights in 8 or 4 bits; keep: in the bits that the GGUF file has (Q8_0, Q4_0, Q4_1); "
         "left out: not quantised.",
-        callback=_one_of("int8", "int4", "keep"),
+        callback=one_of("int8", "int4", "keep"),
     ),
 ]
 GroupSize = Annotated[int, typer.Option(help="Numbers that share a scale with --quantize: 32, 64 or 128.")]
@@ -85,7 +85,7 @@ Speculate = Annotated[
     str | None,
     typer.Option(
         help="Guess tokens ahead: mtp (by the model's prediction module) or ngram (from the text so far).",
-        callback=_one_of("mtp", "ngram"),
+        callback=one_of("mtp", "ngram"),
     ),
 ]
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
+import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -146,6 +148,11 @@ class Engine:
         return self._weights.model
 
     @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokens that end a completion."""
+        return self._ends
+
+    @property
     def quantization(self) -> Report | None:
         """Which matrices have how many bits; None without `quantize`."""
         return self._weights.report
@@ -164,11 +171,14 @@ class Engine:
     def stats(self) -> dict[str, int | float]:
         """Counts since the engine was made: steps, tokens of prompts that were computed and that the cache saved,
         generated tokens, preemptions; tokens that speculation has drafted and the model accepted; tokens drawn under a
-        grammar and the seconds that took; requests running and waiting now."""
+        grammar and the seconds that took; requests running and waiting now; blocks of the cache, and how many of them
+        running sequences hold now."""
         return self._runner.counts() | {
             "preemptions": self._scheduler.preemptions,
             "running": len(self._scheduler.running),
             "waiting": sum(1 + len(row.followers) for row in self._scheduler.waiting),
+            "blocks_total": self._pool.blocks,
+            "blocks_used": self._pool.used,
         }
 
     def generate(
@@ -240,14 +250,21 @@ class Engine:
                         yield message.text
 
     async def stream_async(
-        self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
-    ) -> AsyncIterator[Delta]:
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        priority: int = 0,
+        stop_thinking: threading.Event | None = None,
+    ) -> AsyncGenerator[Delta, None]:
         """Yield what each step adds to the completions of a prompt; the last delta of each brings the whole.
 
-        Many of these may run at once, in one or several event loops: one thread of the engine serves them together.
+        Many of these may run at once, in one or several event loops: one thread of the engine serves them together, and
+        prompts are made ready (encoded, grammars compiled) in threads of asyncio's, so that no event loop waits.
+        Once `stop_thinking` is set, thinking ends at the next token, as if its budget were spent.
         Closing the iterator, or cancelling the task that reads it, ends the request and frees its blocks within a step.
         """
-        (rows,) = self._requests.sequences([prompt], params, priority, streamed=True)
+        prepare = partial(self._requests.sequences, [prompt], params, priority, True, stop_thinking)
+        (rows,) = await asyncio.to_thread(prepare)  # cancelled meanwhile, nothing has begun
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
 
@@ -310,7 +327,7 @@ class Engine:
             if isinstance(error, Exception):
                 failed = list(scheduler.running)
                 for row in failed:
-                    row.error = error
+                    row.error = _own(error)
                 self._runner.finish(failed)
             scheduler.recover()
             if not isinstance(error, Exception):
@@ -324,7 +341,7 @@ class Engine:
                 self._runner.take(self.model)
         except Exception as error:
             for row in rows:
-                row.error = error
+                row.error = _own(error)
             self._runner.finish(rows)
             return
         for row in rows:
@@ -351,6 +368,19 @@ def _blocks(tokens: int, block_size: int, bytes_per_token: int, device: torch.de
             f"max_cached_tokens={tokens} needs more memory than this machine has; it has room for about {fit}"
         )
     return blocks
+
+
+def _own(error: Exception) -> Exception:
+    """A copy for one request: who catches it may write on it, and raising it lengthens its traceback."""
+    twin: Exception | None = None
+    with contextlib.suppress(Exception):  # what an exception needs to be made again is up to its class
+        twin = copy.copy(error)
+    if twin is None or type(twin) is not type(error) or twin is error or str(twin) != str(error):
+        twin = RuntimeError(str(error) or type(error).__name__)
+        twin.__cause__ = error
+        return twin
+    twin.__cause__, twin.__context__ = error.__cause__, error.__context__
+    return twin.with_traceback(error.__traceback__)
 
 
 def _no_parity(dtype: torch.dtype, device: torch.device, quantised: bool) -> str:

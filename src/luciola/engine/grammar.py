@@ -15,7 +15,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
@@ -82,13 +82,7 @@ class Grammar:
             raise ValueError("schema is false, which nothing fits; give true for any value.")
         if not isinstance(schema, dict):
             raise ValueError(f"schema must be an object, true or None, not {shortened(schema)}.")
-        if "x-guidance" in schema:
-            raise ValueError("schema has the key 'x-guidance', which would change what counts as JSON; take it out.")
-        try:
-            text = json.dumps(schema | {"x-guidance": OPTIONS}, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"schema cannot be written as JSON: {printable(str(error))}.") from error
-        return cls._checked("schema", f"start: %json {text}")
+        return cls._checked("schema", f"start: {json_rule(schema)}")
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
@@ -142,6 +136,24 @@ class Grammar:
         if fault:
             raise ValueError(f"{what} cannot be used: {_sentence(fault)}.")
         return cls(source)
+
+
+def json_rule(schema: Mapping[str, Any], lenient: bool = False) -> str:
+    """What stands for the JSON texts that fit `schema` in a rule of a Lark grammar.
+
+    Args:
+        schema: a JSON schema, whose references are to places in itself.
+        lenient: leave aside keywords that cannot be kept instead of refusing the schema.
+
+    Raises:
+        ValueError: it cannot be written as JSON, or has a key that would change what counts as JSON.
+    """
+    if "x-guidance" in schema:
+        raise ValueError("schema has the key 'x-guidance', which would change what counts as JSON; take it out.")
+    try:
+        return "%json " + json.dumps({**schema, "x-guidance": OPTIONS | {"lenient": lenient}}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"schema cannot be written as JSON: {printable(str(error))}.") from error
 
 
 def _must_be_text(what: str, value: object) -> None:

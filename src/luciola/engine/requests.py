@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import operator
+import threading
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
-from functools import cached_property
 
 from luciola.engine.grammar import GrammarCompiler
 from luciola.engine.params import SamplingParams
@@ -14,6 +14,7 @@ from luciola.engine.sampler import History, UniformStream
 from luciola.engine.scheduler import PATIENCE
 from luciola.engine.sequence import Sequence
 from luciola.engine.stopping import StopTexts
+from luciola.engine.thinking import Thinking, closing_tokens, opens
 from luciola.engine.writer import Writer
 from luciola.model.config import ModelConfig
 from luciola.text.tokenizer import Tokenizer
@@ -27,6 +28,8 @@ class Requests:
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None, most: int, ends: Iterable[int]) -> None:
         self._config, self._tokenizer, self._most, self._ends = config, tokenizer, most, sorted(ends)
         self._numbers = itertools.count()
+        self._first = threading.Lock()
+        self._made: GrammarCompiler | None = None
 
     def sequences(
         self,
@@ -34,6 +37,7 @@ class Requests:
         params: SamplingParams | Many[SamplingParams] | None,
         priority: int,
         streamed: bool = False,
+        stop_thinking: threading.Event | None = None,
     ) -> list[list[Sequence]]:
         """The sequences of each prompt; those after the first wait for its prompt to be read.
 
@@ -57,6 +61,8 @@ class Requests:
                 raise ValueError("stop texts need a tokenizer, and this model has none")
             p.check_vocabulary(self._config.vocab_size)
             stops = StopTexts(p.stop)
+            opened = self._tokenizer is not None and opens(self._tokenizer, ids)
+            close = self._closing(p, stop_thinking)
             grammar = None if p.grammar is None else self._compiler.start(p.grammar)
             rows = []
             for j in range(p.n):
@@ -71,9 +77,14 @@ class Requests:
                     order=(number + priority * PATIENCE, number),
                 )
                 row.grammar = None if grammar is None else grammar.fork()
+                row.opened = opened
+                if self._tokenizer is not None and close:
+                    row.thinking = Thinking(self._tokenizer, close, opened, p.thinking_budget, stop_thinking)
                 row.history = History(ids) if p.needs_history else None
-                if self._tokenizer is not None and (p.stop or streamed):
-                    row.writer = Writer(self._tokenizer, stops)
+                if self._tokenizer is not None and (p.stop or streamed or not p.skip_special_tokens):
+                    row.writer = Writer(self._tokenizer, stops, p.skip_special_tokens)
+                if p.prompt_logprobs is not None:
+                    row.prompt_logprobs, row.prompt_top = [None], [None]  # nothing foretells the first token
                 rows.append(row)
             for row in rows[1:]:
                 row.leader = rows[0]
@@ -120,8 +131,28 @@ class Requests:
             raise ValueError(f"prompt {i} has token {bad}, outside the vocabulary of {self._config.vocab_size}")
         return ids
 
-    @cached_property
+    def _closing(self, p: SamplingParams, stop_thinking: threading.Event | None) -> list[int]:
+        """The tokens that end the thinking of a completion where somebody may want that; else, or where a model does
+        not think, none."""
+        if p.thinking_budget is None and stop_thinking is None:
+            return []
+        close = [] if self._tokenizer is None else closing_tokens(self._tokenizer)
+        if p.thinking_budget is not None and not close:
+            raise ValueError("thinking_budget cannot be kept: this model does not think; leave it out")
+        barred = {*p.stop_token_ids, *(() if p.ignore_eos else self._ends)} if p.min_tokens else set()
+        if barred & {*close}:
+            if p.thinking_budget is not None:
+                raise ValueError(
+                    "min_tokens forbids a token of </think> that stop_token_ids names; leave out one of them"
+                )
+            return []
+        return close
+
+    @property
     def _compiler(self) -> GrammarCompiler:
         if self._tokenizer is None:
             raise ValueError("a grammar needs a tokenizer, and this model has none")
-        return GrammarCompiler(self._tokenizer, self._config.vocab_size, self._ends)
+        with self._first:  # of several threads one makes it
+            if self._made is None:
+                self._made = GrammarCompiler(self._tokenizer, self._config.vocab_size, self._ends)
+        return self._made

@@ -6,6 +6,7 @@ out in the text are recognised, so a rendered template encodes to the ids its au
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,9 @@ class Tokenizer:
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of `text`; nothing is added, and special tokens written in the text are recognised.
+    def encode(self, text: str, begin: bool = False) -> list[int]:
+        """The token ids of `text`; special tokens written in it are recognised. Nothing is added, but with `begin` the
+        bos token, if the tokenizer's own files put it in front of a text that lacks it.
 
         Raises:
             ValueError: the tokenizer has neither tokens for the text nor one for what it does not know.
@@ -104,7 +106,14 @@ class Tokenizer:
             raise
         except BaseException as error:  # Exception for an unknown character without token; a panic, which is none, else
             raise ValueError(f"The tokenizer cannot encode {shortened(text)}: {printable(str(error))}.") from error
+        if begin and self._begins_with_bos and ids[:1] != [self.bos_token_id]:
+            assert self.bos_token_id is not None
+            ids.insert(0, self.bos_token_id)
         return ids
+
+    @cached_property
+    def _begins_with_bos(self) -> bool:
+        return self.bos_token_id is not None and self._backend.encode("").ids[:1] == [self.bos_token_id]
 
     def lacks(self, character: str) -> bool:
         """Whether the character is lost: it becomes the token for what is unknown, or none (white space may do that).

@@ -1,0 +1,223 @@
+"""POST /v1/completions: texts gone on from as they are, as one reply or as they grow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import cast
+
+from luciola import SamplingParams
+from luciola.engine.grammar import Grammar
+from luciola.engine.sequence import Completion, Delta
+from luciola.serve.errors import ApiError
+from luciola.serve.protocol import MAX_CHOICES, CompletionRequest
+from luciola.serve.replies import TextChoice, TextLogprobs, TextReply, Usage
+from luciola.serve.sampling import grammar_of, params_of
+from luciola.serve.service import Service
+from luciola.serve.tokens import finite
+from luciola.serve.usage import numbers_of, prompt_logprobs, usage_of
+
+DEFAULT_TOKENS = 16  # OpenAI's
+
+
+class TextJob:
+    """One request: its prompts, their parameters, and their completions in the making.
+
+    Making it may tokenise much and compile a grammar, which takes its time: not on the event loop.
+
+    Raises:
+        ApiError: the request does not go.
+    """
+
+    def __init__(self, service: Service, request: CompletionRequest) -> None:
+        self.service, self.request = service, request
+        self.id, self.created = service.new_id("cmpl"), int(time.time())
+        self.prompts = [self._tokens(prompt, name) for name, prompt in _prompts(request.prompt)]
+        if len(self.prompts) * (request.n or 1) > MAX_CHOICES:
+            raise ApiError(f"prompts times n may be at most {MAX_CHOICES} completions", param="prompt")
+        self.scores = bool(request.echo) and request.logprobs is not None  # the prompt's tokens have log-probabilities
+        grammar = grammar_of(request)
+        self.params = [self._params(ids, grammar) for ids in self.prompts]
+        n = self.params[0].n
+        self.choices = [TextInTheMaking(self, i, j) for i in range(len(self.prompts)) for j in range(n)]
+
+    def _tokens(self, prompt: str | list[int], name: str) -> list[int]:
+        tokenizer = self.service.tokenizer
+        if isinstance(prompt, str):
+            front = self.request.add_special_tokens is not False
+            try:
+                ids = tokenizer.encode(prompt, begin=front)
+            except ValueError as error:
+                raise ApiError(str(error), param="prompt") from error
+        else:
+            ids = prompt
+        self.service.check_room(ids, name)
+        return ids
+
+    def _params(self, ids: list[int], grammar: Grammar | None) -> SamplingParams:
+        request = self.request
+        asked = DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens
+        if asked == 0 and not request.echo:
+            raise ApiError("max_tokens=0 goes with echo: true, which scores the prompt alone", param="max_tokens")
+        chosen = {"prompt_logprobs": max(request.logprobs or 0, request.prompt_logprobs or 0)} if self.scores else {}
+        return params_of(
+            request,
+            self.service.settings,
+            max_tokens=max(1, self.service.max_tokens(asked, ids)),
+            logprobs=request.logprobs is not None,
+            top_logprobs=request.logprobs,
+            grammar=grammar,
+            **chosen,
+        )
+
+    async def _deltas(self) -> AsyncGenerator[tuple[TextInTheMaking, Delta], None]:
+        n = self.params[0].n
+        run = self.service.run(self.id, self.prompts, self.params, self.request.priority or 0)
+        async with aclosing(run) as deltas:
+            async for i, delta in deltas:
+                yield self.choices[i * n + delta.index], delta
+
+    async def whole(self) -> bytes:
+        """The reply once everything is there, as JSON."""
+        async with aclosing(self._deltas()) as deltas:
+            async for choice, delta in deltas:
+                choice.add(delta)
+        reply = self._reply([choice.whole() for choice in self.choices])
+        reply.usage = self.usage()
+        return reply.json_bytes()
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The reply as it grows: the JSON of each chunk."""
+        async with aclosing(self._deltas()) as deltas:
+            async for choice, delta in deltas:
+                choice.add(delta)
+                for part in choice.grow():
+                    yield self._reply([part]).json_bytes()
+        if self.request.stream_options is not None and self.request.stream_options.include_usage:
+            reply = self._reply([])
+            reply.usage = self.usage()
+            yield reply.json_bytes()
+
+    def numbers(self) -> dict[str, int | str]:
+        """For the access log."""
+        return numbers_of(self.prompts, [choice.completion for choice in self.choices])
+
+    def usage(self) -> Usage:
+        """Of all completions."""
+        done = [choice.completion for choice in self.choices if choice.completion is not None]
+        usage = usage_of(self.prompts, done)
+        if self.request.max_tokens == 0:
+            usage.completion_tokens, usage.total_tokens = 0, usage.prompt_tokens
+        return usage
+
+    def _reply(self, choices: list[TextChoice]) -> TextReply:
+        return TextReply(
+            id=self.id,
+            object="text_completion",
+            created=self.created,
+            model=self.service.settings.name,
+            system_fingerprint=self.service.fingerprint,
+            choices=choices,
+        )
+
+
+class TextInTheMaking:
+    """One completion on its way to the client: the text and tokens not sent yet."""
+
+    def __init__(self, job: TextJob, prompt: int, index: int) -> None:
+        self.completion: Completion | None = None
+        self._job, self._prompt = job, job.prompts[prompt]
+        self._number = prompt * job.params[0].n + index
+        self._silent = job.request.max_tokens == 0  # a token is drawn all the same, and thrown away
+        self._text = ""
+        self._ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._tops: list[dict[int, float]] = []
+        self._offset = 0  # characters that stand before the tokens not sent yet
+        self._echoed = not job.request.echo
+
+    def add(self, delta: Delta) -> None:
+        """Take in what is new."""
+        self.completion = delta.completion
+        if self._silent:
+            return
+        self._text += delta.text
+        self._ids += delta.token_ids
+        self._logprobs += delta.logprobs or []
+        self._tops += delta.top_logprobs or []
+
+    def grow(self) -> Iterator[TextChoice]:
+        """The chunks that can be sent now. A prompt whose tokens are scored waits for the end of its completion, which
+        brings the scores."""
+        if self._job.scores and self.completion is None:
+            return
+        if self._text or not self._echoed or self.completion is not None:
+            choice = self._choice()
+            if self.completion is not None:
+                self._finish(choice)
+            yield choice
+
+    def whole(self) -> TextChoice:
+        """All of it."""
+        choice = self._choice()
+        self._finish(choice)
+        return choice
+
+    def _choice(self) -> TextChoice:
+        job, request = self._job, self._job.request
+        choice = TextChoice(index=self._number, text=self._text, logprobs=None, finish_reason=None)
+        front = 0
+        if not self._echoed:
+            choice.text = job.service.tokenizer.decode(self._prompt) + choice.text
+            front = len(self._prompt)
+        if request.logprobs is not None:
+            choice.logprobs = self._table(bool(front))
+        if request.return_token_ids:
+            choice.token_ids = self._ids
+            if not self._offset:
+                choice.prompt_token_ids = self._prompt
+        self._echoed = True
+        self._text, self._ids, self._logprobs, self._tops = "", [], [], []
+        return choice
+
+    def _finish(self, choice: TextChoice) -> None:
+        completion, request = self.completion, self._job.request
+        assert completion is not None
+        choice.finish_reason = "length" if self._silent else completion.finish_reason
+        choice.stop_reason = completion.stop_reason
+        if request.prompt_logprobs is not None:
+            choice.prompt_logprobs = prompt_logprobs(self._job.service.texts, self._prompt, completion)
+
+    def _table(self, front: bool) -> TextLogprobs:
+        texts = self._job.service.texts
+        ids, logprobs = list(self._ids), [finite(value) for value in self._logprobs]
+        tops: list[dict[int, float] | None] = list(self._tops or [{}] * len(ids))
+        known: list[float | None] = list(logprobs)
+        if front and self.completion is not None and self.completion.prompt_logprobs is not None:
+            ids = [*self._prompt, *ids]
+            known = [*(None if p is None else finite(p) for p in self.completion.prompt_logprobs), *known]
+            tops = [*(self.completion.prompt_top_logprobs or []), *tops]
+        tokens = texts.texts(ids)
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offset)
+            self._offset += len(token)
+        wanted = self._job.request.logprobs
+        return TextLogprobs(
+            tokens=tokens,
+            token_logprobs=known,
+            top_logprobs=[None if top is None else texts.table(top) for top in tops] if wanted else None,
+            text_offset=offsets,
+        )
+
+
+def _prompts(given: str | list[int] | list[str] | list[list[int]]) -> list[tuple[str, str | list[int]]]:
+    """Each prompt with the name of its place in the request."""
+    if isinstance(given, str):
+        return [("prompt", given)]
+    if not given:
+        raise ApiError("prompt is an empty list; give a text, or token ids", param="prompt")
+    if isinstance(given[0], int):
+        return [("prompt", given)]
+    return [(f"prompt[{i}]", one) for i, one in enumerate(cast("list[str | list[int]]", given))]

@@ -1,0 +1,112 @@
+"""Errors as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}}, and the status to each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from luciola.serve.replies import ErrorBody, ErrorReply
+from luciola.text.untrusted import printable, shortened
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+class ApiError(Exception):
+    """A request that is answered with an error.
+
+    Attributes:
+        status: of HTTP.
+        param: the field at fault.
+        code: a name that programs can tell it by, such as "context_length_exceeded".
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    def body(self) -> bytes:
+        """The JSON text of the reply."""
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return ErrorReply(error=ErrorBody(message=str(self), type=kind, param=self.param, code=self.code)).json_bytes()
+
+    def response(self) -> Response:
+        """The reply."""
+        return Response(self.body(), self.status, dict(self.headers or {}), "application/json")
+
+
+async def answer(request: Request, error: Exception) -> Response:
+    """FastAPI's handler of ApiError."""
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+def overloaded(waiting: int) -> ApiError:
+    """The queue is full."""
+    return ApiError(
+        f"the server is busy: {waiting} completions are waiting; try again in a moment",
+        429,
+        code="queue_full",
+        headers={"Retry-After": "1"},
+    )
+
+
+def unknown_model(name: str, known: str) -> ApiError:
+    """A model that is not served here."""
+    return ApiError(
+        f"the model {shortened(name)} does not exist here; this server has {known!r}", 404, "model", "model_not_found"
+    )
+
+
+def of_validation(faults: Sequence[Mapping[str, Any]]) -> ApiError:
+    """One sentence about the first of pydantic's faults, which names the field."""
+    first = max(faults, key=lambda fault: len(fault["loc"]))  # of a union's branches, the one that went deepest
+    field = _field(first["loc"][1:])  # the first part says that it was in the body
+    if first["type"] == "none_required":
+        return ApiError(f"{field} is not supported here; leave it out", param=field)
+    message = first["msg"].removeprefix("Value error, ")
+    what = message[:1].lower() + message[1:]
+    given = "" if first["type"] in ("missing", "value_error") else f", not {shortened(first['input'])}"
+    return ApiError(f"{field or 'the body'}: {what}{given}", param=field or None)
+
+
+def _field(location: tuple[Any, ...]) -> str:
+    """messages[2].content of ("messages", 2, "user", "content", "str"): pydantic also names the branches of unions."""
+    name = ""
+    for place, part in enumerate(location):
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif not name:
+            name = part
+        elif not _is_branch(part, location[place - 1]):
+            name += f".{part}"
+    return printable(name, 200)
+
+
+def _is_branch(part: str, before: Any) -> bool:
+    return part in _BRANCHES or "[" in part or (part in _ROLES and isinstance(before, int))
+
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_BRANCHES = ("str", "int", "bool", "dict", "none", "constrained-str", "constrained-int", "NamedTool", "TextPart")

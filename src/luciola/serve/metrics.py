@@ -1,0 +1,124 @@
+"""What /metrics tells Prometheus: vLLM's names behind the prefix `luciola:`, so that its dashboards port by search and
+replace."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+
+from luciola.engine.engine import Engine
+from luciola.engine.sequence import Completion
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84)
+STEPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+TOKENS = tuple(float(2**i) for i in range(18))
+
+
+class Metrics:
+    """Counts and times of requests, and the engine's own counts at the moment of asking."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCounts(engine, name))
+        self._name = name
+        self._finished = self._counter("request_success", "completions that have ended", "finished_reason")
+        self._failed = self._counter("request_failure", "requests that were answered with an error", "code")
+        self._reasoning = self._counter("reasoning_tokens", "generated tokens that were thinking").labels(name)
+        self._first = self._histogram("time_to_first_token_seconds", "from the request to its first token", SECONDS)
+        self._between = self._histogram("inter_token_latency_seconds", "between two tokens of a completion", STEPS)
+        self._whole = self._histogram("e2e_request_latency_seconds", "from the request to its end", SECONDS)
+        self._decode = self._histogram("request_decode_time_seconds", "from its first token to its end", SECONDS)
+        self._prompt = self._histogram("request_prompt_tokens", "tokens of a prompt", TOKENS)
+        self._generated = self._histogram("request_generation_tokens", "tokens of a completion", TOKENS)
+
+    def text(self) -> bytes:
+        """All of them in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def failed(self, status: int) -> None:
+        """A request was answered with this error."""
+        self._failed.labels(self._name, str(status)).inc()
+
+    def thought(self, tokens: int) -> None:
+        """So many tokens of a completion were thinking."""
+        self._reasoning.inc(tokens)
+
+    def watch(self, prompt_tokens: int) -> Watch:
+        """A request for completions of one prompt begins."""
+        self._prompt.observe(prompt_tokens)
+        return Watch(self)
+
+    def _counter(self, name: str, what: str, *labels: str) -> Counter:
+        return Counter(f"luciola:{name}", what, ("model_name", *labels), registry=self._registry)
+
+    def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
+        whole = Histogram(f"luciola:{name}", what, ("model_name",), registry=self._registry, buckets=buckets)
+        return whole.labels(self._name)
+
+
+class Watch:
+    """The times of one prompt's completions."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._began = time.perf_counter()
+        self._last: dict[int, float] = {}  # of each completion, when its last tokens came
+        self._first: dict[int, float] = {}
+
+    def tokens(self, index: int, count: int, completion: Completion | None) -> None:
+        """Completion `index` got so many tokens, and has ended if it is given."""
+        metrics, now = self._metrics, time.perf_counter()
+        if count and index not in self._first:
+            self._first[index] = now
+            metrics._first.observe(now - self._began)
+        elif count:
+            metrics._between.observe((now - self._last[index]) / count)
+        self._last[index] = now
+        if completion is not None:
+            metrics._whole.observe(now - self._began)
+            metrics._decode.observe(now - self._first.get(index, now))
+            metrics._generated.observe(len(completion.token_ids))
+            metrics._finished.labels(metrics._name, completion.finish_reason).inc()
+
+
+class _EngineCounts:
+    """The engine's counts, read when Prometheus asks."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self._engine, self._name = engine, name
+
+    def collect(self) -> Iterator[Metric]:
+        engine, stats = self._engine, self._engine.stats
+        blocks = engine.blocks_used + engine.blocks_free
+        gauges = {
+            "num_requests_running": ("completions that are being written", stats["running"]),
+            "num_requests_waiting": ("completions that wait for their turn", stats["waiting"]),
+            "kv_cache_usage_perc": ("share of the cache that is in use; 1 is all of it", engine.blocks_used / blocks),
+            "latent_cache_bytes_per_token": ("bytes that a token takes in the cache", engine.cache_bytes_per_token),
+        }
+        counters = {
+            "prompt_tokens": ("tokens of prompts that were read", stats["prompt_tokens"] + stats["cached_tokens"]),
+            "generation_tokens": ("tokens that were generated", stats["generated_tokens"]),
+            "prefix_cache_queries": ("tokens looked for", stats["prompt_tokens"] + stats["cached_tokens"]),
+            "prefix_cache_hits": ("tokens that the cache had", stats["cached_tokens"]),
+            "num_preemptions": ("completions that had to make room and begin again", stats["preemptions"]),
+            "spec_decode_num_draft_tokens": ("tokens guessed ahead", stats["drafted"]),
+            "spec_decode_num_accepted_tokens": ("guessed tokens that were right", stats["accepted"]),
+            "iterations": ("steps of the engine", stats["steps"]),
+        }
+        for key, (what, value) in gauges.items():
+            gauge = GaugeMetricFamily(f"luciola:{key}", what, labels=("model_name",))
+            gauge.add_metric((self._name,), value)
+            yield gauge
+        for key, (what, value) in counters.items():
+            counter = CounterMetricFamily(f"luciola:{key}", what, labels=("model_name",))
+            counter.add_metric((self._name,), value)
+            yield counter
+        info = InfoMetricFamily("luciola:cache_config", "the cache", labels=("model_name",))
+        tokens = str(engine.max_cached_tokens)
+        info.add_metric((self._name,), {"num_gpu_blocks": str(blocks), "cached_tokens": tokens})
+        yield info

@@ -1,0 +1,231 @@
+"""What clients may ask for: OpenAI's requests with the extras of vLLM, SGLang, llama.cpp and DeepSeek.
+
+Values must have the type that stands here ("1" is no number), null means the default, and names that are not known are
+passed over, as those servers do. A name that is known but cannot be honoured is refused: an answer that silently is not
+what was asked for helps nobody. What a setting may be beyond its bounds here is checked by `SamplingParams`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MOST = 2**63 - 1
+MAX_STOPS = 1024  # stop texts of a request
+MAX_TOP = 20  # likeliest tokens reported of a place
+MAX_CHOICES = 128  # completions of a request
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+TokenId = Annotated[int, Field(ge=0, le=MOST)]
+StopText = Annotated[str, Field(min_length=1)]
+
+
+class Asked(BaseModel):
+    """A JSON object in a request."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class StreamOptions(Asked):
+    include_usage: bool | None = Field(None, description="a last chunk with the usage, before [DONE]")
+
+
+class JsonSchema(Asked):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Asked):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema", description="llama.cpp's place for the schema")
+
+
+class StructuredOutputs(Asked):
+    """vLLM's: exactly one of these."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Annotated[list[StopText], Field(min_length=1, max_length=10_000)] | None = None
+    grammar: str | None = Field(None, description="a grammar in Lark's notation")
+
+
+class Sampling(Asked):
+    """What both kinds of completions have in common."""
+
+    model: str | None = Field(None, description="the name that /v1/models lists; may be left out")
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    temperature: Finite | None = Field(None, ge=0, description="0: always the likeliest token")
+    top_p: Finite | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=MOST, description="0 or -1: all tokens")
+    min_p: Finite | None = Field(None, ge=0, le=1)
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
+    seed: int | None = Field(None, ge=-MOST, le=MOST)
+    frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
+    presence_penalty: Finite | None = Field(None, ge=-2, le=2)
+    repetition_penalty: Finite | None = Field(None, ge=0.01, le=1e6)
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,18}$")], Annotated[Finite, Field(ge=-100, le=100)]] | None
+    ) = Field(None, description="token id -> what is added to its logit")
+    min_tokens: int | None = Field(None, ge=0, le=MOST)
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = Field(None, description="false: special tokens are part of the text")
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+    return_token_ids: bool | None = Field(None, description="the token ids of prompt and completion in the reply")
+    priority: int | None = Field(None, ge=0, le=MOST, description="lower numbers are served first")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    # Known, and not to be had.
+    best_of: None = Field(None, description="not supported")
+    suffix: None = Field(None, description="not supported")
+    use_beam_search: Literal[False] | None = Field(None, description="not supported")
+    user: str | None = Field(None, description="taken and passed over")
+
+
+class TextPart(Asked):
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Asked):
+    name: str
+    arguments: str | dict[str, Any]
+
+
+class ToolCall(Asked):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+Content = str | list[TextPart]
+
+
+class SystemMessage(Asked):
+    role: Literal["system", "developer"]
+    content: Content
+
+
+class UserMessage(Asked):
+    role: Literal["user"]
+    content: Content
+    name: str | None = None
+
+
+class AssistantMessage(Asked):
+    role: Literal["assistant"]
+    content: Content | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = Field(None, description="another name of reasoning_content")
+    tool_calls: list[ToolCall] | None = None
+    prefix: bool | None = Field(None, description="the last message: the reply goes on from it")
+
+
+class ToolMessage(Asked):
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class Function(Asked):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Asked):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Asked):
+    name: str
+
+
+class NamedTool(Asked):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class Thinking(Asked):
+    type: Literal["enabled", "disabled"]
+
+
+class Templated(Asked):
+    """What the chat template sees."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="further names for the chat template")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    thinking: Thinking | None = Field(None, description="DeepSeek's switch of the thinking")
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = Field(None, description="the reply goes on from the last message")
+
+
+class ChatRequest(Templated, Sampling):
+    """POST /v1/chat/completions"""
+
+    max_tokens: int | None = Field(None, ge=1, le=MOST, description="older name of max_completion_tokens")
+    max_completion_tokens: int | None = Field(None, ge=1, le=MOST, description="longest reply, thinking included")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    thinking_token_budget: int | None = Field(None, ge=0, le=MOST, description="tokens after which the thinking ends")
+    include_reasoning: bool | None = Field(None, description="false: the thinking is left out of the reply")
+    separate_reasoning: bool | None = Field(None, description="false: the thinking is part of the content")
+    functions: None = Field(None, description="not supported: use tools")
+    function_call: None = Field(None, description="not supported: use tool_choice")
+    audio: None = Field(None, description="not supported")
+    modalities: list[Literal["text"]] | None = None
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions"""
+
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    max_tokens: int | None = Field(None, ge=0, le=MOST, description="0 with echo: the prompt alone; default 16")
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP, description="likeliest tokens reported of each place")
+    echo: bool | None = Field(None, description="the prompt is part of the text")
+    add_special_tokens: bool | None = Field(None, description="false: no bos token before a prompt given as text")
+
+
+class TokenizeRequest(Asked):
+    """POST /tokenize with a text (`prompt`, or llama.cpp's `content`) or with `messages`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    content: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Asked):
+    """POST /detokenize"""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=1 << 20)]
+
+
+class ControlRequest(Asked):
+    """POST /v1/chat/completions/control: "reasoning_end" makes a reply that is being written stop thinking now."""
+
+    id: str
+    action: Literal["reasoning_end"]

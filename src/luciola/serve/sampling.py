@@ -1,0 +1,103 @@
+"""A request's settings as the engine's `SamplingParams`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from luciola import SamplingParams
+from luciola.engine.grammar import Grammar
+from luciola.serve.errors import ApiError
+from luciola.serve.protocol import ChatRequest, CompletionRequest, Sampling, StructuredOutputs
+from luciola.serve.service import Settings
+
+
+def params_of(request: ChatRequest | CompletionRequest, settings: Settings, **chosen: Any) -> SamplingParams:
+    """The settings that both kinds of requests have; `chosen` are those that differ.
+
+    Raises:
+        ApiError: `SamplingParams` refuses them.
+    """
+    given: dict[str, Any] = {
+        "n": request.n,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": None if request.top_k is None else max(request.top_k, 0),
+        "min_p": request.min_p,
+        "seed": request.seed,
+        "stop": request.stop,
+        "stop_token_ids": request.stop_token_ids,
+        "frequency_penalty": request.frequency_penalty,
+        "presence_penalty": request.presence_penalty,
+        "repetition_penalty": request.repetition_penalty,
+        "min_tokens": request.min_tokens,
+        "ignore_eos": request.ignore_eos,
+        "skip_special_tokens": request.skip_special_tokens,
+        "prompt_logprobs": request.prompt_logprobs,
+        "logit_bias": {int(token): bias for token, bias in (request.logit_bias or {}).items()} or None,
+    }
+    defaults = {"temperature": settings.temperature, "top_p": settings.top_p}
+    try:
+        return SamplingParams(**defaults | {k: v for k, v in (given | chosen).items() if v is not None})
+    except ValueError as error:
+        raise ApiError(str(error), param=_named(str(error))) from error
+
+
+def grammar_of(request: Sampling) -> Grammar | None:
+    """What the text must follow, by `response_format` or `structured_outputs`; None: anything goes.
+
+    Raises:
+        ApiError: both are given, or what is given cannot be used.
+    """
+    schema = schema_of(request)
+    wanted = request.structured_outputs
+    if wanted is not None and schema is not None:
+        raise ApiError("response_format and structured_outputs cannot be had together", param="structured_outputs")
+    field = "structured_outputs" if wanted is not None else "response_format"
+    try:
+        if wanted is not None:
+            return _structured(wanted)
+        return None if schema is None else Grammar.json(schema)
+    except ValueError as error:
+        raise ApiError(f"{field}: {error}", param=field) from error
+
+
+def schema_of(request: Sampling) -> dict[str, Any] | bool | None:
+    """The JSON schema of `response_format`; None: it asks for text.
+
+    Raises:
+        ApiError: it does not say which.
+    """
+    form = request.response_format
+    if form is None:
+        return None
+    given = form.json_schema.schema_ if form.json_schema is not None else form.schema_
+    if form.type == "json_object":
+        return {"type": "object"} if given is None else given
+    if form.type == "json_schema" and given is None:
+        raise ApiError("response_format: the type json_schema needs json_schema.schema", param="response_format")
+    if form.type == "text" and given is not None:
+        raise ApiError("response_format: a schema goes with the type json_schema", param="response_format")
+    return given
+
+
+def _structured(wanted: StructuredOutputs) -> Grammar:
+    given = [name for name, value in wanted.model_dump().items() if value not in (None, False)]
+    if len(given) != 1:
+        told = " and ".join(given).replace("json_", "json") if given else "none of them"
+        raise ValueError(f"give exactly one of json, json_object, regex, choice and grammar, not {told}")
+    if wanted.json_ is not None:
+        return Grammar.json(wanted.json_)
+    if wanted.regex is not None:
+        return Grammar.regex(wanted.regex)
+    if wanted.choice is not None:
+        return Grammar.regex("|".join(re.escape(choice) for choice in wanted.choice))
+    if wanted.grammar is not None:
+        return Grammar.lark(wanted.grammar)
+    return Grammar.json()
+
+
+def _named(sentence: str) -> str | None:
+    """The setting that a sentence of SamplingParams begins with."""
+    found = re.match(r"[a-z_]+", sentence)
+    return found[0] if found and found[0] in Sampling.model_fields else None

@@ -1,0 +1,211 @@
+"""Servers in processes of their own, and clients that speak to them in bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+import uvicorn
+
+import luciola
+from luciola.serve.app import create
+from luciola.serve.guard import ServerSettings, guarded
+from luciola.serve.service import Service, Settings
+from luciola.text.tokenizer import Tokenizer
+
+SMALL_APP = Path(__file__).with_name("small_app.py")
+
+
+@dataclass
+class Live:
+    process: subprocess.Popen[str]
+    url: str
+    log: Path
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def connect(self, timeout: float = 10.0) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout)
+
+    @staticmethod
+    def everything(client: socket.socket) -> bytes:
+        """All that the server sends until it closes the connection; a reset ends it too."""
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := client.recv(65536):
+                received += piece
+        return received
+
+    def ask(self, request: bytes) -> bytes:
+        """All that the server answers to these bytes, on a connection of their own."""
+        with self.connect() as client:
+            with contextlib.suppress(ConnectionError):
+                client.sendall(request)
+            return self.everything(client)
+
+    def is_well(self) -> bool:
+        """Whether a new client is served."""
+        return httpx.get(self.url + "/health", timeout=10).text == "alive"
+
+    def memory(self) -> int:
+        """Bytes resident."""
+        return int(psutil.Process(self.process.pid).memory_info().rss)
+
+    def lines(self) -> list[dict[str, object]]:
+        """The access log."""
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+    def end(self, how: int = signal.SIGTERM) -> int:
+        """The exit code."""
+        self.process.send_signal(how)
+        return self.process.wait(20)
+
+
+@contextlib.contextmanager
+def served(folder: Path, environment: dict[str, str] | None = None, **options: object) -> Iterator[Live]:
+    """The small application behind the guard, with these `ServerSettings`."""
+    log = folder / "stderr"
+    process = start(folder, environment, log, **options)
+    assert process.stdout is not None
+    try:
+        ready = process.stdout.readline()
+        address = re.search(r"http://\S+:\d+", ready)
+        assert address, log.read_text()
+        yield Live(process, address.group(), log)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def start(folder: Path, environment: dict[str, str] | None, log: Path, **options: object) -> subprocess.Popen[str]:
+    arguments = json.dumps({"port": 0, "static": str(folder), **options})
+    source = str(Path(luciola.__file__).parents[1])
+    with log.open("w") as errors:
+        return subprocess.Popen(
+            [sys.executable, SMALL_APP, arguments],
+            env={**os.environ, "PYTHONPATH": source, **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., contextlib.AbstractContextManager[Live]]:
+    """`with serving(folder, max_body=1000) as server`: the small application behind the guard, files in `folder`."""
+    return served
+
+
+@pytest.fixture
+def small_server(tmp_path: Path) -> Iterator[Callable[..., Live]]:
+    """`small_server(max_body=1000)`: the same until the test ends."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **options: stack.enter_context(served(tmp_path, **options))
+
+
+ALPHABET = "".join(chr(code) for code in range(32, 127)) + "\n"
+SHAPE: dict[str, Any] = {
+    "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "kv_lora_rank": 8,
+    "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+def written_by(pieces: Sequence[str], context: int = 4096, **tokenizer: Any) -> luciola.LanguageModel:
+    """A model that answers anything with these pieces, each a token of its own, and ends. It is sure of each token; led
+    elsewhere by a constraint, it begins again.
+
+    Attention and feed-forward write nothing, the embedding is the unit matrix and the head a table of successors.
+    """
+    assert len(set(pieces)) == len(pieces) and not any(piece in ALPHABET for piece in pieces)
+    tokens = Tokenizer.characters(ALPHABET, added_tokens=["<think>", "</think>", *pieces], **tokenizer)
+    vocab = tokens.vocab_size
+    shape = SHAPE | {"vocab_size": vocab, "hidden_size": vocab, "max_position_embeddings": context}
+    made = luciola.LanguageModel.create(shape, tokens)
+    ids = [tokens.token_id(piece) for piece in pieces]
+    logits_VV = torch.zeros(vocab, vocab)
+    logits_VV[:, ids[0]] = 20.0
+    for token, following in zip(ids, [*ids[1:], tokens.eos_token_ids[0]], strict=True):
+        logits_VV[token, ids[0]], logits_VV[token, following] = 0.0, 20.0
+    with torch.no_grad():
+        for name, parameter in made.model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
+                parameter.zero_()
+        made.model.embed_tokens.weight.copy_(torch.eye(vocab))
+        made.model.lm_head.weight.copy_(logits_VV.T / made.model.norm(torch.eye(vocab))[0, 0])
+    return made
+
+
+@dataclass
+class Here:
+    """A server in this process."""
+
+    url: str
+    service: Service
+    client: httpx.Client  # one for all requests of a module: each costs a tenth of a second to make
+
+    @property
+    def engine(self) -> luciola.Engine:
+        return self.service.engine
+
+    def until_free(self, seconds: float = 5.0) -> None:
+        """Wait until no sequence holds any of the cache; fails if that does not come."""
+        deadline = time.monotonic() + seconds
+        while self.engine.blocks_used or self.engine.stats["running"] or self.engine.stats["waiting"]:
+            assert time.monotonic() < deadline, self.engine.stats
+            time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def hosted(lm: luciola.LanguageModel, guard: ServerSettings | None = None, **settings: Any) -> Iterator[Here]:
+    """The server for a model, with these `Settings`, as long as the block lasts."""
+    engine = luciola.Engine(lm, dtype="float32", max_cached_tokens=1 << 15)
+    app = create(lm, engine, Settings(**{"name": "tiny", **settings}))
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        guarded(app, guard or ServerSettings(access_log=False)), log_config=None, ws="none", lifespan="off"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    try:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with httpx.Client(base_url=url, timeout=30) as client:
+            yield Here(url, app.state.service, client)
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def writer() -> Callable[..., luciola.LanguageModel]:
+    """See `written_by`."""
+    return written_by
+
+
+@pytest.fixture(scope="session")
+def hosting() -> Callable[..., contextlib.AbstractContextManager[Here]]:
+    """`with hosting(lm, max_queue=3) as server`: a model behind the real application, in this process."""
+    return hosted
