@@ -115,10 +115,15 @@ class Page:
 
     def button(self, label: str, within: str = "body") -> Any:
         """The last visible button of this name."""
-        buttons = [
-            b for b in self.all(f"{within} button") if b.is_displayed() or b.value_of_css_property("opacity") == "0"
-        ]
-        return [b for b in buttons if b.accessible_name == label or b.text == label][-1]
+        found = self.js(
+            """const named = (b) => (b.getAttribute("aria-label") ?? b.textContent.trim()) === arguments[0];
+            const shown = [...document.querySelectorAll(arguments[1] + " button")].filter((b) => b.checkVisibility());
+            return shown.filter(named).at(-1)""",
+            label,
+            within,
+        )
+        assert found, f"no visible button {label!r}"
+        return found
 
     def click(self, label: str, within: str = "body") -> None:
         self.js("arguments[0].click()", self.button(label, within))

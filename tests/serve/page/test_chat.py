@@ -61,7 +61,7 @@ def test_stop_keeps_what_came_and_the_server_hears_of_it(page: Any, server: Scri
     page.done(2)
     kept = page.answers()[0]
     assert kept.startswith("word word word") and kept.count("word") < 1000
-    assert page.text(".assistant .notice") == "Stopped."
+    assert page.text(".assistant .notice") == "Stopped. Continue"
     page.until(lambda: server.gone == ["chatcmpl-0"])
     server.replies = [Reply("Well.")]
     page.ask("Then?")
@@ -80,9 +80,9 @@ def test_a_reload_keeps_the_conversation_even_mid_answer(page: Any, server: Scri
     assert "not complete" in page.text(".message:last-child .notice")
     page.one(".thinking summary").click()
     page.until(lambda: page.text(".thinking .markdown") == "Thought.")
-    server.replies = [Reply("Done.")]
-    page.click("Retry")
-    page.until(lambda: page.answers() and page.answers()[-1] == "Done.")
+    server.replies = [Reply(" done.")]
+    page.click("Continue")
+    page.until(lambda: page.answers() and page.answers()[-1].endswith("slow done."))
 
 
 def test_regenerating_and_editing_keep_every_version(page: Any, server: Scripted) -> None:

@@ -16,13 +16,16 @@ def test_a_restart_mid_stream_is_told_and_survived(page: Any, server: Scripted) 
     assert page.answers()[0].count("kept") > 5
     page.until(lambda: gone in page.text("#announcer"))  # screen readers hear it, too
     page.until(lambda: page.text("#state") == "Reconnecting")
-    server.replies = [Reply("Back again.")]
+    kept = page.answers()[0].strip()
+    server.replies = [Reply(" and back again.")]
     server.start()
-    page.until(lambda: page.answers() == ["Back again."], 20)
-    assert page.text(".assistant .count") == "2/2"
-    page.click("Previous version (2 of 2)")
-    page.until(lambda: page.answers()[0].count("kept") > 5)
-    assert page.text(".assistant .notice").startswith("The server went away before this answer was complete.")
+    page.until(lambda: page.answers() == [f"{kept} and back again."], 20)
+    page.done()
+    assert page.text(".assistant .notice") == ""
+    again = server.asked[1]
+    assert again["continue_final_message"] is True
+    assert [m["role"] for m in again["messages"]] == ["user", "assistant"]
+    assert again["messages"][1]["content"].strip() == kept
 
 
 def test_a_stream_that_breaks_each_time_is_not_asked_for_for_ever(page: Any, server: Scripted) -> None:
@@ -32,9 +35,33 @@ def test_a_stream_that_breaks_each_time_is_not_asked_for_for_ever(page: Any, ser
     assert len(server.asked) == 4  # once, and three times more by itself
     time.sleep(1)
     assert len(server.asked) == 4
+    assert page.answers() == ["HalfHalfHalfHalf"]
     server.default = Reply("Whole.")
     page.click("Retry")
     page.until(lambda: page.answers() == ["Whole."])
+
+
+def test_an_answer_cut_short_goes_on_where_it_stopped(page: Any, server: Scripted) -> None:
+    server.replies = [
+        Reply("", "Half a thou", end="length", piece=20),
+        Reply("The rest", "ght.", end="length", piece=20),
+    ]
+    server.default = Reply(" of it.", piece=20)
+    page.ask("Go on")
+    page.click("Continue")
+    page.until(lambda: page.answers() == ["The rest"])
+    page.done()
+    page.click("Continue")
+    page.until(lambda: page.answers() == ["The rest of it."])
+    page.done()
+    page.one(".thinking summary").click()
+    page.until(lambda: page.text(".thinking .markdown") == "Half a thought.")
+    assert [asked["messages"][1:] for asked in server.asked] == [
+        [],
+        [{"role": "assistant", "content": "", "reasoning_content": "Half a thou"}],
+        [{"role": "assistant", "content": "The rest", "reasoning_content": "Half a thought."}],
+    ]
+    assert page.text(".assistant .figures").startswith("4 tokens")
 
 
 def test_waiting_for_the_server_can_be_given_up(page: Any, server: Scripted) -> None:
@@ -112,4 +139,4 @@ def test_a_refusal_says_why(page: Any, server: Scripted) -> None:
     assert page.answers() == ["Half an"]
     page.one("#new").click()
     page.ask("Well?")
-    assert page.text(".assistant .notice") == "The answer was cut at the limit of tokens."
+    assert page.text(".assistant .notice") == "The answer was cut at the limit of tokens. Continue"

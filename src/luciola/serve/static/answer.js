@@ -1,4 +1,5 @@
-// One answer on its way: the request, its stream, its figures, and what happens when the server fails under it.
+// One answer on its way: the request, its stream, its figures, and what happens when the server fails under it. An
+// answer that was cut goes on from where it stopped: the server is given what there is of it and writes the rest.
 
 import { Fault, answerNow, chat, pause, untilReady } from "./api.js";
 import { addMessage, prompt } from "./tree.js";
@@ -6,18 +7,15 @@ import { addMessage, prompt } from "./tree.js";
 const RETRIES = 3; // by itself; a request that brings the server down must not do so for ever
 
 export class Answer {
-  /** `changed(answer)` is called at every piece and every change of state, `login()` when the server wants a key. */
-  constructor(conversation, parent, server, { changed, login }) {
-    Object.assign(this, { conversation, parent, server, changed, login });
+  /** Answers the message `parent`, or goes on with `node` if that is given. `changed(answer)` is called at every piece
+   * and every change of state, `login()` when the server wants a key. */
+  constructor(conversation, parent, node, server, { changed, login }) {
+    Object.assign(this, { conversation, server, changed, login });
     this.controller = new AbortController();
     this.state = "waiting"; // "thinking", "writing", "lost" while the server is away, "busy", "done"
     this.notice = "";
-    this.begin();
-  }
-
-  begin() {
-    this.node = addMessage(this.conversation, this.parent, "assistant", "");
-    this.node.model = this.server.id;
+    this.node = node ?? addMessage(conversation, parent, "assistant", "");
+    this.node.model = server.id;
   }
 
   stop() {
@@ -61,15 +59,13 @@ export class Answer {
     this.node.error = fault.kind === "length" ? `This conversation is too long for the model. ${fault.message}` : fault.message;
   }
 
-  /** The server is away: what came is kept, and the question is asked again in a new answer beside it. */
+  /** The server is away: what came is kept, and goes on when it is back. */
   async wait() {
-    const some = Boolean(this.node.content || this.node.reasoning);
-    if (some) this.node.finish = "lost";
-    this.settle("lost", some
+    this.node.finish = "lost";
+    this.settle("lost", this.node.content || this.node.reasoning
       ? "The server has gone away; what came so far is kept. Trying again …"
       : "The server cannot be reached. Trying again …");
     await untilReady(this.controller.signal);
-    if (some) this.begin();
   }
 
   async queue(fault) {
@@ -85,13 +81,15 @@ export class Answer {
   }
 
   async stream() {
+    const { node, server, conversation } = this;
+    node.finish = node.error = null;
     this.settle("waiting", "");
-    const { node, server } = this;
+    const before = { tokens: 0, writing: 0, thought: 0, ...node.stats, ...(node.thought && { thought: node.thought }) };
     const sent = performance.now();
     let first = 0;
     let thinking = 0; // when it began
     let pieces = 0;
-    for await (const chunk of chat(request(this.conversation, this.parent, server), this.controller.signal)) {
+    for await (const chunk of chat(request(conversation, node, server), this.controller.signal)) {
       this.id = chunk.id;
       const now = performance.now();
       const choice = chunk.choices?.[0];
@@ -104,11 +102,11 @@ export class Answer {
       if (thought) {
         thinking ||= now;
         node.reasoning = (node.reasoning ?? "") + thought;
-        node.thought = now - thinking;
+        node.thought = before.thought + now - thinking;
         this.state = "thinking";
       }
       if (said) {
-        if (thinking && this.state === "thinking") node.thought = now - thinking;
+        if (this.state === "thinking") node.thought = before.thought + now - thinking;
         node.content += said;
         this.state = "writing";
       }
@@ -116,11 +114,11 @@ export class Answer {
       const usage = chunk.usage;
       node.stats = {
         ...node.stats,
-        tokens: usage?.completion_tokens ?? Math.max(pieces, node.stats?.tokens ?? 0),
-        ...(first && { first: first - sent, writing: Math.max(now - first, node.stats?.writing ?? 0) }),
+        tokens: before.tokens + (usage?.completion_tokens ?? pieces),
+        ...(first && { first: before.first ?? first - sent, writing: before.writing + now - first }),
         ...(usage && { prompt: usage.prompt_tokens, cached: usage.prompt_tokens_details?.cached_tokens ?? 0 }),
       };
-      node.updated = this.conversation.updated = Date.now();
+      node.updated = conversation.updated = Date.now();
       this.changed(this);
     }
     node.finish ??= "stop";
@@ -132,12 +130,17 @@ export function speed({ tokens = 0, writing = 0 } = {}) {
   return tokens > 1 && writing > 50 ? ((tokens - 1) / writing) * 1000 : 0;
 }
 
-function request(conversation, parent, server) {
+function request(conversation, node, server) {
   const { thinking, ...sampling } = conversation.sampling;
   const system = conversation.system ?? server.system;
+  const messages = prompt({ ...conversation, system }, node.parent, server.history);
+  const begun = Boolean(node.content || node.reasoning);
+  // Only the answer's own thinking goes back with it, never that of earlier ones.
+  if (begun) messages.push({ role: "assistant", content: node.content, ...(node.reasoning && { reasoning_content: node.reasoning }) });
   return {
     model: server.id,
-    messages: prompt({ ...conversation, system }, parent, server.history),
+    messages,
+    ...(begun && { continue_final_message: true, add_generation_prompt: false }),
     ...sampling,
     ...(typeof thinking === "boolean" && { thinking: { type: thinking ? "enabled" : "disabled" } }),
   };

@@ -19,7 +19,7 @@ const running = new Map(); // conversation id -> Answer
 let current = newConversation(); // not in the list until something was said in it
 let server = { id: "", system: "", history: true, thinks: false, known: false };
 
-const thread = new Thread({ regenerate, edit, turn, say });
+const thread = new Thread({ regenerate, resume, edit, turn, say });
 const monitor = watchServer();
 
 // ---- Conversations ------------------------------------------------------------------------------------------------
@@ -170,8 +170,14 @@ function regenerate(node) {
   answer(current, node.parent);
 }
 
-async function answer(conversation, parent) {
-  const run = new Answer(conversation, parent, server, { changed, login });
+function resume(node) {
+  running.get(current.id)?.stop();
+  running.delete(current.id);
+  answer(current, node.parent, node);
+}
+
+async function answer(conversation, parent, begun) {
+  const run = new Answer(conversation, parent, begun, server, { changed, login });
   running.set(conversation.id, run);
   store.preference("last", conversation.id);
   save(conversation);

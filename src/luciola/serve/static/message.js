@@ -21,7 +21,7 @@ function make(name, className, ...inside) {
 }
 
 export class MessageView {
-  /** `actions`: regenerate(node), edit(node, text), turn(node, step), say(text). */
+  /** `actions`: regenerate(node), resume(node), edit(node, text), turn(node, step), say(text). */
   constructor(node, actions) {
     this.node = node;
     this.actions = actions;
@@ -122,12 +122,16 @@ export class MessageView {
     this.notice.hidden = !words;
     this.notice.className = `notice ${end === "error" || end === "lost" || live ? "fault" : ""}`;
     this.notice.replaceChildren(words ?? "");
-    if (words && end !== "length" && end !== "stopped") {
-      const retry = make("button", "quiet", "Retry");
-      retry.type = "button";
-      retry.onclick = () => this.actions.regenerate(this.node);
-      this.notice.append(" ", retry);
-    }
+    if (!words || (live && answer.state === "busy")) return;
+    const some = Boolean(node.content || node.reasoning);
+    if (some && (live || end !== "error")) this.offer("Continue", () => this.actions.resume(this.node));
+    if (!some || end === "error" || end === "lost") this.offer("Retry", () => this.actions.regenerate(this.node));
+  }
+
+  offer(label, onclick) {
+    const button = make("button", "quiet", label);
+    Object.assign(button, { type: "button", onclick });
+    this.notice.append(" ", button);
   }
 
   async copyText() {
