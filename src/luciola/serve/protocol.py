@@ -85,7 +85,7 @@ class Sampling(Asked):
     # Known, and not to be had.
     best_of: None = Field(None, description="not supported")
     suffix: None = Field(None, description="not supported")
-    use_beam_search: Literal[False] | None = Field(None, description="not supported")
+    use_beam_search: bool | None = Field(None, description="true is not supported")
     user: str | None = Field(None, description="taken and passed over")
 
 
