@@ -110,8 +110,8 @@ def start(folder: Path, environment: dict[str, str] | None, log: Path, **options
 
 
 @pytest.fixture(scope="session")
-def serving() -> Callable[..., contextlib.AbstractContextManager[Live]]:
-    """`with serving(folder, max_body=1000) as server`: the small application behind the guard, files in `folder`."""
+def small_serving() -> Callable[..., contextlib.AbstractContextManager[Live]]:
+    """`with small_serving(folder, max_body=1000) as server`: the small application behind the guard, for a block."""
     return served
 
 

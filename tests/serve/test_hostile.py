@@ -22,10 +22,10 @@ MEBIBYTE = b"x" * 2**20
 
 
 @pytest.fixture(scope="module")
-def process(serving: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def process(small_serving: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One server for all of the tests, with short deadlines."""
     deadlines = {"head_timeout": 0.5, "body_timeout": 2.0, "stall_timeout": 0.5, "write_timeout": 0.5, "keep_alive": 1}
-    with serving(tmp_path_factory.mktemp("server"), **deadlines) as server:
+    with small_serving(tmp_path_factory.mktemp("server"), **deadlines) as server:
         yield server
 
 

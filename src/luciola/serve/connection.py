@@ -8,12 +8,14 @@ the one that has said nothing for longest makes room.
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from luciola.serve.guard import LINGER, ServerSettings, error_body, log_request, reason
+from luciola.serve.errors import ApiError
+from luciola.serve.guard import LINGER, ServerSettings, log_request
 
 MAX_HEAD = 32 * 1024  # bytes of a request line with its headers, and of anything else that is no body
 MAX_PIPELINED = 64  # requests on one connection that wait for the reply to an earlier one
@@ -157,11 +159,15 @@ class Connection(HttpToolsProtocol):
         self.refuse(431, f"the request's line and headers exceed {MAX_HEAD} bytes")
 
     def _write_refusal(self, status: int, message: str) -> None:
-        body = error_body(status, message)
-        head = (
-            f"HTTP/1.1 {status} {reason(status)}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        )
-        self.transport.write(head.encode() + b"x-content-type-options: nosniff\r\nconnection: close\r\n\r\n" + body)
+        body = ApiError(message, status).body()
+        lines = [
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            "x-content-type-options: nosniff",
+            "connection: close",
+        ]
+        self.transport.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
         if self._settings.access_log:
             log_request(client=self.client[0] if self.client else None, status=status, refused=message)
 
