@@ -4,7 +4,6 @@ notices."""
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -52,7 +51,6 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
     (CHAT, {"messages": MESSAGES, "structured_outputs": {}}, "structured_outputs"),
     (CHAT, {"messages": MESSAGES, "structured_outputs": {"regex": "("}}, "structured_outputs"),
     (CHAT, {"messages": [{"role": "user", "content": "x" * 300}]}, "messages"),
-    (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, None),
     (TEXT, {}, "prompt"),
     (TEXT, {"prompt": ""}, "prompt"),
     (TEXT, {"prompt": []}, "prompt"),
@@ -74,7 +72,7 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
 
 @pytest.mark.parametrize(("path", "body", "field"), BAD)
 def test_what_is_wrong_is_named(here: Any, path: str, body: dict[str, Any], field: str | None) -> None:
-    reply = httpx.post(here.url + path, json=body)
+    reply = here.client.post(path, json=body)
     assert reply.status_code == 400, reply.text
     error = reply.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
@@ -85,12 +83,12 @@ def test_what_is_wrong_is_named(here: Any, path: str, body: dict[str, Any], fiel
 
 
 def test_a_prompt_that_is_too_long_has_its_own_code(here: Any) -> None:
-    reply = httpx.post(here.url + TEXT, json={"prompt": "x" * 256})
+    reply = here.client.post(TEXT, json={"prompt": "x" * 256})
     assert reply.status_code == 400 and reply.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_another_model_is_not_found(here: Any) -> None:
-    reply = httpx.post(here.url + CHAT, json={"model": "gpt-\x00é", "messages": MESSAGES})
+    reply = here.client.post(CHAT, json={"model": "gpt-\x00é", "messages": MESSAGES})
     assert reply.status_code == 404 and reply.json()["error"]["code"] == "model_not_found"
 
 
@@ -112,27 +110,27 @@ def test_another_model_is_not_found(here: Any) -> None:
     ],
 )
 def test_a_body_that_is_no_such_json(here: Any, body: bytes) -> None:
-    reply = httpx.post(here.url + CHAT, content=body, headers={"Content-Type": "application/json"})
+    reply = here.client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
     assert reply.status_code == 400, reply.text
     assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
 
 def test_a_body_of_another_kind(here: Any) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
-        reply = httpx.post(here.url + CHAT, content=b'{"messages": []}', headers={"Content-Type": kind})
+        reply = here.client.post(CHAT, content=b'{"messages": []}', headers={"Content-Type": kind})
         assert reply.status_code == 415 and "Content-Type: application/json" in reply.json()["error"]["message"]
 
 
 def test_unknown_paths_and_methods(here: Any) -> None:
-    missing = httpx.post(here.url + "/v1/embeddings", json={})
+    missing = here.client.post("/v1/embeddings", json={})
     assert missing.status_code == 404 and "/v1/embeddings" in missing.json()["error"]["message"]
-    wrong = httpx.get(here.url + CHAT)
+    wrong = here.client.get(CHAT)
     assert wrong.status_code == 405 and wrong.headers["allow"] == "POST" and wrong.json()["error"]["message"]
 
 
 def test_names_that_nobody_knows_are_passed_over(here: Any) -> None:
     body = {"messages": MESSAGES, "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "temperature": None}
-    assert httpx.post(here.url + CHAT, json=body).status_code == 200
+    assert here.client.post(CHAT, json=body).status_code == 200
 
 
 def test_a_schema_bomb_is_refused_and_the_others_are_served(here: Any) -> None:
@@ -144,5 +142,5 @@ def test_a_schema_bomb_is_refused_and_the_others_are_served(here: Any) -> None:
     for schema in (deep, wide, regex):
         form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
         body = {"messages": MESSAGES, "response_format": form, "max_tokens": 5}
-        assert httpx.post(here.url + CHAT, json=body, timeout=60).status_code in (200, 400)
-        assert httpx.post(here.url + CHAT, json={"messages": MESSAGES}).status_code == 200
+        assert here.client.post(CHAT, json=body, timeout=60).status_code in (200, 400)
+        assert here.client.post(CHAT, json={"messages": MESSAGES}).status_code == 200

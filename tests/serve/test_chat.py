@@ -1,6 +1,7 @@
 """Chat completions over HTTP: what is in a reply, whole or in pieces, and what becomes of one that is broken off."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ def here(writer: Any, serving: Any) -> Iterator[Any]:
 def post(here: Any) -> Callable[..., Any]:
     def send(path: str = "/v1/chat/completions", **body: Any) -> Any:
         whole = QUESTION | body if path.endswith("chat/completions") else body
-        return httpx.post(here.url + path, json=whole, timeout=30)
+        return here.client.post(path, json=whole)
 
     return send
 
@@ -30,7 +31,7 @@ def post(here: Any) -> Callable[..., Any]:
 def events(here: Any, **body: Any) -> list[dict[str, Any]]:
     """The JSON of a stream's events; it ended with [DONE]."""
     found = []
-    with httpx.stream("POST", here.url + "/v1/chat/completions", json=QUESTION | {"stream": True} | body) as response:
+    with here.client.stream("POST", "/v1/chat/completions", json=QUESTION | {"stream": True} | body) as response:
         assert response.status_code == 200, response.read()
         assert response.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in response.iter_lines() if line]
@@ -83,7 +84,7 @@ def test_several_choices_each_have_an_index(here: Any, post: Any) -> None:
 
 def test_one_name_for_the_thinking_if_the_server_is_told_so(writer: Any, serving: Any) -> None:
     with serving(writer(PIECES), reasoning_fields=("reasoning",)) as server:
-        message = httpx.post(server.url + "/v1/chat/completions", json=QUESTION).json()["choices"][0]["message"]
+        message = server.client.post("/v1/chat/completions", json=QUESTION).json()["choices"][0]["message"]
     assert message["reasoning"] and "reasoning_content" not in message
 
 
@@ -102,7 +103,7 @@ def test_the_thinking_can_be_left_out_or_left_in(post: Any) -> None:
     ],
 )
 def test_a_thinking_switched_off_is_closed_in_the_prompt(here: Any, post: Any, off: dict[str, Any]) -> None:
-    tokens = httpx.post(here.url + "/tokenize", json={"messages": QUESTION["messages"]}).json()["tokens"]
+    tokens = here.client.post("/tokenize", json={"messages": QUESTION["messages"]}).json()["tokens"]
     reply = post(return_token_ids=True, **off).json()
     closed = here.service.tokenizer.decode(reply["prompt_token_ids"][len(tokens) :], False)
     assert closed == "<think>\n\n</think>\n\n"
@@ -147,7 +148,7 @@ def test_earlier_thinking_is_no_part_of_the_conversation(here: Any) -> None:
             {"role": "assistant", "content": "b", **assistant},
             {"role": "user", "content": "c"},
         ]
-        found: list[int] = httpx.post(here.url + "/tokenize", json={"messages": messages}).json()["tokens"]
+        found: list[int] = here.client.post("/tokenize", json={"messages": messages}).json()["tokens"]
         return found
 
     assert tokens() == tokens(reasoning_content="hm") == tokens(reasoning="hm") == tokens(content="<think>hm</think>b")
@@ -156,7 +157,7 @@ def test_earlier_thinking_is_no_part_of_the_conversation(here: Any) -> None:
 def test_parts_of_a_content_are_joined(here: Any, post: Any) -> None:
     parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
     one, other = (
-        httpx.post(here.url + "/tokenize", json={"messages": [{"role": "user", "content": content}]}).json()
+        here.client.post("/tokenize", json={"messages": [{"role": "user", "content": content}]}).json()
         for content in ("2+2?", parts)
     )
     assert one == other
@@ -210,7 +211,7 @@ def test_who_leaves_frees_the_cache_within_a_step(writer: Any, serving: Any, str
         timeout = httpx.Timeout(30, read=0.5)
         with (
             pytest.raises(httpx.ReadTimeout),
-            httpx.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=timeout) as response,
+            server.client.stream("POST", "/v1/chat/completions", json=body, timeout=timeout) as response,
         ):
             for count, _ in enumerate(response.iter_lines()):
                 if count == 20:
@@ -221,7 +222,7 @@ def test_who_leaves_frees_the_cache_within_a_step(writer: Any, serving: Any, str
 
 def test_thinking_can_be_ended_while_it_goes_on(writer: Any, serving: Any) -> None:
     pieces = ["<think>\n", *(f"thought {i} " for i in range(2000)), "</think>\n", "Done."]
-    with serving(writer(pieces, context=1 << 13)) as server, httpx.Client(base_url=server.url, timeout=30) as client:
+    with serving(writer(pieces, context=1 << 13)) as server, httpx.Client(base_url=server.url) as client:
         with client.stream("POST", "/v1/chat/completions", json=QUESTION | {"stream": True}) as response:
             lines = (json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {"))
             first = next(lines)
@@ -235,20 +236,25 @@ def test_thinking_can_be_ended_while_it_goes_on(writer: Any, serving: Any) -> No
 
 def test_a_full_queue_says_so_and_when_to_come_again(writer: Any, serving: Any) -> None:
     with serving(writer(PIECES, context=1 << 13), max_queue=2) as server:
-        server.engine._scheduler.max_running = 0  # nobody's turn comes
         body = QUESTION | {"n": 2}
-        with httpx.Client(base_url=server.url, timeout=httpx.Timeout(10, read=0.3)) as client:
-            with pytest.raises(httpx.ReadTimeout):
-                client.post("/v1/chat/completions", json=body)
-        time.sleep(0)
+        asked = threading.Thread(target=lambda: server.client.post("/v1/chat/completions", json=body))
+        with server.engine._loop.held():  # nobody's turn comes
+            asked.start()
+            while server.service._waiting < 2:
+                time.sleep(0.005)
+            full = server.client.post("/v1/chat/completions", json=body)
+        asked.join()
+        assert full.status_code == 429 and full.headers["retry-after"] == "1"
+        assert full.json()["error"]["code"] == "queue_full"
+        assert server.client.post("/v1/chat/completions", json=body).status_code == 200
 
 
 def test_a_request_that_takes_too_long_is_given_up(writer: Any, serving: Any) -> None:
     with serving(writer(PIECES, context=1 << 15), request_seconds=0.3) as server:
         body = QUESTION | {"ignore_eos": True}
-        late = httpx.post(server.url + "/v1/chat/completions", json=body, timeout=10)
+        late = server.client.post("/v1/chat/completions", json=body, timeout=10)
         assert late.status_code == 504 and "0.3 seconds" in late.json()["error"]["message"]
-        with httpx.stream("POST", server.url + "/v1/chat/completions", json=body | {"stream": True}) as response:
+        with server.client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as response:
             lines = [line for line in response.iter_lines() if line]
         assert "0.3 seconds" in json.loads(lines[-1].removeprefix("data: "))["error"]["message"]
         server.until_free()

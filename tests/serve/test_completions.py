@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
@@ -19,7 +18,7 @@ def here(writer: Any, serving: Any) -> Iterator[Any]:
 
 
 def complete(here: Any, **body: Any) -> Any:
-    return httpx.post(here.url + "/v1/completions", json={"prompt": "count: ", "temperature": 0} | body, timeout=30)
+    return here.client.post("/v1/completions", json={"prompt": "count: ", "temperature": 0} | body)
 
 
 def test_a_text_is_gone_on_from_as_it_is(here: Any) -> None:
@@ -49,7 +48,7 @@ def test_token_ids_in_the_reply_lead_to_the_same_text(here: Any) -> None:
 def test_a_stream_says_the_same(here: Any) -> None:
     body = {"prompt": ["a", "b"], "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     texts = {0: "", 1: ""}
-    with httpx.stream("POST", here.url + "/v1/completions", json=body) as response:
+    with here.client.stream("POST", "/v1/completions", json=body) as response:
         lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
     assert lines.pop() == "[DONE]"
     chunks = [json.loads(line) for line in lines]
@@ -71,7 +70,7 @@ def test_echo_scores_the_prompt_as_the_model_does(here: Any) -> None:
     witness = [logp_TV[i, token].item() for i, token in enumerate(ids[1:])]
     assert table["token_logprobs"][0] is None
     assert table["token_logprobs"][1:] == pytest.approx(witness, abs=1e-4)
-    assert table["top_logprobs"][0] is None and list(table["top_logprobs"][1])[0] == "two "
+    assert table["top_logprobs"][0] is None and next(iter(table["top_logprobs"][1])) == "two "
 
 
 def test_echo_with_a_continuation_and_without_scores(here: Any) -> None:
@@ -95,29 +94,29 @@ def test_a_seed_makes_the_same_text_again(here: Any) -> None:
 
 
 def test_tokenize_and_detokenize_are_each_others_inverse(here: Any) -> None:
-    reply = httpx.post(here.url + "/tokenize", json={"prompt": "two €5 ", "return_token_strs": True}).json()
+    reply = here.client.post("/tokenize", json={"prompt": "two €5 ", "return_token_strs": True}).json()
     assert reply["count"] == len(reply["tokens"]) and reply["max_model_len"] == 512
     assert "".join(reply["token_strs"]) == "two €5 "
-    assert httpx.post(here.url + "/tokenize", json={"content": "two €5 "}).json()["tokens"] == reply["tokens"]
-    back = httpx.post(here.url + "/detokenize", json={"tokens": reply["tokens"]}).json()
+    assert here.client.post("/tokenize", json={"content": "two €5 "}).json()["tokens"] == reply["tokens"]
+    back = here.client.post("/detokenize", json={"tokens": reply["tokens"]}).json()
     assert back == {"prompt": "two €5 ", "content": "two €5 "}
 
 
 def test_models_health_and_docs(here: Any) -> None:
-    listed = httpx.get(here.url + "/v1/models").json()
+    listed = here.client.get("/v1/models").json()
     assert listed["data"][0]["id"] == "tiny" and listed["data"][0]["max_model_len"] == 512
-    assert httpx.get(here.url + "/v1/models/tiny").json() == listed["data"][0]
-    assert httpx.get(here.url + "/v1/models/other").status_code == 404
-    assert httpx.get(here.url + "/health").status_code == httpx.get(here.url + "/ready").status_code == 200
-    assert httpx.get(here.url + "/openapi.json").json()["paths"]["/v1/chat/completions"]
-    assert "Content-Security-Policy" in httpx.get(here.url + "/docs").headers
+    assert here.client.get("/v1/models/tiny").json() == listed["data"][0]
+    assert here.client.get("/v1/models/other").status_code == 404
+    assert here.client.get("/health").status_code == here.client.get("/ready").status_code == 200
+    assert here.client.get("/openapi.json").json()["paths"]["/v1/chat/completions"]
+    assert "Content-Security-Policy" in here.client.get("/docs").headers
 
 
 def test_metrics_count_what_was_served(here: Any) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
     def values() -> dict[str, float]:
-        families = text_string_to_metric_families(httpx.get(here.url + "/metrics").text)
+        families = text_string_to_metric_families(here.client.get("/metrics").text)
         return {sample.name: sample.value for family in families for sample in family.samples}
 
     before = values()

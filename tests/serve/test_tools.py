@@ -10,8 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luciola.engine.grammar import GrammarCompiler
-from luciola.serve.tool_calls import SpecialTokenFilter, ToolCallParser
+from luciola.engine.engine import Engine
+from luciola.engine.grammar import Grammar, GrammarCompiler
+from luciola.engine.params import SamplingParams
+from luciola.model.language_model import LanguageModel
+from luciola.serve.reasoning import ReasoningSplitter
+from luciola.serve.tool_calls import CallPiece, SpecialTokenFilter, ToolCallParser
 from luciola.serve.tool_formats import (
     DEEPSEEK_V3,
     DEEPSEEK_V3_1,
@@ -22,6 +26,7 @@ from luciola.serve.tool_formats import (
     MISTRAL_TEKKEN,
     CallFormat,
 )
+from luciola.serve.tool_prompts import ToolPrompts
 from luciola.serve.tools import ToolUse
 from luciola.text.bpe import train_bpe
 from luciola.text.tokenizer import Tokenizer
@@ -121,7 +126,9 @@ def test_schemas_that_cannot_be_enforced(parameters: dict[str, Any], strict: boo
     if sentence is None:
         use.grammar(HERMES, tokenizer)
         return
-    with pytest.raises(ValueError, match=r"^tools\[1\].*'bad'.*" + re.escape(sentence)) as refused:
+    with pytest.raises(
+        ValueError, match="^tools: the parameters of 'bad' cannot be used: .*" + re.escape(sentence)
+    ) as refused:
         use.grammar(HERMES, tokenizer)
     assert "\n" not in str(refused.value)
 
@@ -145,10 +152,9 @@ def vocabulary(kind: str, form: CallFormat) -> Tokenizer:
 
 
 def completion(
-    use: ToolUse, form: CallFormat, tokenizer: Tokenizer, seed: int, begin: str = "", after: str = ""
+    grammar: Grammar, form: CallFormat, tokenizer: Tokenizer, seed: int, begin: str = "", after: str = ""
 ) -> str:
     """A text that ends, drawn at random among what the grammar allows behind `begin`."""
-    grammar = use.grammar(form, tokenizer)
     state = compiler(tokenizer).start(grammar.after(after) if after else grammar)
     ids = tokenizer.encode(begin)
     for token in ids:
@@ -201,7 +207,7 @@ def test_required_calls_come_and_nothing_else(form: CallFormat, kind: str) -> No
     assert use
     seen, numbers = set(), set()
     for seed in range(8):
-        text = completion(use, form, tokenizer, seed)
+        text = completion(use.grammar(form, tokenizer), form, tokenizer, seed)
         for enforced in (True, False):
             content, calls = parsed(use.parser(form, enforced=enforced), [text])
             assert content == "" and calls, text
@@ -217,7 +223,7 @@ def test_a_named_function_is_called_once_where_calls_may_not_be_parallel(form: C
     tokenizer, use = vocabulary("tokens", form), ToolUse.read(TOOLS, function("now_in"), False)
     assert use
     for seed in range(6):
-        text = completion(use, form, tokenizer, seed, "ab </think>", after="</think>")
+        text = completion(use.grammar(form, tokenizer), form, tokenizer, seed, "ab </think>", after="</think>")
         content, calls = parsed(use.parser(form), [text.partition("</think>")[2]])
         assert content == "" and [name for name, _ in calls] == ["now_in"]
         check_arguments(calls)
@@ -237,9 +243,25 @@ def test_a_model_may_write_text_but_a_call_once_begun_is_well_formed(form: CallF
     assert parsed(use.parser(form), [plain]) == (plain, [])
     begin = plain + form.marker if form.anywhere else form.marker
     for seed in range(6):
-        content, calls = parsed(use.parser(form), [completion(use, form, tokenizer, seed, begin)])
+        content, calls = parsed(
+            use.parser(form), [completion(use.grammar(form, tokenizer), form, tokenizer, seed, begin)]
+        )
         assert content == (plain.rstrip() if form.anywhere else "") and calls
         check_arguments(calls)
+
+
+@each_format
+@pytest.mark.parametrize("kind", ["tokens", "bpe"])
+def test_an_answer_may_have_a_schema_of_its_own(form: CallFormat, kind: str) -> None:
+    tokenizer, use = vocabulary(kind, form), ToolUse.read(TOOLS)
+    assert use
+    answer = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"], "additionalProperties": False}
+    for begin in ('{"x', form.marker if form.anywhere else '{"name'):
+        grammar = use.grammar(form, tokenizer, answer)
+        text = completion(grammar, form, tokenizer, 3, begin)
+        content, calls = parsed(use.parser(form), [text])
+        check_arguments(calls)
+        assert len(calls) if "x" not in begin else json.loads(content)["x"] in (1, 2)
 
 
 # The parser
@@ -282,9 +304,9 @@ def test_calls_are_found_however_a_completion_is_cut(form: CallFormat, data: st.
 
 NOISE = st.lists(
     st.sampled_from(
-        ["<tool_call>", "</tool_call>", '{"name": "now"', ', "arguments": ', ', "parameters": ', "{", "}", '"', "a", "\n", " ",
-         "[TOOL_CALLS]", "[", "]", "[ARGS]", "now", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "function",
-         "<｜tool▁sep｜>", "```json\n", "```", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "\\"]
+        ["<tool_call>", "</tool_call>", '{"name": "now"', ', "arguments": ', ', "parameters": ', "{", "}", '"', "a",
+         "\n", " ", "[TOOL_CALLS]", "[", "]", "[ARGS]", "now", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>",
+         "function", "<｜tool▁sep｜>", "```json\n", "```", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "\\"]
     ),
     max_size=14,
 ).map("".join)  # fmt: skip
@@ -331,10 +353,17 @@ def test_a_call_behind_what_only_looks_like_one() -> None:
 def test_arguments_come_as_they_are_written_where_a_grammar_is_in_force() -> None:
     parser = ToolCallParser(HERMES, ["now"], enforced=True)
     assert parser.push('Hm. <tool_call>\n{"name": "now"') == ("Hm.", [])
-    (_, [first]), (_, [second]) = parser.push(', "arguments": {'), parser.push('"a": "\\')
-    assert (first.name == "now" and first.arguments == "") or first.arguments == "{"
-    assert first.delta()["type"] == "function" and first.delta()["function"]["name"] == "now"
-    assert second.delta() == {"index": 0, "function": {"arguments": '"a": "\\'}}
+    content, pieces = parser.push(', "arguments": {')
+    first, second = (piece.delta() for piece in pieces)
+    assert content == "" and first["id"].startswith("call_")
+    assert first | {"id": ""} == {
+        "index": 0,
+        "id": "",
+        "type": "function",
+        "function": {"name": "now", "arguments": ""},
+    }
+    assert second == {"index": 0, "function": {"arguments": "{"}}
+    assert parser.push('"a": "\\') == ("", [CallPiece(0, '"a": "\\')])
     assert parser.end() == ("", []), "cut off at its length"
     assert parser.calls[0]["function"]["arguments"] == '{"a": "\\'
 
@@ -347,3 +376,167 @@ def test_special_tokens_are_taken_out_but_not_the_markup() -> None:
         assert "".join(map(keep.push, cut(text, [places]))) + keep.end() == "ab [TOOL_CALLS][1] <"
     nothing = SpecialTokenFilter([], MISTRAL)
     assert nothing.push("<s>") == "<s>" and nothing.end() == ""
+
+
+# Prompts
+
+
+TOOL_LIST = "{% if tools %}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% endif %}"
+RESULT = "{% elif m.role == 'tool' %}[{{ m.content }}]"
+TEMPLATES = {
+    "qwen": (
+        TOOL_LIST + "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and m.tool_calls %}"
+        "{% if m.content %}{{ m.content }}{% endif %}{% for c in m.tool_calls %}{% set c = c.function %}"
+        '\n<tool_call>\n{"name": "{{ c.name }}", "arguments": {{ c.arguments | tojson }}}\n</tool_call>{% endfor %}'
+        + RESULT + "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}",
+        HERMES, True, "object", True,
+    ),
+    "qwen, failing without content": (
+        TOOL_LIST + "{% for m in messages %}{% if '</think>' in m.content %}{{ raise_exception('') }}{% endif %}"
+        "{{ m.content }}{% if m.tool_calls %}{% for c in m.tool_calls %}{% set c = c.function %}"
+        '\n<tool_call>\n{"name": "{{ c.name }}", "arguments": {{ c.arguments | tojson }}}\n</tool_call>{% endfor %}'
+        "{% endif %}{% endfor %}",
+        HERMES, True, "object", True,
+    ),
+    # R1's shows no tools, and takes a message of calls for one of text if it has content.
+    "deepseek": (
+        "{% for m in messages %}{% if m.role == 'assistant' and m.content is none %}<｜tool▁calls▁begin｜>"
+        "{% for c in m.tool_calls %}{{ '<｜tool▁call▁begin｜>' + c.type "
+        "+ '<｜tool▁sep｜>' + c.function.name + '\\n```json\\n'"
+        " + c.function.arguments + '\\n```<｜tool▁call▁end｜>' }}{% endfor %}<｜tool▁calls▁end｜>"
+        + RESULT + "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+        DEEPSEEK_V3, False, "text", False,
+    ),
+    "deepseek-v3.1": (
+        TOOL_LIST + "{% for m in messages %}{% if m.tool_calls is defined %}{{ m.content or '' }}"
+        "<｜tool▁calls▁begin｜>"
+        "{% for c in m.tool_calls %}{{ '<｜tool▁call▁begin｜>' + c.function.name + '<｜tool▁sep｜>' "
+        "+ c.function.arguments "
+        "+ '<｜tool▁call▁end｜>' }}{% endfor %}<｜tool▁calls▁end｜>"
+        + RESULT + "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+        DEEPSEEK_V3_1, True, "text", True,
+    ),
+    "llama": (
+        TOOL_LIST + "{% for m in messages %}{% if 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}"
+        "{{ raise_exception('one call at a time') }}{% endif %}{% set c = m.tool_calls[0].function %}"
+        "{{- '{\"name\": \"' + c.name + '\", ' }}{{- '\"parameters\": ' }}{{- c.arguments | tojson }}{{- '}' }}"
+        "{% elif m.role == 'tool' %}ipython {{ m.content }}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+        LLAMA_3, True, "object", True,
+    ),
+    "mistral": (
+        TOOL_LIST + "{% for m in messages %}{% if m.tool_calls is defined %}[TOOL_CALLS] [{% for c in m.tool_calls %}"
+        "{% if c.id | length != 9 %}{{ raise_exception('ids have 9 characters') }}{% endif %}"
+        '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, "id": "{{ c.id }}"}'
+        "{% endfor %}]{% elif m.role == 'tool' %}[{{ m.content }}, {{ m.tool_call_id }}]"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+        MISTRAL, True, "object", True,
+    ),
+    "none": (
+        "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception(m.role) }}"
+        "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}",
+        HERMES, False, None, True,
+    ),
+    "deepseek's default": (None, HERMES, False, None, True),
+}  # fmt: skip
+
+
+def history(content: str | None, calls: int = 1) -> list[dict[str, Any]]:
+    made = [
+        {"id": f"call_{i}", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ob"}'}}
+        for i in range(calls)
+    ]
+    results = [{"role": "tool", "tool_call_id": f"call_{i}", "content": f"rain {i}"} for i in range(calls)]
+    return [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Well?"},
+        {"role": "assistant", "content": content, "tool_calls": made},
+        *results,
+    ]
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+@pytest.mark.parametrize("content", [None, "", "I look."])
+def test_every_template_gets_tools_calls_and_results_as_it_takes_them(family: str, content: str | None) -> None:
+    template, form, shows_tools, arguments, beside = TEMPLATES[family]
+    tokenizer = Tokenizer.characters("ab", chat_template=template)
+    prompts, use = ToolPrompts.of(tokenizer), ToolUse.read(TOOLS)
+    assert use and not prompts.special
+    assert (prompts.form, prompts.shows_tools, prompts.arguments) == (form, shows_tools, arguments)
+    assert prompts.content_beside_calls == beside
+    given_messages = history(content, calls=1 if form == LLAMA_3 else 2)
+    before = json.dumps(given_messages)
+    for tools in (use.given, ()):
+        messages, shown = prompts.prepare(given_messages, tools)
+        text = tokenizer.render(messages, tools=shown)
+        assert "Be brief." in text and "Well?" in text and "rain 0" in text
+        assert (form == LLAMA_3 or "rain 1" in text) and text.index("Well?") < text.index("Ob") < text.index("rain")
+        assert ("maxLength" in text) == bool(tools)
+        assert ("I look." in text) == (content == "I look." and family not in ("deepseek", "llama", "mistral"))
+        if form not in (MISTRAL, LLAMA_3):
+            call = form.write([("weather", '{"city": "Ob"}')]).removeprefix(form.open).removesuffix(form.close)
+            assert text.count(call) == 2
+    assert json.dumps(given_messages) == before
+
+
+def test_a_conversation_without_calls_is_left_as_it_is() -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": None}]
+    for template, *_ in TEMPLATES.values():
+        prompts = ToolPrompts.of(Tokenizer.characters("ab", chat_template=template))
+        assert prompts.prepare(messages, ()) == (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            None,
+        )
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [3, [3], [{}], [{"function": {"name": "f", "arguments": "{"}}], [{"function": {"name": "f", "arguments": "3"}}]],
+)
+def test_calls_of_the_history_that_are_none_are_refused(calls: object) -> None:
+    prompts = ToolPrompts.of(Tokenizer.characters("ab"))
+    with pytest.raises(ValueError, match=r"^messages\[0\].tool_calls"):
+        prompts.prepare([{"role": "assistant", "content": None, "tool_calls": calls}], ())
+
+
+def test_special_tokens_of_the_markup_are_told() -> None:
+    tokenizer = vocabulary("tokens", MISTRAL)
+    tokenizer.chat_template = TEMPLATES["mistral"][0]
+    special = ToolPrompts.of(tokenizer).special
+    assert {"[TOOL_CALLS]", "<｜end▁of▁sentence｜>"} <= special
+
+
+# The engine
+
+
+TINY: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 8,
+    "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "initializer_range": 0.3,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_a_random_model_calls_tools(thinks: bool) -> None:
+    alphabet = "".join(map(chr, range(32, 127))) + "\n°"
+    tokenizer = Tokenizer.characters(alphabet)
+    lm = LanguageModel.create(TINY | {"vocab_size": tokenizer.vocab_size}, tokenizer)
+    prompts, use = ToolPrompts.of(tokenizer), ToolUse.read(TOOLS, "required")
+    assert use
+    grammar = use.grammar(prompts.form, tokenizer)
+    messages, shown = prompts.prepare([{"role": "user", "content": "Call."}], use.given)
+    params = SamplingParams(
+        max_tokens=400, n=4, seed=1, grammar=grammar.after("</think>") if thinks else grammar, logit_bias={1: 20.0}
+    )
+    (completions,) = Engine(lm).generate([tokenizer.chat(messages, tools=shown)], params)
+    found = 0
+    for sample in completions:
+        splitter = ReasoningSplitter(thinking=thinks)
+        parts = [*map(splitter.push, sample.text), splitter.end()]
+        content, calls = parsed(use.parser(prompts.form), [part for _, part in parts])
+        assert bool("".join(thinking for thinking, _ in parts)) == thinks
+        if sample.finish_reason == "stop":
+            assert content == "" and calls
+            check_arguments(calls)
+            found += 1
+    assert found >= 2

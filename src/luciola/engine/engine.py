@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -170,11 +171,14 @@ class Engine:
     def stats(self) -> dict[str, int | float]:
         """Counts since the engine was made: steps, tokens of prompts that were computed and that the cache saved,
         generated tokens, preemptions; tokens that speculation has drafted and the model accepted; tokens drawn under a
-        grammar and the seconds that took; requests running and waiting now."""
+        grammar and the seconds that took; requests running and waiting now; blocks of the cache, and how many of them
+        running sequences hold now."""
         return self._runner.counts() | {
             "preemptions": self._scheduler.preemptions,
             "running": len(self._scheduler.running),
             "waiting": sum(1 + len(row.followers) for row in self._scheduler.waiting),
+            "blocks_total": self._pool.blocks,
+            "blocks_used": self._pool.used,
         }
 
     def generate(
@@ -251,7 +255,7 @@ class Engine:
         params: SamplingParams | None = None,
         priority: int = 0,
         stop_thinking: threading.Event | None = None,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Yield what each step adds to the completions of a prompt; the last delta of each brings the whole.
 
         Many of these may run at once, in one or several event loops: one thread of the engine serves them together, and
@@ -323,7 +327,7 @@ class Engine:
             if isinstance(error, Exception):
                 failed = list(scheduler.running)
                 for row in failed:
-                    row.error = error
+                    row.error = _own(error)
                 self._runner.finish(failed)
             scheduler.recover()
             if not isinstance(error, Exception):
@@ -337,7 +341,7 @@ class Engine:
                 self._runner.take(self.model)
         except Exception as error:
             for row in rows:
-                row.error = error
+                row.error = _own(error)
             self._runner.finish(rows)
             return
         for row in rows:
@@ -364,6 +368,19 @@ def _blocks(tokens: int, block_size: int, bytes_per_token: int, device: torch.de
             f"max_cached_tokens={tokens} needs more memory than this machine has; it has room for about {fit}"
         )
     return blocks
+
+
+def _own(error: Exception) -> Exception:
+    """A copy for one request: who catches it may write on it, and raising it lengthens its traceback."""
+    twin: Exception | None = None
+    with contextlib.suppress(Exception):  # what an exception needs to be made again is up to its class
+        twin = copy.copy(error)
+    if twin is None or type(twin) is not type(error) or twin is error or str(twin) != str(error):
+        twin = RuntimeError(str(error) or type(error).__name__)
+        twin.__cause__ = error
+        return twin
+    twin.__cause__, twin.__context__ = error.__cause__, error.__context__
+    return twin.with_traceback(error.__traceback__)
 
 
 def _no_parity(dtype: torch.dtype, device: torch.device, quantised: bool) -> str:

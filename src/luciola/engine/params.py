@@ -37,10 +37,13 @@ class SamplingParams:
         n: completions of each prompt, up to 65,536.
         seed: same seed, same completions; None draws a fresh one.
         stop: texts that end a completion; they are not part of its `text`.
+        skip_special_tokens: leave special tokens out of the text; the one that ends a completion is left out anyway.
         stop_token_ids: tokens that end a completion like the model's end token.
         logprobs: record the log-probability of every token.
         top_logprobs: record this many likeliest tokens of each position with their log-probabilities; implies
             `logprobs`.
+        prompt_logprobs: record the log-probability of every token of the prompt, and this many likeliest tokens at each
+            place; None: nothing. The prompt is then read anew, whatever of it is in the cache.
         ignore_eos: go on past the model's end token (for timing).
         routes: record the experts of every token (for replay in a GRPO update).
         kept_tokens: record at every token which ones top_k, top_p and min_p left to draw from; implies `logprobs`.
@@ -67,8 +70,10 @@ class SamplingParams:
     seed: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
+    skip_special_tokens: bool = True
     logprobs: bool = False
     top_logprobs: int = 0
+    prompt_logprobs: int | None = None
     ignore_eos: bool = False
     routes: bool = False
     kept_tokens: bool = False
@@ -109,6 +114,11 @@ class SamplingParams:
             ),
             (_whole(self.top_logprobs, 0), "top_logprobs", "0 (none) or a whole number up to 2**63 - 1"),
             (
+                self.prompt_logprobs is None or _whole(self.prompt_logprobs, 0),
+                "prompt_logprobs",
+                "a whole number from 0 to 2**63 - 1, or None",
+            ),
+            (
                 self.grammar is None or isinstance(self.grammar, Grammar),
                 "grammar",
                 "a Grammar, such as Grammar.json(schema) or Grammar.regex(pattern), or None",
@@ -120,7 +130,14 @@ class SamplingParams:
             ),
             *(
                 (isinstance(getattr(self, flag), bool | np.bool_), flag, "True or False")
-                for flag in ("logprobs", "ignore_eos", "routes", "kept_tokens", "speculate")
+                for flag in (
+                    "logprobs",
+                    "ignore_eos",
+                    "routes",
+                    "kept_tokens",
+                    "speculate",
+                    "skip_special_tokens",
+                )
             ),
         ]
         for ok, name, expected in checks:
@@ -142,13 +159,15 @@ class SamplingParams:
         return self.penalises or self.min_tokens > 0
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ValueError when a token named here, or `top_logprobs`, goes beyond a model's vocabulary."""
+        """Raises ValueError when a token named here, `top_logprobs` or `prompt_logprobs` goes beyond a model's
+        vocabulary."""
         named = (("logit_bias", tuple(dict(self.logit_bias))), ("stop_token_ids", self.stop_token_ids))
         for name, tokens in named:
             if tokens and max(tokens) >= vocab_size:
                 raise ValueError(f"{name} names token {max(tokens)}, outside the vocabulary of {vocab_size}")
-        if self.top_logprobs > vocab_size:
-            raise ValueError(f"top_logprobs={self.top_logprobs} must be at most the vocabulary's size, {vocab_size}")
+        for name, count in (("top_logprobs", self.top_logprobs), ("prompt_logprobs", self.prompt_logprobs or 0)):
+            if count > vocab_size:
+                raise ValueError(f"{name}={count} must be at most the vocabulary's size, {vocab_size}")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

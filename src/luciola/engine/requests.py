@@ -81,8 +81,10 @@ class Requests:
                 if self._tokenizer is not None and close:
                     row.thinking = Thinking(self._tokenizer, close, opened, p.thinking_budget, stop_thinking)
                 row.history = History(ids) if p.needs_history else None
-                if self._tokenizer is not None and (p.stop or streamed):
-                    row.writer = Writer(self._tokenizer, stops)
+                if self._tokenizer is not None and (p.stop or streamed or not p.skip_special_tokens):
+                    row.writer = Writer(self._tokenizer, stops, p.skip_special_tokens)
+                if p.prompt_logprobs is not None:
+                    row.prompt_logprobs, row.prompt_top = [None], [None]  # nothing foretells the first token
                 rows.append(row)
             for row in rows[1:]:
                 row.leader = rows[0]

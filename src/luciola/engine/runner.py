@@ -19,10 +19,11 @@ from torch import Tensor
 
 from luciola.engine.cache import PagedCache, Piece, PromptCache
 from luciola.engine.params import SamplingParams
-from luciola.engine.sampler import History, NotFiniteError, NothingAllowedError, Sampled, Settings, sample
+from luciola.engine.sampler import History, NotFiniteError, NothingAllowedError, Sampled, Settings, sample, score
 from luciola.engine.scheduler import Scheduler
 from luciola.engine.sequence import Sequence
 from luciola.engine.steps import Steps
+from luciola.model.logprobs import CHUNK_NUMBERS
 from luciola.model.moe import Routing
 from luciola.model.transformer import Transformer
 from luciola.text.tokenizer import Tokenizer
@@ -126,6 +127,8 @@ class Runner:
             for row, (sequence, _, count) in enumerate(batch):
                 if routes_BTLK is not None:
                     _record_routes(sequence, routes_BTLK[row], 0, count)
+                if sequence.scores_prompt:
+                    self._score(sequence, states_BTD[row, :count])
                 self._advance(sequence, count)
                 if sequence.pending == 0:
                     self._ready(sequence, range(row * width + count - 1, row * width + count), kept, ready)
@@ -163,6 +166,8 @@ class Runner:
                 _record_routes(sequence, routes_NLK, place, count)
             if count > 1 or len(sequence.tokens) == sequence.prompt_length:
                 self.prompt_tokens += count
+                if sequence.scores_prompt:
+                    self._score(sequence, states_ND[place : place + count])
             self._advance(sequence, count)
             if sequence.computed == len(sequence.tokens):
                 self._ready(sequence, range(place + count - 1, end), kept, ready)
@@ -179,6 +184,7 @@ class Runner:
         copies = []
         for follower in sequence.followers:
             follower.leader, follower.cached_tokens = None, sequence.cached_tokens
+            follower.prompt_logprobs, follower.prompt_top = list(sequence.prompt_logprobs), list(sequence.prompt_top)
             pair = self.scheduler.fork(sequence, follower)
             if pair is not None:
                 copies.append(pair)
@@ -191,6 +197,23 @@ class Runner:
         sequence.followers = []
         if copies:
             self.cache.copy(copies)
+
+    def _score(self, sequence: Sequence, states_ND: Tensor) -> None:
+        """Record the log-probabilities of the prompt's tokens that follow these states, the first at `computed`."""
+        start, first = sequence.computed, len(sequence.prompt_logprobs)
+        behind = min(start + len(states_ND) + 1, sequence.prompt_length)
+        rows = max(1, CHUNK_NUMBERS // self.model.config.vocab_size)
+        for place in range(first, behind, rows):
+            end = min(place + rows, behind)
+            logits_NV = self.model.head(states_ND[place - 1 - start : end - 1 - start], exact=self.exact)
+            targets_N = torch.tensor(sequence.tokens[place:end], device=logits_NV.device)
+            try:
+                logps, likeliest = score(logits_NV, targets_N, sequence.params.prompt_logprobs or 0)
+            except NotFiniteError as error:
+                sequence.error = error
+                return
+            sequence.prompt_logprobs += logps
+            sequence.prompt_top += likeliest
 
     def take(self, model: Transformer) -> None:
         """Go on with this model, whose weights are others."""
@@ -307,15 +330,26 @@ class Runner:
                     sequence.thinking = None
             if sequence.grammar is not None and not end:
                 sequence.grammar.accept(token)
-            stopped = sequence.writer is not None and sequence.writer.push(token)
+            writer = sequence.writer
+            silent = not params.skip_special_tokens and self._silent(token, params, end)
+            stopped = writer is not None and not silent and writer.push(token)
         except Exception as error:
             sequence.error = error
             return
         complete = sequence.grammar is not None and sequence.grammar.finished
         if end or stopped or complete or token in params.stop_token_ids:
             sequence.finish = "stop"
+            if not end and token in params.stop_token_ids:
+                sequence.stop_reason = token
+            elif not end and stopped and writer is not None:
+                sequence.stop_reason = writer.stop
         elif sequence.generated >= sequence.max_tokens:
             sequence.finish = "length"
+
+    def _silent(self, token: int, params: SamplingParams, end: bool) -> bool:
+        """Whether it is a special token that ends its text, which has no place there though others have."""
+        ends = end or token in params.stop_token_ids
+        return ends and self.tokenizer is not None and self.tokenizer.decode([token]) == ""
 
     def _speculate(self, sequences: list[Sequence], counts: list[int], news: list[int], states_BD: Tensor) -> None:
         """Judge the drafts of the step that is over; make those of the next one."""

@@ -419,6 +419,20 @@ def _logprobs(logits_BV: Tensor, p_BV: Tensor, tokens_BK: Tensor, temperature_B1
     return logits_BK - most_B1 + p_BV.amax(-1, keepdim=True).log()
 
 
+def score(logits_NV: Tensor, tokens_N: Tensor, k: int) -> tuple[list[float], list[dict[int, float]]]:
+    """Log-probability of each row's token, and the row's k likeliest tokens with theirs.
+
+    Raises:
+        NotFiniteError: a row's logits are infinite or NaN.
+    """
+    p_NV = logits_NV.softmax(-1)
+    _check(p_NV[:, 0].isfinite(), logits_NV, logits_NV)
+    logps = _logprobs(logits_NV, p_NV, tokens_N[:, None]).squeeze(1).tolist()
+    return logps, [
+        dict(_likeliest(logits_V, p_V, k)) if k else {} for logits_V, p_V in zip(logits_NV, p_NV, strict=True)
+    ]
+
+
 def _likeliest(logits_V: Tensor, p_V: Tensor, k: int) -> list[tuple[int, float]]:
     """The k likeliest tokens and their log-probabilities, equal ones in order of ids."""
     (top,), (tokens,) = _topk(logits_V[None], min(k + 1, len(logits_V)))

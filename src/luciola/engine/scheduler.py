@@ -177,11 +177,12 @@ class Scheduler:
 
     def _prefix(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
         """Blocks in the cache that begin as the sequence does. The last token is always left to compute: its state is
-        what the next one is drawn from. Where routes are asked for, they must be seen once."""
+        what the next one is drawn from. Where routes or the prompt's log-probabilities are asked for, all must be seen
+        once."""
         pool, size = self.pool, self.pool.block_size
         found: list[int] = []
         keys: list[bytes] = []
-        if sequence.params.routes and sequence.routed == 0:
+        if (sequence.params.routes and sequence.routed == 0) or sequence.scores_prompt:
             return found, keys
         for number in range((len(sequence.tokens) - 1) // size):
             tokens = sequence.tokens[number * size : (number + 1) * size]

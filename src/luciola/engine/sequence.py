@@ -28,13 +28,16 @@ class Completion:
     """One continuation of a prompt.
 
     Attributes:
-        text: the decoded tokens, without special tokens and without the stop text.
+        text: the decoded tokens, without special tokens (unless `skip_special_tokens=False`) and without the stop text.
         token_ids: every token generated, the end token included.
         finish_reason: "stop" (end token, stop token or stop text, or a grammar that is complete), "length" (max_tokens,
         or the end of the model's context or of the cache), "abort".
+        stop_reason: which stop text, or which of `stop_token_ids`, ended it; None where nothing of these did.
         logprobs: log-probability of each token under the model at temperature 1 (with `logprobs=True`).
         tempered_logprobs: the same at the sampling temperature: what a policy-gradient ratio needs.
         top_logprobs: for each token the likeliest ones, id to log-probability (with `top_logprobs`).
+        prompt_logprobs: log-probability of each token of the prompt, None for the first (with `prompt_logprobs=`).
+        prompt_top_logprobs: for each of these the likeliest tokens, id to log-probability; None for the first.
         routes: experts of each prompt and generated token but the last, (T - 1, MoE layers, K) int16 (with
         `routes=True`).
         kept_tokens: for each token the ids it was drawn from (with `kept_tokens=True`), ascending.
@@ -58,6 +61,9 @@ class Completion:
     drafted: int = field(default=0, compare=False)
     accepted: int = field(default=0, compare=False)
     thinking_tokens: int = 0
+    stop_reason: int | str | None = None
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[dict[int, float] | None] | None = None
 
 
 @dataclass(slots=True)
@@ -114,9 +120,12 @@ class Sequence:
     tempered: list[float] = field(default_factory=list)
     kept: list[tuple[Tensor, float]] = field(default_factory=list)
     top: list[dict[int, float]] = field(default_factory=list)
+    prompt_logprobs: list[float | None] = field(default_factory=list)  # where they are asked for: so far
+    prompt_top: list[dict[int, float] | None] = field(default_factory=list)
     routes: list[tuple[Tensor, int, int]] = field(default_factory=list)  # rows start to end of a step's routes
     routed: int = 0
     finish: FinishReason | None = None
+    stop_reason: int | str | None = None
     error: Exception | None = None
     done: bool = False  # it has ended, and all that is to be known of it is there
     writer: Writer | None = None  # where the text is looked at while it grows
@@ -141,6 +150,11 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be recorded."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length
+
+    @property
     def ended(self) -> bool:
         """Whether nothing is to be done for it any more."""
         return self.finish is not None or self.error is not None
@@ -163,6 +177,9 @@ class Sequence:
             drafted=self.drafted,
             accepted=self.accepted,
             thinking_tokens=0 if tokenizer is None else thinking_tokens(tokenizer, tokens, text, self.opened),
+            stop_reason=self.stop_reason,
+            prompt_logprobs=None if params.prompt_logprobs is None else self.prompt_logprobs,
+            prompt_top_logprobs=None if params.prompt_logprobs is None else self.prompt_top,
         )
 
     def tell(self, tokenizer: Tokenizer | None) -> None:

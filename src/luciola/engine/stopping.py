@@ -32,10 +32,12 @@ class Watch:
 
     Attributes:
         found: whether a stop text is complete. Nothing comes after.
+        stop: that stop text; the shortest of those that begin there.
     """
 
     def __init__(self, stops: list[str]) -> None:
         self.found = False
+        self.stop: str | None = None
         self._stops = stops  # sorted
         self._held = ""
         self._begun: list[int] = []  # where in the held text a stop text may have begun, the oldest first
@@ -53,11 +55,13 @@ class Watch:
                 if i < len(self._stops) and self._stops[i].startswith(beginning):
                     open_ones.append(at)
                     if len(self._stops[i]) == len(beginning):
-                        cuts.append(at)
+                        cuts.append((at, place + 1))
             begun = open_ones
         if cuts:
             self.found, self._held, self._begun = True, "", []
-            return text[: min(cuts)]
+            at, end = min(cuts)
+            self.stop = text[at:end]
+            return text[:at]
         shown = begun[0] if begun else len(text)
         self._held, self._begun = text[shown:], [at - shown for at in begun]
         return text[:shown]

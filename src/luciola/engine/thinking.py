@@ -26,7 +26,7 @@ def opens(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
 
 def thinking_tokens(tokenizer: Tokenizer, tokens: Sequence[int], text: str, opened: bool) -> int:
     """The tokens of a completion up to its first `</think>`, that included; all where thinking has begun and does not
-    end; 0 where there is none. `text` is the whole text of the tokens."""
+    end; 0 where there is none. `text` is the text of all of them; special tokens may be missing there."""
     if not tokenizer.thinks:
         return 0
     end = tokenizer.token_id(END_THINK)
@@ -41,7 +41,8 @@ def thinking_tokens(tokenizer: Tokenizer, tokens: Sequence[int], text: str, open
             else:
                 low = middle + 1
         return low
-    return len(tokens) if opened or text.lstrip().startswith(THINK) else 0
+    begins = tokenizer.decode(tokens[:TAIL], False).lstrip().startswith(THINK)
+    return len(tokens) if opened or begins else 0
 
 
 def closing_tokens(tokenizer: Tokenizer) -> list[int]:

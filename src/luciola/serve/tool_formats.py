@@ -126,36 +126,36 @@ _BLANK = r"/[ \n]{0,2}/"
 
 
 def call_grammar(
-    form: CallFormat, tools: Sequence[Tool], tokenizer: Tokenizer, *, required: bool, parallel: bool
+    form: CallFormat,
+    tools: Sequence[Tool],
+    tokenizer: Tokenizer,
+    *,
+    required: bool,
+    parallel: bool,
+    answer: Mapping[str, Any] | None = None,
 ) -> Grammar:
     """The completions in which every call is one of a tool in `tools`, with arguments that fit its schema.
 
     Args:
         required: whether there are only calls, one at least; else there may be text alone, or text and then calls.
         parallel: whether there may be several calls.
+        answer: the JSON schema of a completion without calls, which has no text in front of calls then; None: any text.
 
     Raises:
         ValueError: a schema that cannot be enforced; the sentence names the tool.
     """
     special = special_names(tokenizer)
-    for place, tool in enumerate(tools):  # one by one, so that a fault has its name
-        try:
-            Grammar.lark(f"start: {json_rule(tool.parameters, lenient=not tool.strict)}")
-        except ValueError as error:
-            reason = str(error).removeprefix("grammar cannot be used: ").removeprefix("schema ")
-            raise ValueError(
-                f"tools[{place}].function.parameters, the schema of '{tool.name}', cannot be used: {reason}"
-            ) from error
-
     first = (form.open + form.before).removeprefix(form.marker)
-    following = form.separator + form.before
-    more = f"({_literal(following, special)} call)*" if parallel and form.parallel else ""
+    more = f"({_literal(form.separator + form.before, special)} call)*" if parallel and form.parallel else ""
     calls = f"{_literal(first, special)} call {more} {_literal(form.close, special)}"
     marker = _literal(form.marker, special)
+    only_calls = f"{_BLANK} {marker} {calls}"
     if required:
-        rules = [f"start: {_BLANK} {marker} {calls}"]
+        rules = [f"start: {only_calls}"]
+    elif answer is not None:
+        rules = [f"start: answer | {only_calls}", f"answer: {json_rule(answer)}"]
     elif not form.anywhere:
-        rules = [f"start: TEXT | {_BLANK} {marker} {calls}", rf"TEXT: /\s*([^\s{re.escape(form.marker)}](?s:.*))?/"]
+        rules = [f"start: TEXT | {only_calls}", rf"TEXT: /\s*([^\s{re.escape(form.marker)}](?s:.*))?/"]
     elif form.marker in special:
         rules = [f"start: TEXT | TEXT {marker} {calls}", "TEXT: /(?s:.*)/"]
     else:  # as soon as the marker is complete, a lazy lexeme ends
@@ -163,8 +163,28 @@ def call_grammar(
     rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
     for i, tool in enumerate(tools):
         begin, end = _literal(tool.name + form.between, special), _literal(form.after, special)
-        rules.append(f"call_{i}: {begin} {json_rule(tool.parameters, lenient=not tool.strict)} {end}")
-    return Grammar.lark("\n".join(rules))
+        rules.append(f"call_{i}: {begin} {_arguments(tool)} {end}")
+    try:
+        return Grammar.lark("\n".join(rules))
+    except ValueError as error:
+        for tool in tools:
+            try:
+                Grammar.lark(f"start: {_arguments(tool)}")
+            except ValueError as fault:
+                raise _unusable(tool, fault) from fault
+        raise ValueError(f"tools cannot be used together: {error}") from error
+
+
+def _arguments(tool: Tool) -> str:
+    try:
+        return json_rule(tool.parameters, lenient=not tool.strict)
+    except ValueError as error:
+        raise _unusable(tool, error) from error
+
+
+def _unusable(tool: Tool, error: ValueError) -> ValueError:
+    reason = str(error).removeprefix("grammar cannot be used: ").removeprefix("schema ")
+    return ValueError(f"tools: the parameters of '{tool.name}' cannot be used: {reason}")
 
 
 def _literal(text: str, special: Mapping[str, int]) -> str:

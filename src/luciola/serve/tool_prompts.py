@@ -37,6 +37,8 @@ class ToolPrompts:
             calls, which are messages of text then.
         content_beside_calls: whether the template keeps the calls of a message that has content as well; otherwise the
             content is what is left out.
+        no_content: the content of a message that has calls alone: None, by which some templates know it, or "", where
+            None makes them fail.
         special: the names of special tokens, if some belong to the markup of calls; the engine must decode with
             `skip_special_tokens=False` then and a `SpecialTokenFilter` take out the others. Otherwise empty.
     """
@@ -45,6 +47,7 @@ class ToolPrompts:
     shows_tools: bool
     arguments: Literal["object", "text"] | None
     content_beside_calls: bool
+    no_content: str | None
     special: frozenset[str]
 
     @classmethod
@@ -55,21 +58,21 @@ class ToolPrompts:
         shows_tools = _PROBE in render([_USER], [_PROBE_TOOL])
         tools = [_PROBE_TOOL] if shows_tools else None
         arguments: Literal["object", "text"] | None = None
-        content_beside_calls = True
+        beside, no_content = True, None
         kinds: tuple[tuple[Literal["object", "text"], object], ...] = (
             ("object", {"probe_key": "a"}), ("text", '{"probe_key": "a"}'),
         )  # fmt: skip
-        for kind, value in kinds:
-            text = render(_probe_conversation(value, None), tools)
+        for kind, value, nothing in ((*kind, nothing) for kind in kinds for nothing in (None, "")):
+            text = render(_probe_conversation(value, nothing), tools)
             # Not as it should be: an object as Python's repr, or text that is quoted as JSON once more.
             if re.search(r'"probe_key"\s*:\s*"a"', text) and "probe_result" in text:
-                arguments = kind
-                content_beside_calls = "probe_key" in render(_probe_conversation(value, "probe_content"), tools)
+                arguments, no_content = kind, nothing
+                beside = "probe_key" in render(_probe_conversation(value, "probe_content"), tools)
                 break
         special = special_names(tokenizer)
         markup = form.write([("", "")])
         in_markup = any(name in markup for name in special)
-        return cls(form, shows_tools, arguments, content_beside_calls, frozenset(special) if in_markup else frozenset())
+        return cls(form, shows_tools, arguments, beside, no_content, frozenset(special) if in_markup else frozenset())
 
     def prepare(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
@@ -117,8 +120,8 @@ class ToolPrompts:
                 content = (message.get("content") or "").rstrip()
                 message["content"] = f"{content}\n{text}" if content else text
             elif calls:
-                # Templates tell a message of calls by its content being None, or by the calls.
-                message["content"] = (message.get("content") or None) if self.content_beside_calls else None
+                content = message.get("content") if self.content_beside_calls else None
+                message["content"] = content or self.no_content
                 message["tool_calls"] = [self._call(*call) for call in calls]
             prepared.append(message)
         return prepared
@@ -151,8 +154,8 @@ def describe(form: CallFormat, tools: Sequence[Mapping[str, Any]]) -> str:
     example = form.write([("NAME", "{ARGUMENTS}")])
     return (
         f"You can call these functions, each given with the JSON schema of its arguments:\n\n<tools>\n{listed}\n"
-        "</tools>\n\nTo call one, write its name and its arguments, a JSON object, in exactly this form and nothing behind it:"
-        f"\n\n{example}\n\nThe result is then given to you."
+        "</tools>\n\nTo call one, write its name and its arguments, a JSON object, in exactly this form and nothing "
+        f"behind it:\n\n{example}\n\nThe result is then given to you."
     )
 
 

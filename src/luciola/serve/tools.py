@@ -71,13 +71,16 @@ class ToolUse:
             parallel=parallel_tool_calls is not False,
         )
 
-    def grammar(self, form: CallFormat, tokenizer: Tokenizer) -> Grammar:
+    def grammar(self, form: CallFormat, tokenizer: Tokenizer, answer: Mapping[str, Any] | None = None) -> Grammar:
         """Completions that use the tools so; give it `.after("</think>")` for a model that thinks first.
+
+        Args:
+            answer: the JSON schema that a completion without calls must fit; None: any text.
 
         Raises:
             ValueError: a schema that cannot be enforced; the sentence names the tool.
         """
-        return call_grammar(form, self.tools, tokenizer, required=self.required, parallel=self.parallel)
+        return call_grammar(form, self.tools, tokenizer, required=self.required, parallel=self.parallel, answer=answer)
 
     def parser(self, form: CallFormat, *, enforced: bool = True) -> ToolCallParser:
         """Finds the calls in one completion; `enforced` if `grammar` is in force there."""

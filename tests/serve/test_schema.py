@@ -1,0 +1,25 @@
+"""Requests made up from the server's own description by schemathesis: whatever is sent, nothing fails, and every reply is
+one that the description promises."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CASES = 400  # of each operation at most
+
+
+def test_made_up_requests(writer: Any, serving: Any, tmp_path: Path) -> None:
+    pytest.importorskip("schemathesis")
+    with serving(writer(["fine", " indeed"], context=128), max_tokens=4) as server:
+        command = [
+            sys.executable, "-m", "schemathesis.cli", "run", server.url + "/openapi.json", "--max-examples", str(CASES),
+            "--seed", "1", "--generation-database", "none", "--exclude-checks", "positive_data_acceptance",
+            "--request-timeout", "30", "--report", "ndjson", "--report-dir", str(tmp_path),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, env={**os.environ, "NO_COLOR": "1"})
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        server.until_free()
