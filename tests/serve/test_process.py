@@ -104,6 +104,8 @@ def test_a_port_in_use_is_named(small_server: Servers) -> None:
             listen(ServerSettings(port=port))
     with pytest.raises(OSError, match=r"--host 203\.0\.113\.7 is no address of this machine"):
         listen(ServerSettings(host="203.0.113.7", port=0, api_keys=("k",)))
+    with pytest.raises(OSError, match=r"--host a\.\.b is no address of this machine"):
+        listen(ServerSettings(host="a..b", port=0, api_keys=("k",)))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "box.example", "192.168.1.5", ""])

@@ -22,7 +22,7 @@ MAX_PIPELINED = 64  # requests on one connection that wait for the reply to an e
 
 
 class Connection(HttpToolsProtocol):
-    """`silent` is shared by all connections: those that owe us a request's head, the longest silent first.
+    """`silent` is shared by all connections: those that owe us a request or a part of it, the longest so first.
 
     `most` bounds the number of connections, as the settings do.
     """
@@ -60,7 +60,7 @@ class Connection(HttpToolsProtocol):
         if self._refused:
             return
         self._unparsed += len(data)
-        if self._head_timer is None and self in self._silent:
+        if self._head_timer is None and self._answering is None:
             self._start_head_timer()  # the next request on a connection kept alive
         self._unset_keepalive_if_required()
         try:
@@ -86,8 +86,9 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         if len(self.pipeline) == waiting:
             self._answering = self.cycle
+        else:
+            self.flow.resume_reading()  # which uvicorn has paused; but only who reads sees that a client leaves
         self._unparsed = 0
-        self._silent.pop(self, None)
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -99,6 +100,7 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if not self._is_upgrade():
             super().on_message_complete()
+            self._silent.pop(self, None)
 
     def _is_upgrade(self) -> bool:
         return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
@@ -117,12 +119,17 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self._answering = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
-        if self._answering is None and not self.transport.is_closing():
+        if self.transport.is_closing():  # as soon as the client has read the reply's end
+            self._start_write_timer()
+        elif self._answering is None:
             self._silent[self] = None
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.transport.abort()  # what has not been read of an earlier reply does not hold the connection
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_timer = self.loop.call_later(self._settings.write_timeout, self.transport.abort)
+        self._start_write_timer()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -173,6 +180,10 @@ class Connection(HttpToolsProtocol):
 
     def _start_head_timer(self) -> None:
         self._head_timer = self.loop.call_later(self._settings.head_timeout, self._head_is_late)
+
+    def _start_write_timer(self) -> None:
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self._settings.write_timeout, self.transport.abort)
 
     def _head_is_late(self) -> None:
         if self._unparsed:

@@ -138,17 +138,16 @@ class Guard:
         finally:
             if self._settings.access_log:
                 client = scope.get("client")
-                log_request(
-                    id=request_id,
-                    client=client[0] if client else None,
-                    method=scope["method"],
-                    path=scope["path"][:256],
-                    status=reply.status,
-                    milliseconds=round(1000 * (time.perf_counter() - began), 1),
-                    bytes=reply.bytes,
-                    **({} if reply.complete else {"cut": True}),
-                    **state.get("log", {}),
-                )
+                line = {
+                    "id": request_id,
+                    "client": client[0] if client else None,
+                    "method": scope["method"],
+                    "path": scope["path"][:256],
+                    "status": reply.status,
+                    "milliseconds": round(1000 * (time.perf_counter() - began), 1),
+                    "bytes": reply.bytes,
+                }
+                log_request(**state["log"] | line | ({} if reply.complete else {"cut": True}))
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """What is decided before CORS answers: no browser needs to read these refusals."""
