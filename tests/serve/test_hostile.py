@@ -284,6 +284,9 @@ def test_requests_of_doubtful_length_are_refused_with_all_that_follows(server: A
 
 
 def test_requests_in_a_row_are_answered_in_order(server: Any) -> None:
+    slow = GET.replace(b"/health", b"/v1/wait?seconds=0.2") + b"\r\n"
+    large = HEAD + b"Content-Length: 400000\r\n" + LAST + b"x" * 400_000
+    assert re.findall(rb'waited|"length":\d+', server.ask(slow + large)) == [b"waited", b'"length":400000']
     posts = [HEAD + b"Content-Length: 1\r\n\r\n" + str(i).encode() for i in range(9)]
     reply = server.ask(b"".join(posts) + GET + LAST)
     assert re.findall(rb'"start":"(\d)"', reply) == [str(i).encode() for i in range(9)]
@@ -294,6 +297,8 @@ def test_a_thousand_requests_at_once_on_one_connection_are_too_many(server: Any)
     waiting = GET.replace(b"/health", b"/v1/wait?seconds=1") + b"\r\n"
     assert status(server.ask(waiting + (GET + b"\r\n") * 50 + GET + LAST)) == 200
     assert status(server.ask(waiting + (GET + b"\r\n") * 1000)) == 400
+    body = HEAD + b"Content-Length: 300000\r\n\r\n" + b"x" * 300_000
+    assert status(server.ask(waiting + body + body)) == 400
 
 
 def test_old_and_unusual_requests(server: Any) -> None:

@@ -19,6 +19,7 @@ from luciola.serve.guard import LINGER, ServerSettings, log_request
 
 MAX_HEAD = 32 * 1024  # bytes of a request line with its headers, and of anything else that is no body
 MAX_PIPELINED = 64  # requests on one connection that wait for the reply to an earlier one
+MAX_WAITING = 512 * 1024  # bytes of their bodies
 
 
 class Connection(HttpToolsProtocol):
@@ -96,6 +97,9 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._unparsed = 0
         super().on_body(body)
+        if sum(len(cycle.body) for cycle, _ in self.pipeline) > MAX_WAITING:
+            self.refuse(400, f"more than {MAX_WAITING} bytes of bodies wait on this connection; await replies first")
+            raise ValueError("refused")
 
     def on_message_complete(self) -> None:
         if not self._is_upgrade():
