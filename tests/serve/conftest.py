@@ -176,7 +176,7 @@ class Here:
 
 
 @contextlib.contextmanager
-def serving_here(lm: luciola.LanguageModel, guard: ServerSettings | None = None, **settings: Any) -> Iterator[Here]:
+def hosted(lm: luciola.LanguageModel, guard: ServerSettings | None = None, **settings: Any) -> Iterator[Here]:
     """The server for a model, with these `Settings`, as long as the block lasts."""
     engine = luciola.Engine(lm, dtype="float32", max_cached_tokens=1 << 15)
     app = create(lm, engine, Settings(**{"name": "tiny", **settings}))
@@ -206,6 +206,6 @@ def writer() -> Callable[..., luciola.LanguageModel]:
 
 
 @pytest.fixture(scope="session")
-def serving() -> Callable[..., contextlib.AbstractContextManager[Here]]:
-    """See `serving_here`."""
-    return serving_here
+def hosting() -> Callable[..., contextlib.AbstractContextManager[Here]]:
+    """`with hosting(lm, max_queue=3) as server`: a model behind the real application, in this process."""
+    return hosted

@@ -11,8 +11,8 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture(scope="module")
-def here(writer: Any, serving: Any) -> Iterator[Any]:
-    with serving(writer(["fine"], context=256)) as server:
+def here(writer: Any, hosting: Any) -> Iterator[Any]:
+    with hosting(writer(["fine"], context=256)) as server:
         yield server
 
 

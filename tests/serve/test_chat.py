@@ -9,13 +9,13 @@ from typing import Any
 import httpx
 import pytest
 
-PIECES = ["<think>\n", "Two and ", "two make", " four.\n", "</think>\n\n", "It is ", "**4**", ", of course", "."]
+PIECES = ["<think>", "\nTwo and ", "two make", " four.\n", "</think>", "\n\n", "It is ", "**4**", ", of course", "…"]
 QUESTION = {"messages": [{"role": "user", "content": "2+2?"}], "temperature": 0}
 
 
 @pytest.fixture(scope="module")
-def here(writer: Any, serving: Any) -> Iterator[Any]:
-    with serving(writer(PIECES)) as server:
+def here(writer: Any, hosting: Any) -> Iterator[Any]:
+    with hosting(writer(PIECES)) as server:
         yield server
 
 
@@ -50,7 +50,7 @@ def joined(chunks: list[dict[str, Any]], field: str, index: int = 0) -> str:
 def test_the_thinking_stands_apart_under_both_names(post: Any) -> None:
     reply = post().json()
     message = reply["choices"][0]["message"]
-    assert message["content"] == "It is **4**, of course."
+    assert message["content"] == "It is **4**, of course…"
     assert message["reasoning_content"] == message["reasoning"] == "Two and two make four."
     assert reply["choices"][0]["finish_reason"] == "stop"
     assert reply["object"] == "chat.completion" and reply["model"] == "tiny"
@@ -79,11 +79,11 @@ def test_a_stream_says_the_same(here: Any, post: Any) -> None:
 def test_several_choices_each_have_an_index(here: Any, post: Any) -> None:
     assert [choice["index"] for choice in post(n=3).json()["choices"]] == [0, 1, 2]
     chunks = events(here, n=3)
-    assert all(joined(chunks, "content", index) == "It is **4**, of course." for index in range(3))
+    assert all(joined(chunks, "content", index) == "It is **4**, of course…" for index in range(3))
 
 
-def test_one_name_for_the_thinking_if_the_server_is_told_so(writer: Any, serving: Any) -> None:
-    with serving(writer(PIECES), reasoning_fields=("reasoning",)) as server:
+def test_one_name_for_the_thinking_if_the_server_is_told_so(writer: Any, hosting: Any) -> None:
+    with hosting(writer(PIECES), reasoning_fields=("reasoning",)) as server:
         message = server.client.post("/v1/chat/completions", json=QUESTION).json()["choices"][0]["message"]
     assert message["reasoning"] and "reasoning_content" not in message
 
@@ -174,7 +174,12 @@ def test_a_reply_goes_on_from_the_last_message(post: Any) -> None:
 
 
 def test_a_schema_binds_the_answer_and_not_the_thinking(post: Any) -> None:
-    schema = {"type": "object", "properties": {"sum": {"type": "integer", "maximum": 9}}, "required": ["sum"]}
+    schema = {
+        "type": "object",
+        "properties": {"sum": {"type": "integer", "maximum": 9}},
+        "required": ["sum"],
+        "additionalProperties": False,
+    }
     for form in (
         {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}},
         {"type": "json_object", "schema": schema},
@@ -186,7 +191,8 @@ def test_a_schema_binds_the_answer_and_not_the_thinking(post: Any) -> None:
 
 
 def test_a_required_call_comes_whole_and_in_pieces(here: Any, post: Any) -> None:
-    parameters = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"],
+                  "additionalProperties": False}  # fmt: skip
     tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
     asked = {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 300}
     choice = post(**asked).json()["choices"][0]
@@ -205,8 +211,8 @@ def test_a_required_call_comes_whole_and_in_pieces(here: Any, post: Any) -> None
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_who_leaves_frees_the_cache_within_a_step(writer: Any, serving: Any, streams: bool) -> None:
-    with serving(writer(PIECES, context=1 << 15)) as server:
+def test_who_leaves_frees_the_cache_within_a_step(writer: Any, hosting: Any, streams: bool) -> None:
+    with hosting(writer(PIECES, context=1 << 15)) as server:
         body = QUESTION | {"stream": streams, "ignore_eos": True}
         timeout = httpx.Timeout(30, read=0.5)
         with (
@@ -220,22 +226,24 @@ def test_who_leaves_frees_the_cache_within_a_step(writer: Any, serving: Any, str
         assert 0 < server.engine.stats["generated_tokens"] < 1 << 14
 
 
-def test_thinking_can_be_ended_while_it_goes_on(writer: Any, serving: Any) -> None:
-    pieces = ["<think>\n", *(f"thought {i} " for i in range(2000)), "</think>\n", "Done."]
-    with serving(writer(pieces, context=1 << 13)) as server, httpx.Client(base_url=server.url) as client:
-        with client.stream("POST", "/v1/chat/completions", json=QUESTION | {"stream": True}) as response:
+def test_thinking_can_be_ended_while_it_goes_on(writer: Any, hosting: Any) -> None:
+    pieces = ["<think>", *(f"thought {i} " for i in range(1500)), "</think>", "Done."]
+    with hosting(writer(pieces, context=1 << 12)) as server:
+        with server.client.stream("POST", "/v1/chat/completions", json=QUESTION | {"stream": True}) as response:
             lines = (json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {"))
             first = next(lines)
             control = {"id": first["id"], "action": "reasoning_end"}
-            assert client.post("/v1/chat/completions/control", json=control).json() == {"success": True}
+            with server.engine._loop.held():
+                told = server.client.post("/v1/chat/completions/control", json=control)
             rest = list(lines)
-        assert len(rest) < 1900 and joined(rest, "reasoning").endswith(" ")
-        missing = client.post("/v1/chat/completions/control", json=control)
-        assert missing.status_code == 404
+        assert told.json() == {"success": True}
+        assert 0 < len(rest) < 1500 and "</think>" not in joined(rest, "content") + joined(rest, "reasoning")
+        assert joined(rest, "content") == "Done."
+        assert server.client.post("/v1/chat/completions/control", json=control).status_code == 404
 
 
-def test_a_full_queue_says_so_and_when_to_come_again(writer: Any, serving: Any) -> None:
-    with serving(writer(PIECES, context=1 << 13), max_queue=2) as server:
+def test_a_full_queue_says_so_and_when_to_come_again(writer: Any, hosting: Any) -> None:
+    with hosting(writer(PIECES, context=1 << 13), max_queue=2) as server:
         body = QUESTION | {"n": 2}
         asked = threading.Thread(target=lambda: server.client.post("/v1/chat/completions", json=body))
         with server.engine._loop.held():  # nobody's turn comes
@@ -249,8 +257,8 @@ def test_a_full_queue_says_so_and_when_to_come_again(writer: Any, serving: Any) 
         assert server.client.post("/v1/chat/completions", json=body).status_code == 200
 
 
-def test_a_request_that_takes_too_long_is_given_up(writer: Any, serving: Any) -> None:
-    with serving(writer(PIECES, context=1 << 15), request_seconds=0.3) as server:
+def test_a_request_that_takes_too_long_is_given_up(writer: Any, hosting: Any) -> None:
+    with hosting(writer(PIECES, context=1 << 15), request_seconds=0.3) as server:
         body = QUESTION | {"ignore_eos": True}
         late = server.client.post("/v1/chat/completions", json=body, timeout=10)
         assert late.status_code == 504 and "0.3 seconds" in late.json()["error"]["message"]

@@ -14,14 +14,14 @@ from pydantic import BaseModel
 
 from luciola.serve.guard import ServerSettings
 
-PIECES = ["<think>\n", "Rain ", "today", ".\n", "</think>\n\n", "Take an ", "umbrella", "."]
+PIECES = ["<think>", "\nRain ", "today", ".\n", "</think>", "\n\n", "Take an ", "umbrella", "…"]
 KEY = "sk-secret"
 QUESTION: Any = [{"role": "user", "content": "What should I take?"}]
 
 
 @pytest.fixture(scope="module")
-def here(writer: Any, serving: Any) -> Iterator[Any]:
-    with serving(writer(PIECES), ServerSettings(api_keys=(KEY,), access_log=False)) as server:
+def here(writer: Any, hosting: Any) -> Iterator[Any]:
+    with hosting(writer(PIECES), ServerSettings(api_keys=(KEY,), access_log=False)) as server:
         yield server
 
 
@@ -39,7 +39,7 @@ def test_models(client: openai.OpenAI) -> None:
 def test_a_chat(client: openai.OpenAI) -> None:
     reply = client.chat.completions.create(model="tiny", messages=QUESTION, temperature=0, seed=1)
     message: Any = reply.choices[0].message
-    assert message.content == "Take an umbrella." and message.reasoning_content == "Rain today."
+    assert message.content == "Take an umbrella…" and message.reasoning_content == "Rain today."
     assert reply.usage is not None and reply.usage.completion_tokens == len(PIECES) + 1
     assert reply.usage.completion_tokens_details is not None
     assert reply.usage.completion_tokens_details.reasoning_tokens == 5
@@ -53,7 +53,7 @@ def test_a_stream_with_usage(client: openai.OpenAI) -> None:
     for chunk in stream:
         text += "".join(choice.delta.content or "" for choice in chunk.choices)
         usage = chunk.usage or usage
-    assert text == "Take an umbrella." and usage is not None and usage.total_tokens > usage.completion_tokens
+    assert text == "Take an umbrella…" and usage is not None and usage.total_tokens > usage.completion_tokens
 
 
 def test_every_setting_goes_through(client: openai.OpenAI) -> None:
@@ -108,16 +108,15 @@ def test_a_conversation_with_a_tool(client: openai.OpenAI) -> None:
         assert json.loads(message.tool_calls[0].function.arguments) == {"day": "today"}
     after = [*QUESTION, message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "rain"}]
     final = client.chat.completions.create(model="tiny", messages=after, temperature=0)
-    assert final.choices[0].message.content == "Take an umbrella."
+    assert final.choices[0].message.content == "Take an umbrella…"
 
 
 def test_text_completions(client: openai.OpenAI) -> None:
-    reply = client.completions.create(
-        model="tiny", prompt=["a", "b"], max_tokens=3, echo=True, logprobs=2, temperature=0
-    )
+    asked: Any = {"model": "tiny", "max_tokens": 3, "temperature": 0}
+    reply = client.completions.create(prompt=["a", "b"], echo=True, logprobs=2, **asked)
     assert [choice.text for choice in reply.choices] == ["a<think>\nRain today", "b<think>\nRain today"]
     assert reply.choices[0].logprobs is not None and reply.choices[0].logprobs.token_logprobs is not None
-    streamed = client.completions.create(model="tiny", prompt="a", max_tokens=3, stream=True, temperature=0)
+    streamed = client.completions.create(prompt="a", stream=True, **asked)
     assert "".join(chunk.choices[0].text for chunk in streamed) == "<think>\nRain today"
 
 
@@ -137,9 +136,9 @@ def test_errors_are_the_librarys_own(here: Any, client: openai.OpenAI) -> None:
         stranger.models.list()
 
 
-def test_closing_a_stream_ends_the_request(writer: Any, serving: Any) -> None:
+def test_closing_a_stream_ends_the_request(writer: Any, hosting: Any) -> None:
     with (
-        serving(writer(PIECES, context=1 << 15)) as server,
+        hosting(writer(PIECES, context=1 << 15)) as server,
         openai.OpenAI(base_url=server.url + "/v1", api_key="none") as client,
     ):
         stream = client.chat.completions.create(
@@ -170,4 +169,4 @@ def test_the_program_llm(here: Any, tmp_path: Path, streams: bool) -> None:
     environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "LLM_LOAD_PLUGINS": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("Take an umbrella.")
+    assert done.stdout.strip().endswith("Take an umbrella…")

@@ -1,5 +1,4 @@
-"""Requests made up from the server's own description by schemathesis: whatever is sent, nothing fails, and every reply is
-one that the description promises."""
+"""Requests that schemathesis makes up from the server's description: nothing fails, and every reply is as promised."""
 
 import os
 import subprocess
@@ -12,9 +11,9 @@ import pytest
 CASES = 400  # of each operation at most
 
 
-def test_made_up_requests(writer: Any, serving: Any, tmp_path: Path) -> None:
+def test_made_up_requests(writer: Any, hosting: Any, tmp_path: Path) -> None:
     pytest.importorskip("schemathesis")
-    with serving(writer(["fine", " indeed"], context=128), max_tokens=4) as server:
+    with hosting(writer(["fine", " indeed"], context=128), max_tokens=4) as server:
         command = [
             sys.executable, "-m", "schemathesis.cli", "run", server.url + "/openapi.json", "--max-examples", str(CASES),
             "--seed", "1", "--generation-database", "none", "--exclude-checks", "positive_data_acceptance",

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 from luciola import SamplingParams
 from luciola.engine.sequence import Completion, Delta
@@ -27,9 +28,9 @@ from luciola.serve.replies import (
     TokenLogprob,
     Usage,
 )
-from luciola.serve.sampling import grammar_of, params_of
+from luciola.serve.sampling import grammar_of, params_of, schema_of
 from luciola.serve.service import Service
-from luciola.serve.tool_calls import CallPiece
+from luciola.serve.tool_calls import CallPiece, SpecialTokenFilter
 from luciola.serve.tools import ToolUse
 from luciola.serve.usage import numbers_of, prompt_logprobs, usage_of
 from luciola.text.chat import END_THINK
@@ -62,13 +63,12 @@ class ChatJob:
 
     def _prepared(self) -> tuple[Prompt, SamplingParams]:
         request, service = self.request, self.service
-        grammar = grammar_of(request)
         messages, tools = as_dicts(request.messages), None
         try:
-            if self.tools is not None:
-                if grammar is not None:
-                    raise ValueError("response_format cannot be had beside tools that may be called")
-                grammar = self.tools.grammar(service.tool_prompts.form, service.tokenizer)
+            if self.tools is None:
+                grammar = grammar_of(request)
+            else:
+                grammar = self.tools.grammar(service.tool_prompts.form, service.tokenizer, self._answer())
             messages, tools = service.tool_prompts.prepare(messages, () if self.tools is None else self.tools.given)
         except ValueError as error:
             raise ApiError(str(error), param="messages" if "messages" in str(error) else "tools") from error
@@ -91,6 +91,13 @@ class ChatJob:
         if self.tools is not None and service.tool_prompts.special:
             params = replace(params, skip_special_tokens=False)
         return prompt, params
+
+    def _answer(self) -> dict[str, Any] | None:
+        """The schema of an answer beside calls."""
+        if self.request.structured_outputs is not None:
+            raise ApiError("structured_outputs cannot be had beside tools that may be called; use response_format")
+        schema = schema_of(self.request)
+        return schema if isinstance(schema, dict) else None
 
     async def _deltas(self) -> AsyncGenerator[Delta, None]:
         run = self.service.run(self.id, [self.prompt.ids], [self.params], self.request.priority or 0)
@@ -168,23 +175,29 @@ class Choice:
         self._thinking, self._content = "", ""
         tools, form = job.tools, service.tool_prompts.form
         self._parser = None if tools is None else tools.parser(form)
+        special = (
+            ()
+            if job.params.skip_special_tokens or request.skip_special_tokens is False
+            else service.tool_prompts.special
+        )
+        self._filter = SpecialTokenFilter(special, form)
         self._tokens: list[TokenLogprob] = []  # not sent yet
         self._ids: list[int] = []  # likewise
         self._begun = False
 
     def add(self, delta: Delta) -> ChatDelta:
         """Take in what is new; returns what of it can be shown."""
-        thinking, content = self._splitter.push(delta.text)
+        thinking, content = self._splitter.push(self._filter.push(delta.text))
         if delta.completion is not None:
             self.completion = delta.completion
-            more_thinking, more_content = self._splitter.end()
-            thinking, content = thinking + more_thinking, content + more_content
+            for rest in (self._splitter.push(self._filter.end()), self._splitter.end()):
+                thinking, content = thinking + rest[0], content + rest[1]
         pieces: list[CallPiece] = []
         if self._parser is not None:
             content, pieces = self._parser.push(content)
             if delta.completion is not None:
-                rest, more = self._parser.end()
-                content, pieces = content + rest, [*pieces, *more]
+                last, more = self._parser.end()
+                content, pieces = content + last, [*pieces, *more]
         self._note_tokens(delta)
         if self._request.include_reasoning is False:
             thinking = ""

@@ -219,5 +219,5 @@ def _prompts(given: str | list[int] | list[str] | list[list[int]]) -> list[tuple
     if not given:
         raise ApiError("prompt is an empty list; give a text, or token ids", param="prompt")
     if isinstance(given[0], int):
-        return [("prompt", cast("list[int]", given))]
+        return [("prompt", given)]
     return [(f"prompt[{i}]", one) for i, one in enumerate(cast("list[str | list[int]]", given))]

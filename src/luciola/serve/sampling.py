@@ -8,7 +8,7 @@ from typing import Any
 from luciola import SamplingParams
 from luciola.engine.grammar import Grammar
 from luciola.serve.errors import ApiError
-from luciola.serve.protocol import ChatRequest, CompletionRequest, ResponseFormat, Sampling, StructuredOutputs
+from luciola.serve.protocol import ChatRequest, CompletionRequest, Sampling, StructuredOutputs
 from luciola.serve.service import Settings
 
 
@@ -44,36 +44,41 @@ def params_of(request: ChatRequest | CompletionRequest, settings: Settings, **ch
 
 
 def grammar_of(request: Sampling) -> Grammar | None:
-    """What the text must follow, by `response_format` or `structured_outputs`. The stop texts of a schema bomb are
-    llguidance's limits.
+    """What the text must follow, by `response_format` or `structured_outputs`; None: anything goes.
 
     Raises:
         ApiError: both are given, or what is given cannot be used.
     """
+    schema = schema_of(request)
     wanted = request.structured_outputs
-    form = request.response_format
-    if form is not None and form.type == "text" and form.schema_ is None and form.json_schema is None:
-        form = None
-    if wanted is not None and form is not None:
+    if wanted is not None and schema is not None:
         raise ApiError("response_format and structured_outputs cannot be had together", param="structured_outputs")
+    field = "structured_outputs" if wanted is not None else "response_format"
     try:
-        if form is not None:
-            return _formatted(form)
-        return None if wanted is None else _structured(wanted)
+        if wanted is not None:
+            return _structured(wanted)
+        return None if schema is None else Grammar.json(schema)
     except ValueError as error:
-        field = "response_format" if form is not None else "structured_outputs"
         raise ApiError(f"{field}: {error}", param=field) from error
 
 
-def _formatted(form: ResponseFormat) -> Grammar:
-    schema = form.schema_
-    if form.type == "json_schema":
-        schema = form.json_schema.schema_ if form.json_schema is not None else schema
-        if schema is None:
-            raise ValueError("the type json_schema needs the schema in json_schema.schema")
-    elif form.type == "text":
-        raise ValueError("a schema goes with the type json_schema or json_object")
-    return Grammar.json(schema)
+def schema_of(request: Sampling) -> dict[str, Any] | bool | None:
+    """The JSON schema of `response_format`; None: it asks for text.
+
+    Raises:
+        ApiError: it does not say which.
+    """
+    form = request.response_format
+    if form is None:
+        return None
+    given = form.json_schema.schema_ if form.json_schema is not None else form.schema_
+    if form.type == "json_object":
+        return {"type": "object"} if given is None else given
+    if form.type == "json_schema" and given is None:
+        raise ApiError("response_format: the type json_schema needs json_schema.schema", param="response_format")
+    if form.type == "text" and given is not None:
+        raise ApiError("response_format: a schema goes with the type json_schema", param="response_format")
+    return given
 
 
 def _structured(wanted: StructuredOutputs) -> Grammar:

@@ -11,6 +11,8 @@ from typing import Any
 
 from luciola.serve.tool_formats import CallFormat
 
+SPACE = re.compile(r"\s*")
+LONGEST_HEADER = 1000  # characters before a call's arguments, blank space included; more are no header
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -153,8 +155,9 @@ class ToolCallParser:
     def _after_call(self) -> None:
         """Another call, the end of the calls, or text once more."""
         form, unfinished = self._form, False
-        if not self._held.strip():
-            raise _UnfinishedError
+        self._held = self._held.lstrip()
+        if not self._held:
+            return
         try:
             if form.close and (end := _past(self._held, 0, form.close)) is not None:
                 self._held, self._step = self._held[end:], self._text
@@ -165,11 +168,19 @@ class ToolCallParser:
             return
         if unfinished:
             raise _UnfinishedError
-        self._held, self._step = self._held.lstrip(), self._text if form.anywhere else self._only_text
+        self._step = self._text if form.anywhere else self._only_text
 
     def _begin_call(self, lead: str) -> bool:
         """Past `lead`, a name, and what stands before the arguments; False if there is something else."""
-        held = self._held
+        try:
+            return self._header(lead)
+        except _UnfinishedError:
+            if len(self._held) < LONGEST_HEADER:
+                raise
+            return False
+
+    def _header(self, lead: str) -> bool:
+        held = self._held[:LONGEST_HEADER]
         start = _past(held, 0, lead)
         if start is None:
             return False
@@ -183,7 +194,7 @@ class ToolCallParser:
         place = _past(held, name.end(), self._form.between) if name[0] in self._names else None
         if place is None:
             return False
-        place += len(held[place:]) - len(held[place:].lstrip())
+        place = _space_end(held, place)
         if place == len(held):
             raise _UnfinishedError
         if held[place] != "{":
@@ -191,7 +202,7 @@ class ToolCallParser:
         self._name, self._json, self._step = name[0], _ObjectEnd(place), self._arguments
         if self._enforced:
             self._new_call("")
-            self._held, self._json = held[place:], _ObjectEnd(0)
+            self._held, self._json = self._held[place:], _ObjectEnd(0)
         return True
 
     def _new_call(self, arguments: str) -> None:
@@ -257,14 +268,19 @@ def _past(text: str, start: int, literal: str) -> int | None:
     for character in literal:
         if character.isspace():
             continue
-        while start < len(text) and text[start].isspace():
-            start += 1
+        start = _space_end(text, start)
         if start == len(text):
             raise _UnfinishedError
         if text[start] != character:
             return None
         start += 1
     return start
+
+
+def _space_end(text: str, start: int) -> int:
+    space = SPACE.match(text, start)
+    assert space is not None
+    return space.end()
 
 
 def _begins(literal: str, text: str) -> bool:

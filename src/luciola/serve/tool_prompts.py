@@ -39,6 +39,7 @@ class ToolPrompts:
             content is what is left out.
         no_content: the content of a message that has calls alone: None, by which some templates know it, or "", where
             None makes them fail.
+        takes_system: whether the template takes a system message; otherwise the first user's message describes tools.
         special: the names of special tokens, if some belong to the markup of calls; the engine must decode with
             `skip_special_tokens=False` then and a `SpecialTokenFilter` take out the others. Otherwise empty.
     """
@@ -48,6 +49,7 @@ class ToolPrompts:
     arguments: Literal["object", "text"] | None
     content_beside_calls: bool
     no_content: str | None
+    takes_system: bool
     special: frozenset[str]
 
     @classmethod
@@ -69,10 +71,12 @@ class ToolPrompts:
                 arguments, no_content = kind, nothing
                 beside = "probe_key" in render(_probe_conversation(value, "probe_content"), tools)
                 break
+        takes_system = _PROBE in render([{"role": "system", "content": _PROBE}, _USER], None)
         special = special_names(tokenizer)
         markup = form.write([("", "")])
         in_markup = any(name in markup for name in special)
-        return cls(form, shows_tools, arguments, beside, no_content, frozenset(special) if in_markup else frozenset())
+        names = frozenset(special) if in_markup else frozenset()
+        return cls(form, shows_tools, arguments, beside, no_content, takes_system, names)
 
     def prepare(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
@@ -91,11 +95,15 @@ class ToolPrompts:
             return prepared, None
         if self.shows_tools:
             return prepared, list(tools)
-        system = describe(self.form, tools)
-        if prepared and prepared[0].get("role") == "system":
-            system = f"{prepared[0].get('content') or ''}\n\n{system}".lstrip()
-            prepared = prepared[1:]
-        return [{"role": "system", "content": system}, *prepared], None
+        description = describe(self.form, tools)
+        first = prepared[0] if prepared else {}
+        if first.get("role") == "system":
+            first["content"] = f"{first.get('content') or ''}\n\n{description}".lstrip()
+        elif first.get("role") == "user" and not self.takes_system:
+            first["content"] = f"{description}\n\n{first.get('content') or ''}"
+        else:
+            prepared.insert(0, {"role": "system", "content": description})
+        return prepared, None
 
     def _with_calls(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         prepared: list[dict[str, Any]] = []
