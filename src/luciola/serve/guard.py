@@ -133,7 +133,7 @@ class Guard:
                 raise
             await reply.cut_short(SHUTTING_DOWN)
         except Exception as error:
-            _errors.error("%s %s failed", scope["method"], scope["path"][:256].encode("unicode_escape"), exc_info=error)
+            _errors.error("%s %r failed", scope["method"], scope["path"][:256], exc_info=error)
             await reply.cut_short("the server failed at this request; its log says why")
         finally:
             if self._settings.access_log:
