@@ -63,7 +63,7 @@ class Live:
 
     def is_well(self) -> bool:
         """Whether a new client is served."""
-        return httpx.get(self.url + "/health", timeout=10).text == "alive"
+        return self.ask(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").endswith(b"alive")
 
     def memory(self) -> int:
         """Bytes resident."""
