@@ -1,0 +1,127 @@
+// A conversation is a tree of messages. Regenerating an answer or editing a question adds a sibling, so nothing said is
+// ever lost; `chosen` says which child of each message is on show.
+
+export const ROOT = "root";
+
+const ids = new Uint32Array(4);
+
+function fresh() {
+  // crypto.randomUUID exists only where the page came over https or from localhost; this works everywhere.
+  return Array.from(crypto.getRandomValues(ids), (word) => word.toString(36)).join("");
+}
+
+export function newConversation() {
+  const now = Date.now();
+  return { id: fresh(), title: "", named: false, created: now, updated: now, system: null, sampling: {}, nodes: {}, chosen: {} };
+}
+
+/** Adds a message below `parent` (an id, or ROOT) and shows it. */
+export function addMessage(conversation, parent, role, content) {
+  const now = Date.now();
+  const node = { id: fresh(), parent, role, content, created: now, updated: now };
+  conversation.nodes[node.id] = node;
+  conversation.chosen[parent] = node.id;
+  conversation.updated = now;
+  if (!conversation.named && !conversation.title && role === "user") conversation.title = titleFrom(content);
+  return node;
+}
+
+function titleFrom(text) {
+  const line = text.trim().split("\n", 1)[0];
+  const letters = Array.from(line);
+  return letters.length > 60 ? letters.slice(0, 59).join("") + "…" : line;
+}
+
+export function children(conversation, parent) {
+  return Object.values(conversation.nodes)
+    .filter((node) => node.parent === parent)
+    .sort((a, b) => a.created - b.created || (a.id < b.id ? -1 : 1));
+}
+
+/** The messages on show, first to last. */
+export function path(conversation) {
+  const below = new Map();
+  for (const node of Object.values(conversation.nodes)) {
+    if (!below.has(node.parent)) below.set(node.parent, []);
+    below.get(node.parent).push(node);
+  }
+  const shown = [];
+  for (let at = ROOT; below.has(at) && shown.length <= Object.keys(conversation.nodes).length; at = shown.at(-1).id) {
+    const options = below.get(at);
+    const newest = options.reduce((a, b) => (b.created >= a.created ? b : a));
+    shown.push(options.find((node) => node.id === conversation.chosen[at]) ?? newest);
+  }
+  return shown;
+}
+
+/** Shows the sibling `step` places after (or before) `node`. */
+export function turn(conversation, node, step) {
+  const siblings = children(conversation, node.parent);
+  const next = siblings[siblings.findIndex((sibling) => sibling.id === node.id) + step];
+  if (!next) return;
+  conversation.chosen[node.parent] = next.id;
+  conversation.updated = Date.now();
+}
+
+/** What two tabs wrote of one conversation, united: every message of both, and of what both have the later version. */
+export function merge(ours, theirs) {
+  if (!theirs) return ours;
+  const [newer, older] = ours.updated >= theirs.updated ? [ours, theirs] : [theirs, ours];
+  const nodes = { ...older.nodes };
+  for (const [id, node] of Object.entries(newer.nodes)) {
+    if (!nodes[id] || node.updated >= nodes[id].updated) nodes[id] = node;
+  }
+  return { ...newer, nodes, chosen: { ...older.chosen, ...newer.chosen } };
+}
+
+/** The messages to send for an answer below `parent`. Earlier thinking never goes back (DeepSeek's rule), nor do
+ * answers that stayed empty; without `history` the last question goes alone. */
+export function prompt(conversation, parent, history) {
+  const above = [];
+  for (let at = conversation.nodes[parent]; at; at = conversation.nodes[at.parent]) above.unshift(at);
+  const messages = (history ? above : above.slice(-1))
+    .filter((node) => node.role === "user" || node.content)
+    .map(({ role, content }) => ({ role, content: content.toWellFormed?.() ?? content }));
+  if (conversation.system) messages.unshift({ role: "system", content: conversation.system });
+  return messages;
+}
+
+/** Checks one conversation of an imported file and keeps only the fields known here. Throws an Error that says why. */
+export function adopt(value) {
+  const text = (x) => typeof x === "string";
+  const record = (x) => x !== null && typeof x === "object" && !Array.isArray(x);
+  if (!record(value) || !text(value.id) || !record(value.nodes)) throw new Error("a conversation has no id or no nodes");
+  const conversation = { ...newConversation(), id: value.id };
+  for (const field of ["created", "updated"]) if (Number.isFinite(value[field])) conversation[field] = value[field];
+  if (text(value.title)) conversation.title = value.title;
+  if (text(value.system)) conversation.system = value.system;
+  conversation.named = value.named === true;
+  for (const [name, number] of Object.entries(record(value.sampling) ? value.sampling : {})) {
+    if (Number.isFinite(number) || typeof number === "boolean") conversation.sampling[name] = number;
+  }
+  for (const [id, node] of Object.entries(value.nodes)) {
+    if (!record(node) || node.id !== id || !/^[\w-]{1,64}$/.test(id) || id === "__proto__" || !text(node.parent) || !text(node.content) || !["user", "assistant"].includes(node.role)) {
+      throw new Error(`the message ${id.slice(0, 40)} lacks a parent, role or content`);
+    }
+    const kept = { id, parent: node.parent, role: node.role, content: node.content };
+    for (const field of ["created", "updated"]) kept[field] = Number.isFinite(node[field]) ? node[field] : conversation.created;
+    for (const field of ["reasoning", "model", "finish"]) if (text(node[field])) kept[field] = node[field];
+    if (Number.isFinite(node.thought)) kept.thought = node.thought;
+    if (record(node.stats)) kept.stats = Object.fromEntries(Object.entries(node.stats).filter(([, x]) => Number.isFinite(x)));
+    conversation.nodes[id] = kept;
+  }
+  if (record(value.chosen)) conversation.chosen = Object.fromEntries(Object.entries(value.chosen).filter(([, id]) => text(id)));
+  return conversation;
+}
+
+/** The conversation on show as a Markdown document. */
+export function toMarkdown(conversation) {
+  const parts = [`# ${conversation.title || "Conversation"}`];
+  if (conversation.system) parts.push(`*System prompt:* ${conversation.system}`);
+  for (const node of path(conversation)) {
+    parts.push(node.role === "user" ? "## You" : `## ${node.model ?? "Assistant"}`);
+    if (node.reasoning) parts.push(`<details><summary>Thinking</summary>\n\n${node.reasoning.trim()}\n\n</details>`);
+    parts.push(node.content.trim());
+  }
+  return parts.join("\n\n") + "\n";
+}

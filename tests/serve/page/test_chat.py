@@ -1,0 +1,253 @@
+"""The chat page in real Chromium: conversations, and what becomes of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scripted import Reply, Scripted
+
+
+def test_a_conversation_goes_to_the_server_as_it_stands_without_earlier_thinking(page: Any, server: Scripted) -> None:
+    server.replies = [Reply("First **answer**.", "Secret thoughts."), Reply("Second answer.")]
+    assert page.ask("One?") == "First answer."
+    assert page.ask("Two?") == "Second answer."
+    assert page.questions() == ["One?", "Two?"]
+    assert server.asked[1]["messages"] == [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "First **answer**."},
+        {"role": "user", "content": "Two?"},
+    ]
+    assert "Secret" not in str(server.asked)
+
+
+def test_a_model_that_learnt_single_questions_gets_each_alone(page: Any, server: Scripted) -> None:
+    server.model |= {"history": False, "system": "Think first."}
+    page.open()
+    assert "sent alone" in page.text("#about")
+    page.ask("One?")
+    page.ask("Two?")
+    assert server.asked[1]["messages"] == [
+        {"role": "system", "content": "Think first."},
+        {"role": "user", "content": "Two?"},
+    ]
+
+
+def test_thinking_is_folded_and_timed_and_ends_on_request(page: Any, server: Scripted) -> None:
+    server.replies = [Reply("The answer.", "hmm " * 2000, delay=0.02)]
+    page.send("Why?")
+    page.until(lambda: page.text(".thinking summary").startswith("Thinking"))
+    assert page.js("return document.querySelector('.thinking details').open") is False
+    page.one(".thinking summary").click()
+    page.until(lambda: "hmm hmm" in page.text(".thinking .markdown"))
+    page.click("Answer now")
+    page.done()
+    assert page.answers() == ["The answer."]
+    assert server.controls == [{"id": "chatcmpl-0", "action": "reasoning_end"}]
+    words = page.text(".thinking summary")
+    assert words.startswith("Thought for ") and 0 < float(words.split()[2]) < 30
+    # Who opened it while it ran sees the next one open while it runs, and folded after it.
+    server.replies = [Reply("Again.", "hmm " * 40, delay=0.02)]
+    page.send("And?")
+    page.until(lambda: page.js("return document.querySelectorAll('.thinking details')[1]?.open"))
+    page.done()
+    assert page.js("return document.querySelectorAll('.thinking details')[1].open") is False
+
+
+def test_stop_keeps_what_came_and_the_server_hears_of_it(page: Any, server: Scripted) -> None:
+    server.replies = [Reply("word " * 1000, delay=0.02)]
+    page.send("Go on")
+    page.until(lambda: page.answers() and page.answers()[0].count("word") > 3)
+    page.one("#box").send_keys("\ue00c")  # Escape
+    page.done(2)
+    kept = page.answers()[0]
+    assert kept.startswith("word word word") and kept.count("word") < 1000
+    assert page.text(".assistant .notice") == "Stopped. Continue"
+    page.until(lambda: server.gone == ["chatcmpl-0"])
+    server.replies = [Reply("Well.")]
+    page.ask("Then?")
+    assert server.asked[1]["messages"][1]["content"].strip() == kept.strip()
+
+
+def test_a_reload_keeps_the_conversation_even_mid_answer(page: Any, server: Scripted) -> None:
+    server.replies = [Reply("Kept **for ever**.", "Thought."), Reply("slow " * 500, delay=0.03)]
+    page.ask("First?")
+    page.send("Second?")
+    page.until(lambda: len(page.answers()) == 2 and page.answers()[1].count("slow") > 30)
+    page.open()
+    assert page.questions() == ["First?", "Second?"]
+    assert page.answers()[0] == "Kept for ever."
+    assert page.answers()[1].count("slow") > 2
+    assert "not complete" in page.text(".message:last-child .notice")
+    page.one(".thinking summary").click()
+    page.until(lambda: page.text(".thinking .markdown") == "Thought.")
+    server.replies = [Reply(" done.")]
+    page.click("Continue")
+    page.until(lambda: page.answers() and page.answers()[-1].endswith("slow done."))
+
+
+def test_regenerating_and_editing_keep_every_version(page: Any, server: Scripted) -> None:
+    server.replies = [Reply(text) for text in ("a1", "a2", "b1", "c1")]
+    page.ask("A")
+    page.click("Regenerate")
+    page.until(lambda: page.answers() == ["a2"])
+    assert page.text(".assistant .count") == "2/2"
+    page.ask("B")
+    assert [m["content"] for m in server.asked[2]["messages"]] == ["A", "a2", "B"]
+    # The first answer again: what followed the second is a branch of its own.
+    page.click("Previous version (2 of 2)")
+    page.until(lambda: page.answers() == ["a1"])
+    assert page.questions() == ["A"]
+    page.click("Next version (1 of 2)")
+    page.until(lambda: page.answers() == ["a2", "b1"])
+    page.click("Edit message", ".user:last-of-type, .user:nth-of-type(3)")
+    box = page.one(".edit textarea")
+    box.clear()
+    box.send_keys("C", "\ue007")
+    page.until(lambda: page.answers() == ["a2", "c1"])
+    assert [m["content"] for m in server.asked[3]["messages"]] == ["A", "a2", "C"]
+    page.open()
+    assert (page.questions(), page.answers()) == (["A", "C"], ["a2", "c1"])
+    page.click("Previous version (2 of 2)", ".user:nth-of-type(3)")
+    page.until(lambda: page.questions() == ["A", "B"])
+
+
+def test_settings_belong_to_their_conversation(page: Any, server: Scripted) -> None:
+    page.ask("Before")
+    page.click("Settings of this conversation")
+    assert page.one("#set-temperature").get_attribute("placeholder") == "0.6"
+    for name, value in {"temperature": "0.25", "top_k": "40", "seed": "7", "thinking_token_budget": "99"}.items():
+        page.one(f"#set-{name}").send_keys(value)
+    page.one("#set-top_p").send_keys("3")  # no probability: it is marked, and not sent
+    assert page.one("#set-top_p").get_attribute("aria-invalid") == "true"
+    page.js("const s = document.getElementById('set-thinking'); s.value = 'false'; s.onchange()")
+    page.one("#system").send_keys("Be brief.")
+    page.click("Close", "#settings")
+    page.ask("After")
+    plain, asked = server.asked
+    assert not {"temperature", "top_p", "seed", "thinking"} & plain.keys()
+    wanted = {
+        "temperature": 0.25,
+        "top_k": 40,
+        "seed": 7,
+        "thinking_token_budget": 99,
+        "thinking": {"type": "disabled"},
+    }
+    assert asked.items() >= wanted.items() and "top_p" not in asked
+    assert asked["messages"][0] == {"role": "system", "content": "Be brief."}
+    page.open()
+    page.ask("Still")
+    assert server.asked[2].items() >= wanted.items()
+    page.one("#new").click()
+    page.ask("Fresh")
+    assert "temperature" not in server.asked[3] and server.asked[3]["messages"][0]["role"] == "user"
+
+
+def test_conversations_are_found_renamed_deleted_and_brought_back(page: Any, server: Scripted) -> None:
+    server.replies = [Reply("alpha"), Reply("needle in it"), Reply("gamma")]
+    for text in ("First talk", "Second talk", "Third talk"):
+        page.one("#new").click()
+        page.ask(text)
+
+    def titles() -> list[str]:
+        return list(page.js("return [...document.querySelectorAll('#conversations .open')].map((e) => e.textContent)"))
+
+    assert titles() == ["Third talk", "Second talk", "First talk"]
+    page.one("#search").send_keys("NEEDLE")
+    page.until(lambda: titles() == ["Second talk"])
+    page.one("#search").clear()
+    page.js("const s = document.getElementById('search'); s.value = ''; s.oninput()")
+    page.click("Rename “First talk”")
+    page.one("#conversations input").send_keys("Renamed", "\ue007")  # the old name is selected
+    page.until(lambda: "Renamed" in titles())
+    page.click("Delete “Third talk”")
+    page.until(lambda: "Third talk" not in titles())
+    assert page.questions() == []  # it was open
+    page.click("Undo")
+    page.until(lambda: "Third talk" in titles())
+    assert page.questions() == ["Third talk"]
+    page.click("Delete “Second talk”")
+    page.until(lambda: "Second talk" not in titles())
+    page.open()
+    assert sorted(titles()) == ["Renamed", "Third talk"]
+
+
+def test_export_and_import_keep_everything(page: Any, server: Scripted) -> None:
+    server.replies = [Reply("Answer with $x$.", "Thinking."), Reply("Other.")]
+    page.ask("Question?")
+    page.click("Regenerate")
+    page.until(lambda: page.answers() == ["Other."])
+    page.done()
+
+    def download(button: str, name: str) -> str:
+        page.click("Export and import")
+        page.click(button)
+        path = Path(page.driver.downloads, name)
+        page.until(path.exists)
+        page.until(lambda: path.read_text())
+        text = path.read_text()
+        path.unlink()
+        return text
+
+    document = download("This conversation as Markdown", "Question.md")
+    assert document == "# Question?\n\n## You\n\nQuestion?\n\n## glow-1b\n\nOther.\n"
+    exported = json.loads(download("All conversations as JSON", "luciola-conversations.json"))
+    [conversation] = exported["conversations"]
+    assert {node["content"] for node in conversation["nodes"].values()} == {"Question?", "Answer with $x$.", "Other."}
+
+    page.click("Delete “Question?”")
+    page.until(lambda: page.questions() == [])
+    conversation["nodes"]["strange"] = {"id": "other", "parent": "root", "role": "system", "content": "x"}
+    for text, words in (("{", "cannot be imported"), (json.dumps(exported), "cannot be imported")):
+        Path(page.driver.downloads, "in.json").write_text(text)
+        page.one("#file").send_keys(str(Path(page.driver.downloads, "in.json")))
+        page.until(lambda words=words: words in page.text("#toast span"))
+        page.js("document.getElementById('toast').firstElementChild.textContent = ''")
+    del conversation["nodes"]["strange"]
+    Path(page.driver.downloads, "in.json").write_text(json.dumps(exported))
+    page.one("#file").send_keys(str(Path(page.driver.downloads, "in.json")))
+    page.until(lambda: page.answers() == ["Other."])
+    page.open()
+    page.click("Previous version (2 of 2)")
+    page.until(lambda: page.answers()[0].startswith("Answer with"))
+
+
+def test_figures_stand_under_the_answer_and_the_cache_below(page: Any, server: Scripted) -> None:
+    server.replies = [Reply("one two three four five six seven eight nine ten", delay=0.03)]
+    page.send("Count")
+    page.until(lambda: "Cache 42 %" in page.text("#status"))
+    page.done()
+    words = page.text(".assistant .figures")
+    assert words.startswith("10 tokens · ") and "prompt 120 (96 cached)" in words and "first after 0." in words
+    rate = float(words.split(" · ")[1].split()[0])
+    assert 10 < rate < 40, "ten tokens 0.03 s apart"
+
+
+def test_two_tabs_do_not_undo_each_other(page: Any, server: Scripted) -> None:
+    server.default = lambda body: Reply("re: " + body["messages"][-1]["content"])
+    page.ask("first")
+    first = page.driver.current_window_handle
+    page.driver.switch_to.new_window("tab")
+    page.open()
+    assert page.questions() == ["first"]
+    page.ask("from the second tab")
+    page.driver.close()
+    page.driver.switch_to.window(first)
+    page.until(lambda: page.questions() == ["first", "from the second tab"])
+    page.ask("from the first tab")
+    page.open()
+    assert page.answers() == ["re: first", "re: from the second tab", "re: from the first tab"]
+
+
+def test_the_scroll_follows_the_answer_until_the_reader_looks_back(page: Any, server: Scripted) -> None:
+    server.replies = [Reply("\n\n".join(f"paragraph {i}" for i in range(300)), delay=0.004)]
+    page.send("Long")
+    left = "const m = document.getElementById('scroll'); return m.scrollHeight - m.scrollTop - m.clientHeight"
+    page.until(lambda: page.text(".assistant").count("paragraph") > 60)
+    assert page.js(left) < 100
+    page.js("document.getElementById('scroll').scrollTop = 100")
+    before = page.text(".assistant").count("paragraph")
+    page.until(lambda: page.text(".assistant").count("paragraph") > before + 20)
+    assert page.js("return document.getElementById('scroll').scrollTop") == 100
+    page.click("Jump to the latest message")
+    page.done(20)
+    assert page.js(left) < 100
