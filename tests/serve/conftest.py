@@ -63,7 +63,7 @@ class Live:
 
     def is_well(self) -> bool:
         """Whether a new client is served."""
-        return httpx.get(self.url + "/health", timeout=10).text == "alive"
+        return self.ask(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").endswith(b"alive")
 
     def memory(self) -> int:
         """Bytes resident."""
@@ -110,8 +110,8 @@ def start(folder: Path, environment: dict[str, str] | None, log: Path, **options
 
 
 @pytest.fixture(scope="session")
-def serving() -> Callable[..., contextlib.AbstractContextManager[Live]]:
-    """`with serving(folder, max_body=1000) as server`: the small application behind the guard, files in `folder`."""
+def small_serving() -> Callable[..., contextlib.AbstractContextManager[Live]]:
+    """`with small_serving(folder, max_body=1000) as server`: the small application behind the guard, for a block."""
     return served
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -83,7 +84,10 @@ async def left(request: Request) -> JSONResponse:
 
 
 async def wait(request: Request) -> PlainTextResponse:
-    await asyncio.sleep(float(request.query_params["seconds"]))
+    """Looks again and again whether the client has left, as an answer that is no stream does."""
+    until = time.monotonic() + float(request.query_params["seconds"])
+    while time.monotonic() < until and not await request.is_disconnected():
+        await asyncio.sleep(0.02)
     return PlainTextResponse("waited")
 
 

@@ -22,10 +22,10 @@ MEBIBYTE = b"x" * 2**20
 
 
 @pytest.fixture(scope="module")
-def process(serving: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def process(small_serving: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One server for all of the tests, with short deadlines."""
-    deadlines = {"head_timeout": 0.5, "body_timeout": 2.0, "stall_timeout": 0.5, "write_timeout": 0.5, "keep_alive": 1}
-    with serving(tmp_path_factory.mktemp("server"), **deadlines) as server:
+    deadlines = {"head_timeout": 0.5, "body_timeout": 3.0, "stall_timeout": 0.5, "write_timeout": 0.5, "keep_alive": 1}
+    with small_serving(tmp_path_factory.mktemp("server"), **deadlines) as server:
         yield server
 
 
@@ -37,7 +37,7 @@ def server(process: Any) -> Iterator[Any]:
     before = server.memory()
     yield server
     began = time.monotonic()
-    assert server.is_well() and time.monotonic() - began < 1.0
+    assert server.is_well() and time.monotonic() - began < 5.0
     assert server.memory() - before < 64 * 2**20
     assert "Traceback" not in server.log.read_text()
 
@@ -133,10 +133,10 @@ def test_a_head_that_never_ends_is_given_up(server: Any) -> None:
             with contextlib.suppress(TimeoutError):
                 reply = client.recv(65536)
                 break
-        assert status(reply) == 408 and time.monotonic() - began < 2.0
+        assert status(reply) == 408 and time.monotonic() - began < 10.0
 
 
-@pytest.mark.parametrize(("pause", "most"), [(5.0, 1.5), (0.1, 4.0)], ids=["stalls", "trickles"])
+@pytest.mark.parametrize(("pause", "most"), [(5.0, 2.5), (0.1, 10.0)], ids=["stalls", "trickles"])
 def test_a_body_that_never_ends_is_given_up(server: Any, pause: float, most: float) -> None:
     with server.connect() as client:
         began = time.monotonic()
@@ -155,9 +155,9 @@ def test_a_thousand_connections_that_say_nothing(server: Any) -> None:
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(server.connect()) for _ in range(1000)]
         began = time.monotonic()
-        assert server.is_well() and time.monotonic() - began < 1.0
+        assert server.is_well() and time.monotonic() - began < 5.0
         assert all(client.recv(1) == b"" for client in silent)
-        assert time.monotonic() - began < 3.0
+        assert time.monotonic() - began < 10.0
 
 
 def test_when_connections_run_out_the_longest_silent_makes_room(small_server: Servers) -> None:
@@ -170,6 +170,11 @@ def test_when_connections_run_out_the_longest_silent_makes_room(small_server: Se
         assert server.is_well()
         silent[-1].sendall(GET + LAST)  # one of the latest is still there
         assert status(silent[-1].recv(65536)) == 200
+    with contextlib.ExitStack() as stack:  # those who owe us a body make room too
+        for _ in range(20):
+            stack.enter_context(server.connect()).sendall(HEAD + b"Content-Length: 9\r\n\r\n1")
+        time.sleep(0.2)
+        assert server.is_well()
     with contextlib.ExitStack() as stack:  # no one makes room who is being served
         for _ in range(20):
             stack.enter_context(server.connect()).sendall(GET.replace(b"/health", b"/v1/wait?seconds=2") + b"\r\n")
@@ -197,9 +202,9 @@ def test_who_leaves_in_the_midst_is_noticed(server: Any) -> None:
     for ending in ("closes", "resets", "sends no more", "asks for more and closes"):
         with server.connect() as client:
             client.sendall(GET.replace(b"/health", b"/v1/forever") + b"\r\n")
+            assert b"200" in client.recv(100)
             if ending == "asks for more and closes":
                 client.sendall(GET + b"\r\n")
-            assert b"200" in client.recv(100)
             assert httpx.get(server.url + "/v1/left").json() == 1
             if ending == "resets":
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -207,8 +212,10 @@ def test_who_leaves_in_the_midst_is_noticed(server: Any) -> None:
                 client.shutdown(socket.SHUT_WR)
             else:
                 client.close()
-            time.sleep(0.1)
-            assert httpx.get(server.url + "/v1/left").json() == 0
+            until = time.monotonic() + 2.0
+            while httpx.get(server.url + "/v1/left").json() and time.monotonic() < until:
+                time.sleep(0.02)
+            assert httpx.get(server.url + "/v1/left").json() == 0, ending
 
 
 GARBAGE = [
@@ -277,6 +284,9 @@ def test_requests_of_doubtful_length_are_refused_with_all_that_follows(server: A
 
 
 def test_requests_in_a_row_are_answered_in_order(server: Any) -> None:
+    slow = GET.replace(b"/health", b"/v1/wait?seconds=0.2") + b"\r\n"
+    large = HEAD + b"Content-Length: 400000\r\n" + LAST + b"x" * 400_000
+    assert re.findall(rb'waited|"length":\d+', server.ask(slow + large)) == [b"waited", b'"length":400000']
     posts = [HEAD + b"Content-Length: 1\r\n\r\n" + str(i).encode() for i in range(9)]
     reply = server.ask(b"".join(posts) + GET + LAST)
     assert re.findall(rb'"start":"(\d)"', reply) == [str(i).encode() for i in range(9)]
@@ -287,6 +297,8 @@ def test_a_thousand_requests_at_once_on_one_connection_are_too_many(server: Any)
     waiting = GET.replace(b"/health", b"/v1/wait?seconds=1") + b"\r\n"
     assert status(server.ask(waiting + (GET + b"\r\n") * 50 + GET + LAST)) == 200
     assert status(server.ask(waiting + (GET + b"\r\n") * 1000)) == 400
+    body = HEAD + b"Content-Length: 300000\r\n\r\n" + b"x" * 300_000
+    assert status(server.ask(waiting + body + body)) == 400
 
 
 def test_old_and_unusual_requests(server: Any) -> None:

@@ -43,7 +43,7 @@ def test_a_signal_has_running_requests_finish_and_refuses_new_ones(small_server:
         assert kept.get("/ready").status_code == 200
         with httpx.Client(base_url=server.url) as probe:
             assert probe.get("/health").status_code == 200
-            thread, read = streamed(server, "n=20&wait=0.1")
+            thread, read = streamed(server, "n=30&wait=0.1")
             server.process.send_signal(how)
             time.sleep(0.5)
             refused = kept.post("/v1/echo", content=b"x")
@@ -54,7 +54,7 @@ def test_a_signal_has_running_requests_finish_and_refuses_new_ones(small_server:
             httpx.get(server.url + "/health")
         assert server.process.poll() is None
     thread.join()
-    assert [line for line in read if line] == [f"data: {i}" for i in range(20)]
+    assert [line for line in read if line] == [f"data: {i}" for i in range(30)]
     assert server.process.wait(5) == 0
     assert "Traceback" not in server.log.read_text()
 
@@ -65,7 +65,7 @@ def test_an_idle_server_ends_at_once(small_server: Servers) -> None:
         kept.get("/health")
         began = time.monotonic()
         assert server.end() == 0
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 10.0
 
 
 def test_what_outlasts_the_drain_is_ended_with_an_error(small_server: Servers) -> None:
@@ -76,7 +76,7 @@ def test_what_outlasts_the_drain_is_ended_with_an_error(small_server: Servers) -
     time.sleep(0.2)
     began = time.monotonic()
     assert server.end() == 0
-    assert 0.4 < time.monotonic() - began < 3.0
+    assert 0.4 < time.monotonic() - began < 10.0
     thread.join()
     events = [line.removeprefix("data: ") for line in read if line]
     assert "shutting down" in json.loads(events[-1])["error"]["message"]
@@ -104,6 +104,8 @@ def test_a_port_in_use_is_named(small_server: Servers) -> None:
             listen(ServerSettings(port=port))
     with pytest.raises(OSError, match=r"--host 203\.0\.113\.7 is no address of this machine"):
         listen(ServerSettings(host="203.0.113.7", port=0, api_keys=("k",)))
+    with pytest.raises(OSError, match=r"--host a\.\.b is no address of this machine"):
+        listen(ServerSettings(host="a..b", port=0, api_keys=("k",)))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "box.example", "192.168.1.5", ""])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from luciola.cli.ask import GROUP, Dtype, GroupSize, Model, Quantize, Speculate, one_of, opened, run_settings
+
+if TYPE_CHECKING:
+    from luciola import Engine, LanguageModel
 
 REASONING = ("both", "reasoning_content", "reasoning")
 
@@ -109,6 +112,7 @@ def serve(
         max_running=max_running,
         max_cached_tokens=max_cached_tokens,
     )
+    _warm_up(lm, engine)
     app = create(
         lm,
         engine,
@@ -126,6 +130,14 @@ def serve(
         ),
     )
     run(app, server, called, sockets)
+
+
+def _warm_up(lm: LanguageModel, engine: Engine) -> None:
+    """What a first request would wait for, kernels being compiled among it, is done before anyone can ask."""
+    from luciola import SamplingParams
+
+    if lm.tokenizer is not None:  # the application refuses others
+        engine.generate([lm.tokenizer.encode("a") or [0]], SamplingParams(max_tokens=2, temperature=0.0))
 
 
 def default_name(model: str) -> str:

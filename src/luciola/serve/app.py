@@ -153,8 +153,9 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 def _add_completions(app: FastAPI, service: Service) -> None:
     def answered(reply: type[BaseModel], chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-        stream = {"text/event-stream": {"schema": {"type": "string", "description": f"events of {chunk.__name__}"}}}
-        return {200: {"model": reply, "content": stream}, **FAULTS}
+        data = {"type": "string", "description": f"a {chunk.__name__} or an error in JSON, or [DONE]"}
+        event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        return {200: {"model": reply, "content": {"text/event-stream": {"itemSchema": event}}}, **FAULTS}
 
     @app.post(
         "/v1/chat/completions",

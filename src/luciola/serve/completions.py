@@ -216,8 +216,6 @@ def _prompts(given: str | list[int] | list[str] | list[list[int]]) -> list[tuple
     """Each prompt with the name of its place in the request."""
     if isinstance(given, str):
         return [("prompt", given)]
-    if not given:
-        raise ApiError("prompt is an empty list; give a text, or token ids", param="prompt")
     if isinstance(given[0], int):
         return [("prompt", given)]
     return [(f"prompt[{i}]", one) for i, one in enumerate(cast("list[str | list[int]]", given))]

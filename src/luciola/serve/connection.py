@@ -8,19 +8,22 @@ the one that has said nothing for longest makes room.
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from luciola.serve.guard import LINGER, ServerSettings, error_body, log_request, reason
+from luciola.serve.errors import ApiError
+from luciola.serve.guard import LINGER, ServerSettings, log_request
 
 MAX_HEAD = 32 * 1024  # bytes of a request line with its headers, and of anything else that is no body
 MAX_PIPELINED = 64  # requests on one connection that wait for the reply to an earlier one
+MAX_WAITING = 512 * 1024  # bytes of their bodies
 
 
 class Connection(HttpToolsProtocol):
-    """`silent` is shared by all connections: those that owe us a request's head, the longest silent first.
+    """`silent` is shared by all connections: those that owe us a request or a part of it, the longest so first.
 
     `most` bounds the number of connections, as the settings do.
     """
@@ -58,7 +61,7 @@ class Connection(HttpToolsProtocol):
         if self._refused:
             return
         self._unparsed += len(data)
-        if self._head_timer is None and self in self._silent:
+        if self._head_timer is None and self._answering is None:
             self._start_head_timer()  # the next request on a connection kept alive
         self._unset_keepalive_if_required()
         try:
@@ -84,8 +87,9 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         if len(self.pipeline) == waiting:
             self._answering = self.cycle
+        else:
+            self.flow.resume_reading()  # which uvicorn has paused; but only who reads sees that a client leaves
         self._unparsed = 0
-        self._silent.pop(self, None)
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -93,10 +97,14 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._unparsed = 0
         super().on_body(body)
+        if sum(len(cycle.body) for cycle, _ in self.pipeline) > MAX_WAITING:
+            self.refuse(400, f"more than {MAX_WAITING} bytes of bodies wait on this connection; await replies first")
+            raise ValueError("refused")
 
     def on_message_complete(self) -> None:
         if not self._is_upgrade():
             super().on_message_complete()
+            self._silent.pop(self, None)
 
     def _is_upgrade(self) -> bool:
         return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
@@ -115,12 +123,17 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self._answering = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
-        if self._answering is None and not self.transport.is_closing():
+        if self.transport.is_closing():  # as soon as the client has read the reply's end
+            self._start_write_timer()
+        elif self._answering is None:
             self._silent[self] = None
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.transport.abort()  # what has not been read of an earlier reply does not hold the connection
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_timer = self.loop.call_later(self._settings.write_timeout, self.transport.abort)
+        self._start_write_timer()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -157,16 +170,24 @@ class Connection(HttpToolsProtocol):
         self.refuse(431, f"the request's line and headers exceed {MAX_HEAD} bytes")
 
     def _write_refusal(self, status: int, message: str) -> None:
-        body = error_body(status, message)
-        head = (
-            f"HTTP/1.1 {status} {reason(status)}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        )
-        self.transport.write(head.encode() + b"x-content-type-options: nosniff\r\nconnection: close\r\n\r\n" + body)
+        body = ApiError(message, status).body()
+        lines = [
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            "x-content-type-options: nosniff",
+            "connection: close",
+        ]
+        self.transport.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
         if self._settings.access_log:
             log_request(client=self.client[0] if self.client else None, status=status, refused=message)
 
     def _start_head_timer(self) -> None:
         self._head_timer = self.loop.call_later(self._settings.head_timeout, self._head_is_late)
+
+    def _start_write_timer(self) -> None:
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self._settings.write_timeout, self.transport.abort)
 
     def _head_is_late(self) -> None:
         if self._unparsed:

@@ -81,7 +81,8 @@ def unknown_model(name: str, known: str) -> ApiError:
 
 def of_validation(faults: Sequence[Mapping[str, Any]]) -> ApiError:
     """One sentence about the first of pydantic's faults, which names the field."""
-    first = max(faults, key=lambda fault: len(fault["loc"]))  # of a union's branches, the one that went deepest
+    # Of a union's branches the one that was meant: whose types fit, and that went deepest.
+    first = max(faults, key=lambda fault: (not fault["type"].endswith("_type"), len(fault["loc"])))
     field = _field(first["loc"][1:])  # the first part says that it was in the body
     if first["type"] == "none_required":
         return ApiError(f"{field} is not supported here; leave it out", param=field)

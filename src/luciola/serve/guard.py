@@ -18,15 +18,16 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from http import HTTPStatus
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from luciola.serve.errors import ApiError
 
 LINGER = 2.0  # seconds that a refused client may go on sending, so that it gets to read its refusal
 LINGER_BYTES = 256 * 2**20
@@ -34,7 +35,6 @@ MAX_HELD = 256 * 2**20  # bytes of all bodies held at once
 OPEN = ("/", "/health", "/ready")  # what a server with keys shows to everyone, beside /static/
 WHILE_DRAINING = ("/health", "/ready", "/metrics")
 SHUTTING_DOWN = "the server is shutting down; ask again later"
-KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error"}
 
 _errors = logging.getLogger("luciola.serve")
 
@@ -81,17 +81,6 @@ def guarded(app: ASGIApp, settings: ServerSettings) -> Guard:
     return Guard(app, settings)
 
 
-def reason(status: int) -> str:
-    return HTTPStatus(status).phrase
-
-
-def error_body(status: int, message: str, code: str | None = None) -> bytes:
-    """An error in OpenAI's shape."""
-    kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    error = {"message": message, "type": kind, "param": None, "code": code or reason(status).lower().replace(" ", "_")}
-    return json.dumps({"error": error}).encode()
-
-
 def log_request(**fields: object) -> None:
     """One line of JSON on standard error; json escapes control characters, so a path cannot begin a line of its own."""
     line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}
@@ -100,16 +89,6 @@ def log_request(**fields: object) -> None:
         sys.stderr.flush()
     except (OSError, ValueError):  # nobody reads the log any more; requests go on
         pass
-
-
-class Refused(Exception):
-    """A request that the application never sees."""
-
-    def __init__(
-        self, message: str, status: int, *, code: str | None = None, headers: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.headers = status, code, headers or {}
 
 
 class Guard:
@@ -143,65 +122,66 @@ class Guard:
         state["request_id"], state["log"] = request_id, {}
         reply = Reply(send, request_id, self)
         try:
-            self._check(scope, headers)
-            await self._admitting(scope, receive, reply.send)
-        except Refused as refused:
-            await _refuse(refused, receive, reply.send)
+            try:
+                self._check(scope, headers)
+            except ApiError as refused:
+                await _refuse(refused, receive, reply.send)
+            else:
+                await self._admitting(scope, receive, reply.send)
         except asyncio.CancelledError:
             if not self.draining:
                 raise
             await reply.cut_short(SHUTTING_DOWN)
         except Exception as error:
-            _errors.error("%s %s failed", scope["method"], scope["path"][:256].encode("unicode_escape"), exc_info=error)
+            _errors.error("%s %r failed", scope["method"], scope["path"][:256], exc_info=error)
             await reply.cut_short("the server failed at this request; its log says why")
         finally:
             if self._settings.access_log:
                 client = scope.get("client")
-                log_request(
-                    id=request_id,
-                    client=client[0] if client else None,
-                    method=scope["method"],
-                    path=scope["path"][:256],
-                    status=reply.status,
-                    milliseconds=round(1000 * (time.perf_counter() - began), 1),
-                    bytes=reply.bytes,
-                    **({} if reply.complete else {"cut": True}),
-                    **state.get("log", {}),
-                )
+                line = {
+                    "id": request_id,
+                    "client": client[0] if client else None,
+                    "method": scope["method"],
+                    "path": scope["path"][:256],
+                    "status": reply.status,
+                    "milliseconds": round(1000 * (time.perf_counter() - began), 1),
+                    "bytes": reply.bytes,
+                }
+                log_request(**state["log"] | line | ({} if reply.complete else {"cut": True}))
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """What is decided before CORS answers: no browser needs to read these refusals."""
         if scope["http_version"] not in ("1.0", "1.1"):
-            raise Refused("this server speaks HTTP/1.1", 400)
+            raise ApiError("this server speaks HTTP/1.1", 400)
         hosts = headers.getlist("host")
         if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):
-            raise Refused("a request needs exactly one Host header", 400)
+            raise ApiError("a request needs exactly one Host header", 400)
         encodings = headers.getlist("transfer-encoding")
         if encodings and (encodings != ["chunked"] or scope["http_version"] == "1.0"):
             # A proxy in front may have understood another length of the body than we do.
-            raise Refused("the only Transfer-Encoding known here is chunked", 400)
-        if self.draining and scope["path"] not in WHILE_DRAINING:
-            raise Refused(SHUTTING_DOWN, 503, headers={"retry-after": "5"})
+            raise ApiError("the only Transfer-Encoding known here is chunked", 400)
         if self._checks_host and hosts and not self._is_own_name(hosts[0]):
-            raise Refused(
+            raise ApiError(
                 "this server answers to localhost and to IP addresses only, since a web page can have any other name "
                 "point here; to use a name, start it with --api-key, or with that name as --host",
                 403,
             )
         if "\0" in scope["path"]:
-            raise Refused("no path holds a null byte", 404)
+            raise ApiError("no path holds a null byte", 404)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Key, origin and body; inside CORS, so that pages may read why they were refused."""
         headers = Headers(scope=scope)
         try:
+            if self.draining and scope["path"] not in WHILE_DRAINING:
+                raise ApiError(SHUTTING_DOWN, 503, headers={"retry-after": "5"})
             if self._digests:
                 if scope["path"] not in OPEN and not scope["path"].startswith("/static/"):
                     self._check_key(headers)
             elif scope["method"] not in ("GET", "HEAD", "OPTIONS"):
                 self._check_origin(headers)
             body = await self._read_body(headers, receive)
-        except Refused as refused:
+        except ApiError as refused:
             await _refuse(refused, receive, send)
             return
         try:
@@ -215,7 +195,7 @@ class Guard:
         # Digests of one length, all of them compared: the time taken tells nothing about any key.
         known = [hmac.compare_digest(digest, own) for own in self._digests]
         if scheme.lower() != "bearer" or not any(known):
-            raise Refused(
+            raise ApiError(
                 "this server needs a key: send the header `Authorization: Bearer KEY` with one given as --api-key",
                 401,
                 code="invalid_api_key",
@@ -232,7 +212,7 @@ class Guard:
                 return
         except ValueError:
             pass
-        raise Refused(
+        raise ApiError(
             f"web pages of {origin[:100]} may not call this server; to let them, start it with --cors ORIGIN", 403
         )
 
@@ -247,9 +227,9 @@ class Guard:
         return _address(name) is not None
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
-        """All of the body, before the application hears of the request. Raises Refused."""
+        """All of the body, before the application hears of the request. Raises ApiError."""
         limit, settings = self._settings.max_body, self._settings
-        too_large = Refused(f"the request's body exceeds {limit} bytes", 413)
+        too_large = ApiError(f"the request's body exceeds {limit} bytes", 413)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > limit:
             raise too_large
@@ -262,16 +242,16 @@ class Guard:
                 try:
                     message = await asyncio.wait_for(receive(), max(wait, 0.0))
                 except TimeoutError:
-                    raise Refused("the request's body came too slowly", 408) from None
+                    raise ApiError("the request's body came too slowly", 408) from None
                 if message["type"] == "http.disconnect":
-                    raise Refused("the client left before its body was complete", 400)
+                    raise ApiError("the client left before its body was complete", 400)
                 piece, more = message.get("body", b""), message.get("more_body", False)
                 size += len(piece)
                 self._held += len(piece)
                 if size > limit:
                     raise too_large
                 if self._held > max(MAX_HELD, limit):
-                    raise Refused(
+                    raise ApiError(
                         "the server holds too many large requests; try again", 503, headers={"retry-after": "1"}
                     )
                 pieces.append(piece)
@@ -313,19 +293,19 @@ class Reply:
         """End a reply with an error, as far as what has been sent of it allows."""
         if self.status is None:
             status = 503 if self._guard.draining else 500
-            body = error_body(status, message)
+            body = ApiError(message, status).body()
             pairs = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
             await self.send({"type": "http.response.start", "status": status, "headers": pairs})
             await self.send({"type": "http.response.body", "body": body})
         elif self._streams_events and not self.complete:
-            await self.send({"type": "http.response.body", "body": b"data: " + error_body(500, message) + b"\n\n"})
+            await self.send({"type": "http.response.body", "body": b"data: " + ApiError(message, 500).body() + b"\n\n"})
         # Else uvicorn closes the connection, by which the client sees that the reply is not whole.
 
 
-async def _refuse(refused: Refused, receive: Receive, send: Send) -> None:
-    body = error_body(refused.status, str(refused), refused.code)
+async def _refuse(refused: ApiError, receive: Receive, send: Send) -> None:
+    body = refused.body()
     headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-    pairs = [(name.encode(), value.encode()) for name, value in {**headers, **refused.headers}.items()]
+    pairs = [(name.encode(), value.encode()) for name, value in {**headers, **(refused.headers or {})}.items()]
     await send({"type": "http.response.start", "status": refused.status, "headers": pairs})
     # The reply is whole with this, and the connection closes when we say so: not with bytes unread, which would reset
     # it, and a client still sending would never see the reply.

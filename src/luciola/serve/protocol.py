@@ -11,14 +11,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-MOST = 2**63 - 1
+MOST = 2**53 - 1  # whole numbers beyond are not the same in every reader of JSON
+MOST_SEED = 2**63 - 1
 MAX_STOPS = 1024  # stop texts of a request
 MAX_TOP = 20  # likeliest tokens reported of a place
 MAX_CHOICES = 128  # completions of a request
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, le=MOST)]
-StopText = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+Tokens = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class Asked(BaseModel):
@@ -50,7 +52,7 @@ class StructuredOutputs(Asked):
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: Annotated[list[StopText], Field(min_length=1, max_length=10_000)] | None = None
+    choice: Annotated[list[Text], Field(min_length=1, max_length=10_000)] | None = None
     grammar: str | None = Field(None, description="a grammar in Lark's notation")
 
 
@@ -63,9 +65,9 @@ class Sampling(Asked):
     top_p: Finite | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MOST, description="0 or -1: all tokens")
     min_p: Finite | None = Field(None, ge=0, le=1)
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
-    seed: int | None = Field(None, ge=-MOST, le=MOST)
+    seed: int | None = Field(None, ge=-MOST_SEED, le=MOST_SEED)
     frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
     presence_penalty: Finite | None = Field(None, ge=-2, le=2)
     repetition_penalty: Finite | None = Field(None, ge=0.01, le=1e6)
@@ -85,7 +87,7 @@ class Sampling(Asked):
     # Known, and not to be had.
     best_of: None = Field(None, description="not supported")
     suffix: None = Field(None, description="not supported")
-    use_beam_search: Literal[False] | None = Field(None, description="not supported")
+    use_beam_search: bool | None = Field(None, description="true is not supported")
     user: str | None = Field(None, description="taken and passed over")
 
 
@@ -196,7 +198,7 @@ class ChatRequest(Templated, Sampling):
 class CompletionRequest(Sampling):
     """POST /v1/completions"""
 
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    prompt: Text | Tokens | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=0, le=MOST, description="0 with echo: the prompt alone; default 16")
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP, description="likeliest tokens reported of each place")
     echo: bool | None = Field(None, description="the prompt is part of the text")

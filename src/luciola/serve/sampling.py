@@ -18,6 +18,8 @@ def params_of(request: ChatRequest | CompletionRequest, settings: Settings, **ch
     Raises:
         ApiError: `SamplingParams` refuses them.
     """
+    if request.use_beam_search:
+        raise ApiError("use_beam_search is not supported here; leave it out", param="use_beam_search")
     given: dict[str, Any] = {
         "n": request.n,
         "temperature": request.temperature,

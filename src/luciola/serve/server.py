@@ -52,7 +52,7 @@ def listen(settings: ServerSettings) -> list[socket.socket]:
                     raise
         if not sockets:
             raise OSError(errno.EADDRNOTAVAIL, "no such address")
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         for opened in sockets:
             opened.close()
         raise OSError(_why_not(error, host, port)) from None
@@ -137,13 +137,13 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(0.02)
 
 
-def _why_not(error: OSError, host: str, port: int) -> str:
+def _why_not(error: OSError | UnicodeError, host: str, port: int) -> str:
+    if isinstance(error, UnicodeError | socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        return f"--host {host} is no address of this machine"
     if error.errno == errno.EADDRINUSE:
         return f"port {port} is in use; choose another with --port, or --port 0 for a free one"
     if error.errno == errno.EACCES:
         return f"port {port} needs more rights; choose one above 1023 with --port"
-    if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
-        return f"--host {host} is no address of this machine"
     return f"cannot listen at {host}, port {port}: {error.strerror or error}"
 
 
