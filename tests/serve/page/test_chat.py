@@ -77,7 +77,7 @@ def test_a_reload_keeps_the_conversation_even_mid_answer(page: Any, server: Scri
     assert page.questions() == ["First?", "Second?"]
     assert page.answers()[0] == "Kept for ever."
     assert page.answers()[1].count("slow") > 2
-    assert "not complete" in page.text(".message:last-child .notice")
+    page.until(lambda: "not complete" in page.text(".message:last-child .notice"))
     page.one(".thinking summary").click()
     page.until(lambda: page.text(".thinking .markdown") == "Thought.")
     server.replies = [Reply(" done.")]
@@ -229,7 +229,12 @@ def test_two_tabs_do_not_undo_each_other(page: Any, server: Scripted) -> None:
     page.driver.switch_to.new_window("tab")
     page.open()
     assert page.questions() == ["first"]
+    server.replies = [Reply("re: from the second tab", delay=0.2)]
     page.ask("from the second tab")
+    second = page.driver.current_window_handle
+    page.driver.switch_to.window(first)
+    assert "not complete" not in page.text("#messages")
+    page.driver.switch_to.window(second)
     page.driver.close()
     page.driver.switch_to.window(first)
     page.until(lambda: page.questions() == ["first", "from the second tab"])

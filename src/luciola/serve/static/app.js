@@ -110,6 +110,7 @@ function save(conversation, soon = true) {
 function absorb(ours, united) {
   let news = false;
   for (const [id, node] of Object.entries(united.nodes)) {
+    if (running.get(ours.id)?.node.id === id) continue; // what is being written here is the latest
     if (!ours.nodes[id]) ours.nodes[id] = node;
     else if (node.updated > ours.nodes[id].updated) Object.assign(ours.nodes[id], node);
     else continue;
