@@ -5,6 +5,8 @@ import random
 import re
 from typing import Any
 
+from scripted import Reply
+
 
 def html(page: Any, text: str, cuts: list[int] | None = None) -> str:
     """The HTML that `text` becomes, at once or piece by piece; addresses' fixed attributes are left out."""
@@ -154,3 +156,22 @@ def test_maths_draws_whatever_is_written(page: Any) -> None:
       done(bad);
     });"""
     assert page.driver.execute_async_script(script, texts) == []
+
+
+def test_columns_of_maths_are_aligned(page: Any, server: Any) -> None:
+    text = r"$$\begin{aligned} a &= bbbbbb \\ cccccc &= d \end{aligned}$$" + "\n\n"
+    text += r"$$\begin{pmatrix} a & bbbbbb \\ cccccc & d \end{pmatrix}$$"
+    server.replies = [Reply(text)]
+    page.ask("?")
+    gaps = page.js(
+        """return [...document.querySelectorAll("mtd")].map((cell) => {
+        const [from, to] = [cell.firstElementChild, cell.lastElementChild].map((e) => e.getBoundingClientRect());
+        const all = cell.getBoundingClientRect();
+        return [from.left - all.left, all.right - to.right]; })"""
+    )
+    assert len(gaps) == 8
+    (short_left, short_right), (_, row_right) = gaps[:2]
+    assert short_left > 20 > 5 > short_right, "to the right before the sign"
+    assert row_right < 5 and gaps[3][0] < 8 and gaps[3][1] > 20, "to the left after it"
+    for left, right in gaps[4:]:
+        assert abs(left - right) < 3, "in the middle of a matrix"

@@ -287,7 +287,7 @@ class Parser {
     const aligned = /^(?:align|split|eqnarray)/.test(name);
     const sides = columns.replace(/[^lcr]/g, "");
     const side = (i) => (aligned ? (i % 2 ? "l" : "r") : name.includes("cases") ? "l" : sides[i] ?? "c");
-    const cell = (inside, i) => el("mtd", inside, { class: `side-${side(i)}` });
+    const cell = (inside, i) => el("mtd", inside, side(i) === "c" ? {} : { class: `side-${side(i)}` });
     return el("mtable", rows.map((cells) => el("mtr", cells.map(cell))), {
       class: aligned ? "aligned" : name,
       ...(aligned || /gather|equation|multline/.test(name) ? { displaystyle: "true" } : {}),
