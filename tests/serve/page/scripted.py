@@ -57,6 +57,7 @@ class Scripted:
         self.controls: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.key: str | None = None
+        self.name = "glow-1b"
         self.model: dict[str, Any] = {"thinks": True, "system": "", "history": True, "temperature": 0.6, "top_p": 0.95}
         self._ended: set[str] = set()  # ids whose thinking was told to end
         self._ids = itertools.count()
@@ -121,7 +122,7 @@ class Scripted:
 
     async def _models(self, request: Request) -> Response:
         model = {
-            "id": "glow-1b",
+            "id": self.name,
             "object": "model",
             "owned_by": "luciola",
             "max_model_len": 4096,
@@ -149,7 +150,7 @@ class Scripted:
     async def _stream(self, identity: str, reply: Reply) -> AsyncIterator[str]:
         def chunk(delta: dict[str, Any], finish: str | None = None) -> str:
             choice = {"index": 0, "delta": delta, "finish_reason": finish}
-            return _event({"id": identity, "object": "chat.completion.chunk", "model": "glow-1b", "choices": [choice]})
+            return _event({"id": identity, "object": "chat.completion.chunk", "model": self.name, "choices": [choice]})
 
         try:
             yield chunk({"role": "assistant", "content": ""})

@@ -77,7 +77,7 @@ def test_a_reload_keeps_the_conversation_even_mid_answer(page: Any, server: Scri
     assert page.questions() == ["First?", "Second?"]
     assert page.answers()[0] == "Kept for ever."
     assert page.answers()[1].count("slow") > 2
-    assert "not complete" in page.text(".message:last-child .notice")
+    page.until(lambda: "not complete" in page.text(".message:last-child .notice"))
     page.one(".thinking summary").click()
     page.until(lambda: page.text(".thinking .markdown") == "Thought.")
     server.replies = [Reply(" done.")]
@@ -229,7 +229,12 @@ def test_two_tabs_do_not_undo_each_other(page: Any, server: Scripted) -> None:
     page.driver.switch_to.new_window("tab")
     page.open()
     assert page.questions() == ["first"]
+    server.replies = [Reply("re: from the second tab", delay=0.2)]
     page.ask("from the second tab")
+    second = page.driver.current_window_handle
+    page.driver.switch_to.window(first)
+    assert "not complete" not in page.text("#messages")
+    page.driver.switch_to.window(second)
     page.driver.close()
     page.driver.switch_to.window(first)
     page.until(lambda: page.questions() == ["first", "from the second tab"])
@@ -251,3 +256,34 @@ def test_the_scroll_follows_the_answer_until_the_reader_looks_back(page: Any, se
     page.click("Jump to the latest message")
     page.done(20)
     assert page.js(left) < 100
+
+
+def test_messages_and_code_can_be_copied(page: Any, server: Scripted) -> None:
+    server.replies = [Reply("<answer>Take *this*:</answer>\n\n```py\nx = 1\nprint(x)\n```")]
+    page.ask("Code?")
+    page.js("window.__copied = []; navigator.clipboard.writeText = async (text) => window.__copied.push(text)")
+    page.click("Copy code (py)")
+    page.until(lambda: page.text("#toast span") == "Copied")
+    page.click("Copy message", ".assistant")
+    page.until(lambda: len(page.js("return window.__copied")) == 2)
+    assert page.js("return window.__copied") == ["x = 1\nprint(x)", "Take *this*:\n\n```py\nx = 1\nprint(x)\n```"]
+
+
+def test_what_is_being_written_survives_a_reload(page: Any, server: Scripted) -> None:
+    page.one("#box").send_keys("half a thought")
+    page.open()
+    assert page.one("#box").get_attribute("value") == "half a thought"
+    page.ask(" more")
+    page.open()
+    assert page.one("#box").get_attribute("value") == ""
+
+
+def test_a_server_that_comes_back_with_another_model_is_asked_for_that(page: Any, server: Scripted) -> None:
+    page.ask("Who are you?")
+    server.stop()
+    server.name = "other-2b"
+    page.send("And now?")
+    page.until(lambda: "cannot be reached" in page.text(".message:last-child .notice"))
+    server.start()
+    page.until(lambda: len(page.answers()) == 2 and page.answers()[1] == "Hello.")
+    assert server.asked[-1]["model"] == "other-2b" and page.text("#model") == "other-2b"

@@ -4,7 +4,6 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
-import pytest
 from scripted import Reply, Scripted
 
 OUTSIDE = "http://evil.example"
@@ -30,27 +29,30 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_text_stays_text(page: Any, server: Scripted, name: str) -> None:
-    server.replies = [Reply(HOSTILE[name], HOSTILE[name], piece=7)]
+def test_hostile_text_stays_text(page: Any, server: Scripted) -> None:
     page.requested()
-    page.ask(HOSTILE[name].encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    page.one(".thinking summary").click()
-    page.until(lambda: page.text(".thinking .markdown"))
-    assert page.driver.title.endswith("– Luciola")
-    page.click("Edit message")
-    page.driver.find_element("css selector", ".edit textarea").send_keys("\ue00c")
+
+    def check(name: str) -> None:
+        page.js("document.querySelectorAll('details').forEach((d) => d.open = true)")
+        page.until(lambda: not page.js("return [...document.querySelectorAll('.thinking .markdown:empty')].length"))
+        foreign = ":is(script,img,iframe,object,embed,style,link,meta,base,[onload],[onerror])"
+        assert page.all(f"#messages {foreign}") == [], name
+        links = page.js("return [...document.querySelectorAll('#messages a')].map((a) => [a.href, a.rel, a.target])")
+        for href, rel, target in links:
+            assert urlsplit(href).scheme in ("http", "https", "mailto"), name
+            assert (rel, target) == ("noopener noreferrer", "_blank"), name
+        assert {urlsplit(address).netloc for address in page.requested()} <= {urlsplit(server.url).netloc, ""}, name
+        assert page.seen() == [] and page.driver.title.endswith("– Luciola"), name
+
+    for number, (name, text) in enumerate(HOSTILE.items(), 1):
+        server.replies = [Reply(text, text, piece=7)]
+        page.send(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        page.until(lambda number=number: len(page.all(".assistant")) == number)
+        page.done()
+        check(name)
     page.open()  # what is kept is as harmless when it comes back
-    page.js("document.querySelectorAll('details').forEach((d) => d.open = true)")
-    page.until(lambda: page.text(".thinking .markdown"))
-    foreign = ":is(script,img,iframe,object,embed,style,link,meta,base,[onload],[onerror])"
-    assert page.all(f"#messages {foreign}") == []
-    for href in page.js("return [...document.querySelectorAll('#messages a')].map((a) => a.href)"):
-        assert urlsplit(href).scheme in ("http", "https", "mailto")
-    for link in page.all("#messages a"):
-        assert link.get_attribute("rel") == "noopener noreferrer" and link.get_attribute("target") == "_blank"
-    assert {urlsplit(address).netloc for address in page.requested()} <= {urlsplit(server.url).netloc, ""}
-    assert page.seen() == []
+    assert len(page.all(".assistant")) == len(HOSTILE)
+    check("reload")
 
 
 def test_characters_that_reorder_the_line_are_shown(page: Any, server: Scripted) -> None:
@@ -58,55 +60,56 @@ def test_characters_that_reorder_the_line_are_shown(page: Any, server: Scripted)
     assert page.ask("?") == "safe ⟨U+202E⟩)txt.exe⟨U+202C⟩ and ⟨U+2066⟩if⟨U+2069⟩"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        pytest.param("x" * 100_000, id="one word"),
-        pytest.param("word " * 20_000, id="one line"),
-        pytest.param("> " * 20_000 + "deep", id="quotes"),
-        pytest.param("- " * 20_000 + "deep", id="lists"),
-        pytest.param("".join("  " * i + "- item\n" for i in range(300)), id="nested lists"),
-        pytest.param("*a **b " * 10_000 + "c** d*" * 10_000, id="nested emphasis"),
-        pytest.param("**" * 50_000, id="asterisks"),
-        pytest.param("_a*" * 30_000, id="unmatched emphasis"),
-        pytest.param("[" * 100_000, id="brackets"),
-        pytest.param("[a](" * 25_000, id="half links"),
-        pytest.param("[" * 5000 + "a" + "](http://x.example)" * 5000, id="nested links"),
-        pytest.param("".join("`" * i + " " for i in range(1, 440)), id="backticks"),
-        pytest.param("$" * 100_001, id="dollars"),
-        pytest.param("$a " * 30_000, id="half maths"),
-        pytest.param("\\(" * 50_000, id="half brackets of maths"),
-        pytest.param("$" + "{" * 4000 + "}" * 4000 + "$", id="maths groups"),
-        pytest.param("$$" + "\\frac{1}{" * 800 + "}" * 800 + "$$", id="maths fractions"),
-        pytest.param("$$" + "\\sqrt" * 1500 + "$$", id="maths roots"),
-        pytest.param("$$" + "\\left(" * 1300 + "$$", id="maths fences"),
-        pytest.param("$$" + "\\displaystyle" * 600 + "$$", id="maths styles"),
-        pytest.param("$$" + "\\begin{matrix}" * 500 + "$$", id="maths matrices"),
-        pytest.param("```" + "`" * 50_000 + " x" * 20_000, id="fence"),
-        pytest.param("``` " + "a" * 100_000 + "`", id="fence's name"),
-        pytest.param("```js\n" + "/*" * 50_000, id="comments"),
-        pytest.param("# " + " #" * 50_000 + "x", id="heading"),
-        pytest.param("|" * 50_000 + "\n" + "|-" * 25_000 + "|", id="table"),
-        pytest.param("https://a.example/" + ")" * 100_000, id="address"),
-        pytest.param("&" * 100_000, id="ampersands"),
-        pytest.param("<" * 100_000, id="angles"),
-        pytest.param("-\n" * 20_000, id="items"),
-        pytest.param("- " + " " * 100_000 + "x", id="spaces"),
-        pytest.param("a\n" * 10_000, id="lines"),
-    ],
-)
-def test_no_text_freezes_the_page(page: Any, server: Scripted, text: str) -> None:
-    server.replies = [Reply(text, piece=len(text) // 3 + 1)]
-    start = time.monotonic()
-    page.send("Go")
-    page.done(20)
-    page.js("return document.body.offsetHeight")
-    took = time.monotonic() - start
-    assert took < 8, "seconds, on a slow machine; what grows with the square of the length takes minutes"
+LONG = {
+    "one word": "x" * 100_000,
+    "one line": "word " * 20_000,
+    "quotes": "> " * 20_000 + "deep",
+    "lists": "- " * 20_000 + "deep",
+    "nested lists": "".join("  " * i + "- item\n" for i in range(300)),
+    "nested emphasis": "*a **b " * 10_000 + "c** d*" * 10_000,
+    "asterisks": "**" * 50_000,
+    "unmatched emphasis": "_a*" * 30_000,
+    "brackets": "[" * 100_000,
+    "half links": "[a](" * 25_000,
+    "nested links": "[" * 5000 + "a" + "](http://x.example)" * 5000,
+    "backticks": "".join("`" * i + " " for i in range(1, 440)),
+    "dollars": "$" * 100_001,
+    "half maths": "$a " * 30_000,
+    "half brackets of maths": "\\(" * 50_000,
+    "maths groups": "$" + "{" * 4000 + "}" * 4000 + "$",
+    "maths fractions": "$$" + "\\frac{1}{" * 800 + "}" * 800 + "$$",
+    "maths roots": "$$" + "\\sqrt" * 1500 + "$$",
+    "maths fences": "$$" + "\\left(" * 1300 + "$$",
+    "maths styles": "$$" + "\\displaystyle" * 600 + "$$",
+    "maths matrices": "$$" + "\\begin{matrix}" * 500 + "$$",
+    "fence": "```" + "`" * 50_000 + " x" * 20_000,
+    "fence's name": "``` " + "a" * 100_000 + "`",
+    "comments": "```js\n" + "/*" * 50_000,
+    "heading": "# " + " #" * 50_000 + "x",
+    "table": "|" * 50_000 + "\n" + "|-" * 25_000 + "|",
+    "address": "https://a.example/" + ")" * 100_000,
+    "ampersands": "&" * 100_000,
+    "angles": "<" * 100_000,
+    "items": "-\n" * 20_000,
+    "spaces": "- " + " " * 100_000 + "x",
+    "lines": "a\n" * 10_000,
+}
+
+
+def test_no_text_freezes_the_page(page: Any, server: Scripted) -> None:
     deepest = """let deepest = 0; const walk = document.createTreeWalker(document.getElementById('messages'));
     for (let n = walk.currentNode, d; n; n = walk.nextNode()) { d = 0; for (let m = n; m; m = m.parentNode) d++;
     if (d > deepest) deepest = d; if (d > 1000) break; } return deepest"""
-    assert page.js(deepest) < 400
+    for name, text in LONG.items():
+        page.one("#new").click()
+        server.replies = [Reply(text, piece=len(text) // 3 + 1)]
+        start = time.monotonic()
+        page.send("Go")
+        page.done(20)
+        page.js("return document.body.offsetHeight")
+        # Seconds, on a busy machine; what grows with the square of the length takes minutes.
+        assert time.monotonic() - start < 8, name
+        assert len(page.answers()) == 1 and page.js(deepest) < 400, name
 
 
 def test_a_long_answer_stays_fluid(page: Any, server: Scripted) -> None:
@@ -122,4 +125,5 @@ def test_a_long_answer_stays_fluid(page: Any, server: Scripted) -> None:
         document.getElementById('stop').hidden ? done(longest) : requestAnimationFrame(frame); })()"""
     )
     assert page.text(".assistant").count("print") == 400
+    print(longest)
     assert longest < 1000, "ms between two frames, on a busy machine"

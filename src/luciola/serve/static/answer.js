@@ -8,9 +8,9 @@ const RETRIES = 3; // by itself; a request that brings the server down must not 
 
 export class Answer {
   /** Answers the message `parent`, or goes on with `node` if that is given. `changed(answer)` is called at every piece
-   * and every change of state, `login()` when the server wants a key. */
-  constructor(conversation, parent, node, server, { changed, login }) {
-    Object.assign(this, { conversation, server, changed, login });
+   * and every change of state, `login()` when the server wants a key, `reconnect()` when it is back: it may serve another model. */
+  constructor(conversation, parent, node, server, { changed, login, reconnect }) {
+    Object.assign(this, { conversation, server, changed, login, reconnect });
     this.controller = new AbortController();
     this.state = "waiting"; // "thinking", "writing", "lost" while the server is away, "busy", "done"
     this.notice = "";
@@ -66,6 +66,7 @@ export class Answer {
       ? "The server has gone away; what came so far is kept. Trying again …"
       : "The server cannot be reached. Trying again …");
     await untilReady(this.controller.signal);
+    this.server = await this.reconnect();
   }
 
   async queue(fault) {

@@ -15,13 +15,25 @@ function url(route) {
   return new URL(route, document.baseURI); // relative, so that the page also works below a proxy's path
 }
 
-export function keepKey(key) {
-  sessionStorage.setItem("luciola.key", key);
+let key = null;
+
+try {
+  key = sessionStorage.getItem("luciola.key");
+} catch {
+  // Storage is switched off: the key lasts as long as the page.
+}
+
+export function keepKey(given) {
+  key = given;
+  try {
+    sessionStorage.setItem("luciola.key", key);
+  } catch {
+    // As above.
+  }
 }
 
 async function call(route, options = {}) {
   const headers = { ...options.headers };
-  const key = sessionStorage.getItem("luciola.key");
   if (key) headers.Authorization = `Bearer ${key}`;
   let reply;
   try {

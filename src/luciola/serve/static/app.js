@@ -20,7 +20,7 @@ let current = newConversation(); // not in the list until something was said in 
 let server = { id: "", system: "", history: true, thinks: false, known: false };
 
 const thread = new Thread({ regenerate, resume, edit, turn, say });
-const monitor = watchServer();
+const monitor = watchServer(reconnect);
 
 // ---- Conversations ------------------------------------------------------------------------------------------------
 
@@ -28,7 +28,6 @@ function show(conversation) {
   const moved = conversation.id !== current.id;
   current = conversation;
   store.preference("last", conversation.id);
-  if (moved) byId("banner").hidden = true;
   draw();
   drawSidebar();
   if (moved) thread.toEnd();
@@ -111,6 +110,7 @@ function save(conversation, soon = true) {
 function absorb(ours, united) {
   let news = false;
   for (const [id, node] of Object.entries(united.nodes)) {
+    if (running.get(ours.id)?.node.id === id) continue; // what is being written here is the latest
     if (!ours.nodes[id]) ours.nodes[id] = node;
     else if (node.updated > ours.nodes[id].updated) Object.assign(ours.nodes[id], node);
     else continue;
@@ -177,7 +177,7 @@ function resume(node) {
 }
 
 async function answer(conversation, parent, begun) {
-  const run = new Answer(conversation, parent, begun, server, { changed, login });
+  const run = new Answer(conversation, parent, begun, server, { changed, login, reconnect });
   running.set(conversation.id, run);
   store.preference("last", conversation.id);
   save(conversation);
@@ -231,7 +231,13 @@ async function connect() {
     : "This model has learnt to answer single questions: each message is sent alone, without those before it.";
   byId("form").classList.toggle("single", !server.history);
   box.placeholder = server.history ? "Message" : "One question at a time";
-  monitor.start();
+  return server;
+}
+
+/** After the server was away: it may have come back with another model. */
+function reconnect() {
+  server.known = false;
+  return connect();
 }
 
 let asking = null;
@@ -278,6 +284,20 @@ function grow() {
   box.style.height = "auto";
   box.style.height = `${Math.min(box.scrollHeight, 240)}px`;
   byId("send").disabled = !box.value.trim();
+  try {
+    sessionStorage.setItem("luciola.draft", box.value);
+  } catch {
+    // Storage is switched off: a reload loses the draft.
+  }
+}
+
+function restoreDraft() {
+  try {
+    box.value = sessionStorage.getItem("luciola.draft") ?? "";
+  } catch {
+    // As above.
+  }
+  grow();
 }
 
 const narrow = matchMedia("(max-width: 800px)");
@@ -347,7 +367,7 @@ function connectControls() {
 async function begin() {
   connectControls();
   sidebar(!narrow.matches && store.preference("sidebar") !== "closed");
-  grow();
+  restoreDraft();
   const connected = connect();
   if (!(await store.open())) say("This browser keeps nothing for this page: conversations end with the tab.");
   for (const conversation of await store.all()) conversations.set(conversation.id, conversation);
@@ -357,6 +377,7 @@ async function begin() {
   drawSidebar();
   if (!matchMedia("(pointer: coarse)").matches) box.focus();
   await connected;
+  monitor.start();
   document.documentElement.dataset.ready = "yes";
 }
 

@@ -117,9 +117,22 @@ class Inline {
   maths(start, closing, display) {
     const end = this.find(closing, start);
     if (end <= start) return false;
-    this.element(maths(this.text.slice(start, end), display));
     this.at = end + closing.length;
+    this.element(display ? maths(this.text.slice(start, end), true) : this.together(maths(this.text.slice(start, end), false)));
     return true;
+  }
+
+  /** Maths with the punctuation that follows it: no line may begin with that. */
+  together(formula) {
+    const after = /[.,;:!?)\]’”]{1,3}/y;
+    after.lastIndex = this.at;
+    const marks = after.exec(this.text)?.[0];
+    if (!marks) return formula;
+    const whole = document.createElement("span");
+    whole.className = "together";
+    whole.append(formula, marks);
+    this.at += marks.length;
+    return whole;
   }
 
   backslash() {
@@ -150,8 +163,8 @@ class Inline {
     const tex = found.exec(text)?.[1];
     if (!tex || /^\s|\s$/.test(tex) || /[\p{L}\d]/u.test(text[at - 1] ?? "")) return false;
     if (/^\d[\d.,]*\s+\p{L}{2,}/u.test(tex) && !/[\\^_=]/.test(tex)) return false;
-    this.element(maths(tex, false));
     this.at = found.lastIndex;
+    this.element(this.together(maths(tex, false)));
     return true;
   }
 

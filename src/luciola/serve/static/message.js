@@ -13,6 +13,8 @@ const NOTICES = {
   cut: "This answer is not complete.",
 };
 
+const QUIET = 2500; // ms
+
 function make(name, className, ...inside) {
   const made = document.createElement(name);
   if (className) made.className = className;
@@ -113,10 +115,10 @@ export class MessageView {
 
   drawNotice(live) {
     const { node, answer } = this;
-    const end = node.finish ?? (live ? null : "cut");
+    const end = node.finish ?? (live || this.elsewhere() ? null : "cut");
     let words = live ? answer.notice : end === "error" ? node.error : NOTICES[end];
     if (!words && end === "error") words = NOTICES.error;
-    if (!words && !live && !node.content) words = "The answer is empty.";
+    if (!words && !live && end && !node.content) words = "The answer is empty.";
     if (this.notice.dataset.words === (words ?? "")) return;
     this.notice.dataset.words = words ?? "";
     this.notice.hidden = !words;
@@ -126,6 +128,14 @@ export class MessageView {
     const some = Boolean(node.content || node.reasoning);
     if (some && (live || end !== "error")) this.offer("Continue", () => this.actions.resume(this.node));
     if (!some || end === "error" || end === "lost") this.offer("Retry", () => this.actions.regenerate(this.node));
+  }
+
+  /** An answer without an end that was written to just now comes on in another tab, unless nothing more comes. */
+  elsewhere() {
+    clearTimeout(this.timer);
+    const since = Date.now() - this.node.updated;
+    if (since < QUIET) this.timer = setTimeout(() => this.drawNotice(false), QUIET - since);
+    return since < QUIET;
   }
 
   offer(label, onclick) {

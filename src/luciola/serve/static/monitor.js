@@ -8,7 +8,8 @@ const IDLE = 15_000;
 
 const STATES = { waiting: "Waiting", thinking: "Thinking", writing: "Writing", lost: "Reconnecting", busy: "Waiting for a place" };
 
-export function watchServer() {
+/** `back()` is called when the server answers again after it did not. */
+export function watchServer(back) {
   const line = Object.fromEntries(["lamp", "state", "speed", "cache"].map((id) => [id, document.getElementById(id)]));
   let answer = null;
   let there = true;
@@ -30,6 +31,7 @@ export function watchServer() {
     if (!document.hidden) {
       try {
         const use = (await metrics())["luciola:kv_cache_usage_perc"];
+        if (!there) back();
         there = true;
         set(line.cache, Number.isFinite(use) ? `Cache ${(100 * use).toFixed(use > 0 && use < 0.1 ? 1 : 0)} %` : "");
       } catch (fault) {

@@ -1,13 +1,14 @@
 // The panel of a conversation's system prompt and sampling settings.
 
+// The request's name, the label, what is allowed, a hint, and what holds where nothing is set and the server says nothing.
 const FIELDS = [
   ["temperature", "Temperature", { min: 0, max: 2, step: 0.05 }, "0 always takes the likeliest token"],
   ["top_p", "Top-p", { min: 0, max: 1, step: 0.01 }, "from the likeliest tokens that together have this probability"],
-  ["top_k", "Top-k", { min: 0, max: 1000, step: 1 }, "from this many likeliest tokens; 0: from all"],
-  ["min_p", "Min-p", { min: 0, max: 1, step: 0.01 }, "none below this share of the likeliest one's probability"],
-  ["repetition_penalty", "Repetition penalty", { min: 0.5, max: 2, step: 0.05 }, "above 1 makes said tokens less likely"],
+  ["top_k", "Top-k", { min: 0, max: 1000, step: 1 }, "from this many likeliest tokens; 0: from all", 0],
+  ["min_p", "Min-p", { min: 0, max: 1, step: 0.01 }, "none below this share of the likeliest one's probability", 0],
+  ["repetition_penalty", "Repetition penalty", { min: 0.5, max: 2, step: 0.05 }, "above 1 makes said tokens less likely", 1],
   ["max_tokens", "Longest answer", { min: 1, max: 1_000_000, step: 1 }, "in tokens, thinking included"],
-  ["seed", "Seed", { min: 0, max: 2 ** 31 - 1, step: 1 }, "the same seed gives the same answer"],
+  ["seed", "Seed", { min: 0, max: 2 ** 31 - 1, step: 1 }, "the same seed gives the same answer", "any"],
 ];
 const THINKING = ["thinking_token_budget", "Thinking budget", { min: 0, max: 1_000_000, step: 1 }, "in tokens; then it has to answer"];
 
@@ -32,9 +33,9 @@ export function showSettings(conversation, server, changed) {
   };
 }
 
-function row([name, label, range, hint], conversation, server, changed) {
+function row([name, label, range, hint, usual = ""], conversation, server, changed) {
   const { holder, input } = field("input", name, label, hint);
-  Object.assign(input, { type: "number", inputMode: "decimal", placeholder: server[name] ?? "", ...range });
+  Object.assign(input, { type: "number", inputMode: "decimal", placeholder: server[name] ?? usual, ...range });
   input.value = conversation.sampling[name] ?? "";
   input.oninput = () => {
     const valid = input.validity.valid || input.validity.stepMismatch;
@@ -49,7 +50,7 @@ function row([name, label, range, hint], conversation, server, changed) {
 
 function thinkingRow(conversation, changed) {
   const { holder, input } = field("select", "thinking", "Thinking", "before the answer");
-  for (const [value, text] of [["", "As the server likes"], ["true", "On"], ["false", "Off"]]) input.add(new Option(text, value));
+  for (const [value, text] of [["", "Default"], ["true", "On"], ["false", "Off"]]) input.add(new Option(text, value));
   input.value = String(conversation.sampling.thinking ?? "");
   input.onchange = () => {
     if (input.value === "") delete conversation.sampling.thinking;

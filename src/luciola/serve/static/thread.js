@@ -1,6 +1,6 @@
 // The messages on show: draws at most once a frame, keeps to the end while the reader does, and never moves who does not.
 
-import { MessageView } from "./message.js";
+import { MessageView, copyText } from "./message.js";
 import { children, turn } from "./tree.js";
 
 const NEAR = 60; // px from the end within which the reader counts as being there
@@ -14,6 +14,11 @@ export class Thread {
     this.following = true;
     this.waiting = false;
     this.pause = 0;
+    this.list.addEventListener("click", async ({ target }) => {
+      if (!target.matches(".copycode")) return;
+      const done = await copyText(target.closest(".code").querySelector("code").textContent);
+      actions.say(done ? "Copied" : "This browser does not allow copying here");
+    });
     const latest = document.getElementById("latest");
     latest.onclick = () => this.toEnd();
     let before = 0;
@@ -48,27 +53,24 @@ export class Thread {
       view.root.remove();
       this.views.delete(id);
     }
+    const count = Object.keys(conversation.nodes).length;
     let place = this.list.firstElementChild;
     for (const node of nodes) {
       let view = this.views.get(node.id);
       const live = answer?.node.id === node.id ? answer : null;
-      if (!view || live || view.node !== node || view.drawn !== this.state(conversation, node)) {
+      const state = `${node.updated} ${count}`; // what decides how a settled message looks
+      if (!view || live || view.node !== node || view.drawn !== state) {
         if (!view) this.views.set(node.id, (view = new MessageView(node, this.actions)));
         const siblings = children(conversation, node.parent);
         const index = siblings.findIndex((sibling) => sibling.id === node.id) + 1;
         view.draw(node, live, index, siblings.length);
         view.label(index, siblings.length);
-        view.drawn = live ? null : this.state(conversation, node);
+        view.drawn = live ? null : state;
       }
       if (view.root === place) place = place.nextElementSibling;
       else this.list.insertBefore(view.root, place);
     }
     if (this.following) this.scroller.scrollTop = this.scroller.scrollHeight; // also makes the browser lay out now
-  }
-
-  /** What decides how a settled message looks. */
-  state(conversation, node) {
-    return `${node.updated} ${Object.keys(conversation.nodes).length}`;
   }
 
   toEnd() {
