@@ -3,11 +3,14 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import TypeAdapter
 from typer.testing import CliRunner
@@ -63,6 +66,9 @@ def test_commands_run(line: str, workplace: Path) -> None:
         made = shlex.split(earlier, comments=True)[1:]
         if made[0] == "convert" and made[2] in words and not Path(made[2]).exists():
             assert CliRunner().invoke(app, made).exit_code == 0
+    if words[0] == "serve":
+        serves(words)
+        return
     if words[0] in TRAINS and "--dry-run" not in words:
         words.append("--dry-run")
     if words[0] == "evaluate":
@@ -70,6 +76,23 @@ def test_commands_run(line: str, workplace: Path) -> None:
     result = CliRunner().invoke(app, words, input="12+34\n")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.strip()
+
+
+def serves(words: list[str]) -> None:
+    """It answers a question, hands out the page, and ends when told."""
+    command = [sys.executable, "-m", "luciola", *words, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        address = re.search(r"http://[0-9.:]+", process.stdout.readline())
+        try:
+            assert address
+            body = {"messages": [{"role": "user", "content": "What is 186 + 357?"}], "max_tokens": 64}
+            reply = httpx.post(f"{address[0]}/v1/chat/completions", json=body, timeout=60).json()
+            assert reply["usage"]["completion_tokens"] > 0
+            assert "<title>" in httpx.get(address[0]).text
+        finally:
+            process.terminate()
+        assert process.wait(30) == 0
 
 
 @pytest.mark.parametrize("block", blocks("python"))

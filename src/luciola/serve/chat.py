@@ -49,13 +49,8 @@ class ChatJob:
         self.service, self.request = service, request
         self.id, self.created = service.new_id("chatcmpl"), int(time.time())
         try:
-            self.tools = ToolUse.read(
-                [tool.model_dump(exclude_none=True) for tool in request.tools or ()],
-                request.tool_choice
-                if isinstance(request.tool_choice, str | None)
-                else request.tool_choice.model_dump(),
-                request.parallel_tool_calls,
-            )
+            given = request.model_dump(include={"tools", "tool_choice", "parallel_tool_calls"}, exclude_none=True)
+            self.tools = ToolUse.read(given.pop("tools", None), **given)
         except ValueError as error:
             raise ApiError(str(error), param="tools") from error
         self.prompt, self.params = self._prepared()
@@ -79,6 +74,8 @@ class ChatJob:
         asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
         if request.top_logprobs and not request.logprobs:
             raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
+        if request.stream and request.prompt_logprobs is not None:
+            raise ApiError("prompt_logprobs cannot be streamed; leave stream out", param="prompt_logprobs")
         params = params_of(
             request,
             service.settings,
@@ -175,11 +172,8 @@ class Choice:
         self._thinking, self._content = "", ""
         tools, form = job.tools, service.tool_prompts.form
         self._parser = None if tools is None else tools.parser(form)
-        special = (
-            ()
-            if job.params.skip_special_tokens or request.skip_special_tokens is False
-            else service.tool_prompts.special
-        )
+        unasked = not job.params.skip_special_tokens and request.skip_special_tokens is not False
+        special = service.tool_prompts.special if unasked else ()
         self._filter = SpecialTokenFilter(special, form)
         self._tokens: list[TokenLogprob] = []  # not sent yet
         self._ids: list[int] = []  # likewise
