@@ -219,7 +219,7 @@ def test_figures_stand_under_the_answer_and_the_cache_below(page: Any, server: S
     words = page.text(".assistant .figures")
     assert words.startswith("10 tokens · ") and "prompt 120 (96 cached)" in words and "first after 0." in words
     rate = float(words.split(" · ")[1].split()[0])
-    assert 10 < rate < 40, "ten tokens 0.03 s apart"
+    assert 2 < rate < 40, "ten tokens 0.03 s apart"
 
 
 def test_two_tabs_do_not_undo_each_other(page: Any, server: Scripted) -> None:

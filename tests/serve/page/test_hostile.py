@@ -105,10 +105,10 @@ def test_no_text_freezes_the_page(page: Any, server: Scripted) -> None:
         server.replies = [Reply(text, piece=len(text) // 3 + 1)]
         start = time.monotonic()
         page.send("Go")
-        page.done(20)
+        page.done(30)
         page.js("return document.body.offsetHeight")
         # Seconds, on a busy machine; what grows with the square of the length takes minutes.
-        assert time.monotonic() - start < 8, name
+        assert time.monotonic() - start < 20, name
         assert len(page.answers()) == 1 and page.js(deepest) < 400, name
 
 
@@ -125,5 +125,4 @@ def test_a_long_answer_stays_fluid(page: Any, server: Scripted) -> None:
         document.getElementById('stop').hidden ? done(longest) : requestAnimationFrame(frame); })()"""
     )
     assert page.text(".assistant").count("print") == 400
-    print(longest)
     assert longest < 1000, "ms between two frames, on a busy machine"

@@ -2,8 +2,9 @@
 // looks back at nothing, so while an answer grows only its last blocks can change (see markdown.js).
 
 import { codeBlock } from "./code.js";
-import { inline, plain } from "./inline.js";
+import { inline } from "./inline.js";
 import { maths } from "./maths.js";
+import { plain } from "./text.js";
 
 const DEPTH = 12; // quotes and lists nest no deeper; what does is shown as text
 

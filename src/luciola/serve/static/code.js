@@ -1,6 +1,6 @@
 // Code fences: a frame with the language's name, a copy button, and restrained colouring of comments, strings and words.
 
-import { plain, visible } from "./inline.js";
+import { plain, visible } from "./text.js";
 
 const LIMIT = 20_000; // longer code stays in one colour
 

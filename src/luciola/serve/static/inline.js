@@ -2,42 +2,13 @@
 // parsed as HTML, no address is loaded, links lead to http(s) and mailto alone. Time is linear in the text's length.
 
 import { maths } from "./maths.js";
+import { link, plain, safeAddress } from "./text.js";
 
 const DEPTH = 20; // emphasis and links nest no deeper: a DOM thousands of levels deep would take the browser down
 const SPECIAL = /[\\`$*_~[\]!<&\n]|https?:\/\//g;
 const PUNCTUATION = /[\p{P}\p{S}]/u;
 const CJK = /[\p{sc=Han}\p{sc=Hiragana}\p{sc=Katakana}\p{sc=Hangul}]/u;
 const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", hellip: "…", mdash: "—", ndash: "–", times: "×" };
-
-/** A text node in which characters that silently reorder what is read (bidi embeddings, overrides) are made visible,
- * and half a surrogate pair is the sign for what cannot be read. */
-export function plain(text) {
-  return document.createTextNode(visible(text));
-}
-
-export function visible(text) {
-  const whole = text.toWellFormed?.() ?? text;
-  return whole.replace(/[\u202a-\u202e\u2066-\u2069]/g, (c) => `⟨U+${c.charCodeAt(0).toString(16).toUpperCase()}⟩`);
-}
-
-/** The address if following it is harmless, else null. */
-export function safeAddress(text) {
-  if (!/^(https?:\/\/|mailto:)/i.test(text)) return null;
-  try {
-    return new URL(text).href;
-  } catch {
-    return null;
-  }
-}
-
-function link(address, title) {
-  const anchor = document.createElement("a");
-  anchor.href = address;
-  anchor.target = "_blank";
-  anchor.rel = "noopener noreferrer";
-  anchor.title = visible(title);
-  return anchor;
-}
 
 export function inline(text) {
   return new Inline(text).fragment();
@@ -211,7 +182,7 @@ class Inline {
     const address = found && safeAddress(found[1] ?? found[2]);
     if (!address) return false; // an address that is not harmless stays readable as text
     this.emphasise(opener.run);
-    const anchor = link(address, address);
+    const anchor = link(address);
     // A picture is never loaded: that would tell another host that, and when, this answer was read.
     if (opener.bracket === "![") anchor.append("🖼 ");
     this.wrap(opener, null, anchor);
@@ -233,7 +204,7 @@ class Inline {
     if (found[2]) {
       const address = safeAddress(found[2]);
       if (!address) return false;
-      const anchor = link(address, address);
+      const anchor = link(address);
       anchor.append(plain(found[2]));
       this.element(anchor);
     }
@@ -271,7 +242,7 @@ class Inline {
     }
     const address = safeAddress(text);
     if (!address) return false;
-    const anchor = link(address, address);
+    const anchor = link(address);
     anchor.append(plain(text));
     this.element(anchor);
     this.at += text.length;
