@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import http.client
 import json
 import multiprocessing
 import multiprocessing.connection
-import os
 import random
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,8 +29,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-import luciola
-from luciola.bench.client import events, post
+from luciola.bench.client import events, post, served
 
 DISTINCT = 60  # requests
 LEAVING = 250  # clients who leave mid-stream, in five minutes; less time, less of them, but for the shortest tests
@@ -233,35 +229,12 @@ def watch(url: str, pid: int, pipe: multiprocessing.connection.Connection) -> No
     pipe.send({"health": health, "memory": memory})
 
 
-@contextlib.contextmanager
-def served(model: str, folder: Path, *arguments: str) -> Iterator[tuple[str, int, Path]]:
-    """`luciola serve` in a process of its own: its address, process id and log."""
-    log = folder / "server.log"
-    command = [sys.executable, "-m", "luciola", "serve", model, "--port", "0", *arguments]
-    source = str(Path(luciola.__file__).parents[1])
-    with log.open("w") as errors:
-        environment = os.environ | {"PYTHONPATH": source}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
-    try:
-        assert process.stdout is not None
-        address = re.search(r"http://\S+:\d+", process.stdout.readline())
-        if not address:
-            raise RuntimeError(f"the server did not start: {log.read_text()}")
-        yield address[0], process.pid, log
-        process.terminate()
-        code = process.wait(60)
-        if code != 0:
-            raise RuntimeError(f"the server ended with exit code {code}: {log.read_text()[-2000:]}")
-    finally:
-        process.kill()
-        process.wait()
-
-
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The figures, with `faults`: what does not hold."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--max-cached-tokens", str(CACHE), "--max-queue", "1024", *options.serve]
-        with served(options.model, Path(folder), *arguments) as (url, pid, log):
+        log = Path(folder) / "server.log"
+        with served(options.model, log, *arguments) as (url, pid):
             asked = requests(options.distinct, options.longest)
             began = time.monotonic()
             alone = asyncio.run(each_alone(url, asked))

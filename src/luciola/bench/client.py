@@ -1,15 +1,49 @@
-"""A light HTTP client that asks completions servers: it shares the machine with the server that it measures."""
+"""Servers in processes of their own, and a light HTTP client, for it shares the machine with the server it measures."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+import os
+import re
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 LIMIT = 1 << 24  # bytes of a line or a chunk
+END_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def served(model: str, log: Path, *options: str) -> Iterator[tuple[str, int]]:
+    """`luciola serve MODEL` with these options at a free port, as long as the block lasts: its address and process id.
+    What it writes on standard error goes to `log`.
+
+    Raises:
+        RuntimeError: it does not start, or ends with another exit code than 0.
+    """
+    command = [sys.executable, "-m", "luciola", "serve", model, "--port", "0", *options]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        address = re.search(r"http://\S+:\d+", process.stdout.readline())
+        if address is None:
+            code = process.wait(END_SECONDS)
+            raise RuntimeError(f"luciola serve {model} did not start, exit code {code}: {log.read_text()}")
+        yield address[0], process.pid
+        process.terminate()
+        code = process.wait(END_SECONDS)
+        if code != 0:
+            raise RuntimeError(f"luciola serve {model} ended with exit code {code}: {log.read_text()[-2000:]}")
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @contextlib.asynccontextmanager
