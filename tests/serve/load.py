@@ -37,7 +37,7 @@ HEALTH_EVERY, WATCH_EVERY = 0.1, 1.0  # seconds
 # What may be written for a client who has left, on average: tokens, and seconds of its share of the server's speed.
 WASTED_TOKENS, WASTED_SECONDS = 4.0, 0.25
 LONG = 60  # tokens of an answer that a client leaves
-CACHE = 1 << 14  # tokens: so few that all of the cache has been written to once warm
+CACHE = 1 << 14  # tokens: all of it is written to before the load, for memory that was never touched is not resident
 WARM = 0.2  # share of the time after which memory is to grow no more
 
 
@@ -198,6 +198,22 @@ async def each_alone(url: str, asked: Sequence[Asked]) -> list[Answer]:
     return answers
 
 
+async def fill(url: str) -> None:
+    """Have all of the cache written to, by prompts of digits that no request has."""
+    draw = random.Random(1)
+    ids = [call(f"{url}/tokenize", {"content": f"{a}", "add_special_tokens": False})["tokens"][-1] for a in range(10)]
+    length = min(1024, call(f"{url}/v1/models")["data"][0]["max_model_len"] // 2)
+    for _ in range(0, CACHE + length, length):
+        prompt = [draw.choice(ids) for _ in range(length)]
+        await ask(url, Asked("/v1/completions", {"prompt": prompt, "max_tokens": 1}), Seen(), stream=False)
+
+
+def call(url: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})) as reply:
+        return json.load(reply)
+
+
 def metrics(url: str) -> dict[str, float]:
     """Sums of the server's metrics, by name."""
     with urllib.request.urlopen(url + "/metrics", timeout=60) as reply:
@@ -236,6 +252,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         log = Path(folder) / "server.log"
         with served(options.model, log, *arguments) as (url, pid):
             asked = requests(options.distinct, options.longest)
+            asyncio.run(fill(url))
             began = time.monotonic()
             alone = asyncio.run(each_alone(url, asked))
             alone_seconds, before = time.monotonic() - began, metrics(url)
@@ -298,6 +315,7 @@ def _figures(
         "first_token_p50": _share(sorted(seen.first), 0.5),
         "first_token_p99": _share(sorted(seen.first), 0.99),
         "health_p50": _share(health, 0.5),
+        "health_p90": _share(health, 0.9),
         "health_p99": _share(health, 0.99),
         "health_max": health[-1],
         "health_asked": len(health),
