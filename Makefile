@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart lint test bench clean
+.PHONY: help quickstart lint test load bench clean
 
 help:  ## this list
 	@awk -F ':.*##  *' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ lint: $(VENV)/.dev  ## ruff, mypy --strict and the floors of the architecture
 
 test: lint $(VENV)/.system  ## lint, then every test on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+load: $(VENV)/.dev  ## five minutes of 64 clients on the server: every answer as alone, memory, latency
+	$(BIN)/python tests/serve/load.py
 
 bench: $(VENV)/.dev  ## every comparison against other software, as ratios measured in one process
 	$(BIN)/luciola bench all

@@ -6,4 +6,5 @@ A comparison among our own ways of doing something has no peers, and its `run` n
 model takes it as `run(model=PATH)`.
 """
 
-SHARED = ("contenders", "subjects", "turns")  # files here that are no comparisons, but what these have in common
+# Files here that are no comparisons, but what these have in common.
+SHARED = ("client", "contenders", "subjects", "turns")

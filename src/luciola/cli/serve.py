@@ -69,6 +69,9 @@ def serve(
     quantize: Quantize = None,
     group_size: GroupSize = GROUP,
     speculate: Speculate = None,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Answers that no company changes in any bit (float32; slower).")
+    ] = False,
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep what was computed of prompts' beginnings.")
     ] = True,
@@ -108,6 +111,7 @@ def serve(
         group_size=group_size,
         dtype=dtype,
         speculate=speculate,
+        parity=parity,
         prefix_cache=prefix_cache,
         max_running=max_running,
         max_cached_tokens=max_cached_tokens,

@@ -49,6 +49,9 @@ class LlamaCpp:
         slots: sequences that are continued together; more requests wait.
         exact: compute in float32 throughout; otherwise as its users run it.
 
+    Attributes:
+        address: the URL at which it listens.
+
     Raises:
         ValueError: llama.cpp cannot load the file; its reason is in the sentence.
     """
@@ -71,7 +74,7 @@ class LlamaCpp:
         try:
             for line in self._process.stdout:
                 if line.startswith(b"listening at "):
-                    self._address = line.removeprefix(b"listening at ").decode().strip()
+                    self.address = line.removeprefix(b"listening at ").decode().strip()
                     return
         finally:
             alarm.cancel()
@@ -100,7 +103,7 @@ class LlamaCpp:
         return (telling or [line for line in lines if line] or ["it says nothing"])[0]
 
     def _post(self, path: str, **body: Any) -> Any:
-        request = urllib.request.Request(self._address + path, json.dumps(body).encode())
+        request = urllib.request.Request(self.address + path, json.dumps(body).encode())
         try:
             with urllib.request.urlopen(request, timeout=_REPLY_SECONDS) as reply:
                 return json.load(reply)
