@@ -24,7 +24,7 @@ from luciola.bench.turns import Step, Turn, compare, machine, median_seconds, ta
 
 PEERS = ("llama.cpp",)
 # "keep" computes with the file's own 4-bit numbers; the others with what is made of them.
-OURS = {"int8": ("--quantize", "int8"), "keep": ("--quantize", "keep"), "float32": ("--dtype", "float32")}
+OURS = {name: ("--quantize", name) for name in ("int8", "int4", "keep")}
 CLIENTS = {1: 4, 8: 2, 32: 2}  # how many at once: completions that each asks for in a turn
 ROUNDS, WARMUP = 3, 1
 PROMPT, NEW_TOKENS = 32, 64
