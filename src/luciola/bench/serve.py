@@ -48,11 +48,8 @@ def run(against: str = PEERS[0]) -> dict[str, Any]:
         urls[against] = stack.enter_context(theirs).address
         for clients, each in CLIENTS.items():
             prompts = random_prompts(SMOLLM2_VOCABULARY, clients * each, PROMPT, WARMUP + ROUNDS)
-            arguments = {"prompts": prompts, "clients": clients, "new_tokens": NEW_TOKENS}
-            contenders = {
-                name: (f"{__name__}:asking", {"url": f"{url}/v1/completions", **arguments})
-                for name, url in urls.items()
-            }
+            shared = {"prompts": prompts, "clients": clients, "new_tokens": NEW_TOKENS}
+            contenders = {name: (f"{__name__}:asking", {"url": url, **shared}) for name, url in urls.items()}
             turns = take_turns(contenders, ROUNDS, WARMUP)
             result[f"clients_{clients}"] = standings(turns, list(OURS), against)
     return {**result, "prompt": PROMPT, "new_tokens": NEW_TOKENS, **machine("xllamacpp")}
