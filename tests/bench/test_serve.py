@@ -23,6 +23,7 @@ def answering(pieces: list[bytes], head: bytes, asked: list[dict[str, Any]]) -> 
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
+            assert self.rfile.readline() == b"POST /v1/completions HTTP/1.1\r\n"
             length = 0
             while (line := self.rfile.readline().lower()) != b"\r\n":
                 length = int(line.split()[1]) if line.startswith(b"content-length:") else length
@@ -86,7 +87,7 @@ def test_a_client_may_leave_a_stream() -> None:
 
     async def two_events(url: str) -> list[bytes]:
         read: list[bytes] = []
-        async with post(url, {}) as (_, pieces):
+        async with post(f"{url}/v1/completions", {}) as (_, pieces):
             async for event in events(pieces):
                 read.append(event)
                 if len(read) == 2:

@@ -342,14 +342,21 @@ def _share(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
-def _memory(samples: Sequence[tuple[float, int]]) -> dict[str, float]:
-    """Resident MB when warm and at the end, each the median of a tenth of the time, and the growth between them."""
+def _memory(samples: Sequence[tuple[float, int]]) -> dict[str, Any]:
+    """Resident MB when warm and at the end, each the median of a tenth of the time, the growth between them, and all
+    samples."""
     end = samples[-1][0]
     warm, last = (
         statistics.median([rss for at, rss in samples if start * end <= at <= (start + 0.1) * end] or [samples[-1][1]])
         for start in (WARM, 0.9)
     )
-    return {"memory_warm_mb": warm / 2**20, "memory_end_mb": last / 2**20, "memory_growth": last / warm - 1}
+    megabytes = [round(rss / 2**20, 1) for _, rss in samples]
+    return {
+        "memory_warm_mb": warm / 2**20,
+        "memory_end_mb": last / 2**20,
+        "memory_growth": last / warm - 1,
+        "memory_mb": megabytes,
+    }
 
 
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from luciola.bench.turns import Step, Turn, compare, machine, median_seconds, ta
 
 PEERS = ("llama.cpp",)
 # "keep" computes with the file's own 4-bit numbers; the others with what is made of them.
-OURS = {"int8": ("--quantize", "int8"), "keep": ("--quantize", "keep"), "float32": ("--dtype", "float32")}
+OURS = {name: ("--quantize", name) for name in ("int8", "int4", "keep")}
 CLIENTS = {1: 4, 8: 2, 32: 2}  # how many at once: completions that each asks for in a turn
 ROUNDS, WARMUP = 3, 1
 PROMPT, NEW_TOKENS = 32, 64
@@ -48,11 +48,8 @@ def run(against: str = PEERS[0]) -> dict[str, Any]:
         urls[against] = stack.enter_context(theirs).address
         for clients, each in CLIENTS.items():
             prompts = random_prompts(SMOLLM2_VOCABULARY, clients * each, PROMPT, WARMUP + ROUNDS)
-            arguments = {"prompts": prompts, "clients": clients, "new_tokens": NEW_TOKENS}
-            contenders = {
-                name: (f"{__name__}:asking", {"url": f"{url}/v1/completions", **arguments})
-                for name, url in urls.items()
-            }
+            shared = {"prompts": prompts, "clients": clients, "new_tokens": NEW_TOKENS}
+            contenders = {name: (f"{__name__}:asking", {"url": url, **shared}) for name, url in urls.items()}
             turns = take_turns(contenders, ROUNDS, WARMUP)
             result[f"clients_{clients}"] = standings(turns, list(OURS), against)
     return {**result, "prompt": PROMPT, "new_tokens": NEW_TOKENS, **machine("xllamacpp")}
