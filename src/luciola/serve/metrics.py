@@ -43,10 +43,6 @@ class Metrics:
         """A request was answered with this error."""
         self._failed.labels(self._name, str(status)).inc()
 
-    def thought(self, tokens: int) -> None:
-        """So many tokens of a completion were thinking."""
-        self._reasoning.inc(tokens)
-
     def watch(self, prompt_tokens: int) -> Watch:
         """A request for completions of one prompt begins."""
         self._prompt.observe(prompt_tokens)
@@ -82,6 +78,7 @@ class Watch:
             metrics._whole.observe(now - self._began)
             metrics._decode.observe(now - self._first.get(index, now))
             metrics._generated.observe(len(completion.token_ids))
+            metrics._reasoning.inc(completion.thinking_tokens)
             metrics._finished.labels(metrics._name, completion.finish_reason).inc()
 
 
