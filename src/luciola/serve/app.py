@@ -44,6 +44,7 @@ PAGE_POLICY = (
     "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 UNCACHED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+LEFT = 499  # the status in the log where nobody waited for the reply; nginx' number
 Result = TypeVar("Result")
 FAULTS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": replies.ErrorReply, "description": "the request does not go, and why"},
@@ -191,12 +192,15 @@ async def _answer(service: Service, request: Request, make: Callable[[], ChatJob
     """Have the job made and its reply sent. What goes wrong before the first token has a status of its own."""
     try:
         job = await asyncio.to_thread(make)
-        if not streams:
-            body = await _while_connected(request, job.whole())
+        try:
+            if not streams:
+                return Response(await _while_connected(request, job.whole()), media_type="application/json")
+            chunks = job.chunks()
+            first = await _while_connected(request, anext(chunks))
+        finally:
             _note(request, job)
-            return Response(body, media_type="application/json")
-        chunks = job.chunks()
-        first = await _while_connected(request, anext(chunks))
+    except ClientDisconnect:
+        return Response(status_code=LEFT)
     except ApiError as error:
         service.metrics.failed(error.status)
         raise
