@@ -62,3 +62,57 @@ def test_tokens_of_thinking_are_the_same_in_usage_and_metrics(here: Any) -> None
         usage = chat(here).json()["usage"]
     assert usage["completion_tokens_details"]["reasoning_tokens"] == 5
     assert grown["reasoning_tokens_total"] == 5
+
+
+@pytest.mark.parametrize(
+    ("body", "thinking"),
+    [
+        (OFF, 0),
+        ({"messages": [{"role": "assistant", "content": "It "}], "continue_final_message": True}, 0),
+        # In the midst of its thinking it thinks on, though nothing opens it there.
+        (
+            {
+                "messages": [{"role": "assistant", "content": "", "reasoning_content": "<two"}],
+                "continue_final_message": True,
+            },
+            3,
+        ),
+    ],
+)
+def test_an_end_of_thinking_without_a_beginning_is_no_thinking(
+    writer: Any, hosting: Any, body: dict[str, Any], thinking: int
+) -> None:
+    with hosting(writer(["two ", "and two", "</think>", "four"])) as server:
+        reply = chat(server, **body).json()
+    assert reply["usage"]["completion_tokens_details"]["reasoning_tokens"] == thinking
+    assert ("reasoning" in reply["choices"][0]["message"]) == (thinking > 0)
+
+
+def test_nor_in_a_text_completion(writer: Any, hosting: Any) -> None:
+    with hosting(writer(["two ", "and two", "</think>", "four"])) as server:
+        usage = server.client.post("/v1/completions", json={"prompt": "<answer>1", "temperature": 0}).json()["usage"]
+    assert usage["completion_tokens"] == 5 and usage["completion_tokens_details"]["reasoning_tokens"] == 0
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_who_leaves_is_no_failure_and_what_was_generated_is_logged(
+    writer: Any, hosting: Any, streams: bool, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with hosting(writer(PIECES, context=1 << 15), ServerSettings(access_log=True)) as server:
+        with Growth(server) as grown:
+            body = QUESTION | {"stream": streams, "ignore_eos": True}
+            timeout = httpx.Timeout(30, read=2.0)
+            with (
+                pytest.raises(httpx.ReadTimeout),
+                server.client.stream("POST", "/v1/chat/completions", json=body, timeout=timeout) as response,
+            ):
+                for count, _ in enumerate(response.iter_lines()):
+                    if count == 20:
+                        raise httpx.ReadTimeout("enough")
+            server.until_free(5.0)
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+    (line,) = [line for line in lines if line["path"] == "/v1/chat/completions"]
+    assert line["status"] == (200 if streams else 499) and line["finish"] == "left"
+    assert line["prompt_tokens"] > 0 and line["completion_tokens"] >= 10
+    assert not caplog.records
+    assert grown["request_failure_total"] == 0

@@ -255,15 +255,17 @@ class Engine:
         params: SamplingParams | None = None,
         priority: int = 0,
         stop_thinking: threading.Event | None = None,
+        inside: bool | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Yield what each step adds to the completions of a prompt; the last delta of each brings the whole.
 
         Many of these may run at once, in one or several event loops: one thread of the engine serves them together, and
         prompts are made ready (encoded, grammars compiled) in threads of asyncio's, so that no event loop waits.
-        Once `stop_thinking` is set, thinking ends at the next token, as if its budget were spent.
+        Once `stop_thinking` is set, thinking ends at the next token, as if its budget were spent. `inside` says whether
+        the prompt ends in the midst of thinking, for those who know; None: if it ends with `<think>`.
         Closing the iterator, or cancelling the task that reads it, ends the request and frees its blocks within a step.
         """
-        prepare = partial(self._requests.sequences, [prompt], params, priority, True, stop_thinking)
+        prepare = partial(self._requests.sequences, [prompt], params, priority, True, stop_thinking, inside)
         (rows,) = await asyncio.to_thread(prepare)  # cancelled meanwhile, nothing has begun
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()

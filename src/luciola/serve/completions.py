@@ -33,6 +33,7 @@ class TextJob:
     def __init__(self, service: Service, request: CompletionRequest) -> None:
         self.service, self.request = service, request
         self.id, self.created = service.new_id("cmpl"), int(time.time())
+        self._generated = 0  # tokens, also of a reply that is broken off
         self.prompts = [self._tokens(prompt, name) for name, prompt in _prompts(request.prompt)]
         if len(self.prompts) * (request.n or 1) > MAX_CHOICES:
             raise ApiError(f"prompts times n may be at most {MAX_CHOICES} completions", param="prompt")
@@ -76,6 +77,7 @@ class TextJob:
         run = self.service.run(self.id, self.prompts, self.params, self.request.priority or 0)
         async with aclosing(run) as deltas:
             async for i, delta in deltas:
+                self._generated += len(delta.token_ids)
                 yield self.choices[i * n + delta.index], delta
 
     async def whole(self) -> bytes:
@@ -101,7 +103,7 @@ class TextJob:
 
     def numbers(self) -> dict[str, int | str]:
         """For the access log."""
-        return numbers_of(self.prompts, [choice.completion for choice in self.choices])
+        return numbers_of(self.prompts, [choice.completion for choice in self.choices], self._generated)
 
     def usage(self) -> Usage:
         """Of all completions."""

@@ -105,10 +105,15 @@ class Service:
         return event is not None
 
     async def run(
-        self, request_id: str, prompts: Sequence[list[int]], params: Sequence[SamplingParams], priority: int = 0
+        self,
+        request_id: str,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        priority: int = 0,
+        inside: bool | None = None,
     ) -> AsyncGenerator[tuple[int, Delta], None]:
         """Yield what each step adds to the completions of each prompt: (number of the prompt, delta). Closed early, it
-        ends them, and their part of the cache is free within a step.
+        ends them, and their part of the cache is free within a step. `inside`: as for `Engine.stream_async`.
 
         Raises:
             ApiError: too many are waiting already, a prompt or parameter does not go, or the time is over.
@@ -122,7 +127,7 @@ class Service:
         late = ApiError(f"the request took longer than the {seconds:g} seconds that this server gives", 504)
         timer = asyncio.get_running_loop().call_later(seconds, news.put_nowait, late)
         readers = [
-            asyncio.create_task(self._read(news, i, ids, p, priority, event))
+            asyncio.create_task(self._read(news, i, ids, p, priority, event, inside))
             for i, (ids, p) in enumerate(zip(prompts, params, strict=True))
         ]
         watches = [self.metrics.watch(len(ids)) for ids in prompts]
@@ -162,9 +167,10 @@ class Service:
         params: SamplingParams,
         priority: int,
         stop_thinking: threading.Event,
+        inside: bool | None,
     ) -> None:
         try:
-            async with aclosing(self.engine.stream_async(ids, params, priority, stop_thinking)) as deltas:
+            async with aclosing(self.engine.stream_async(ids, params, priority, stop_thinking, inside)) as deltas:
                 async for delta in deltas:
                     news.put_nowait((i, delta))
         except Exception as error:

@@ -49,12 +49,14 @@ def prompt_logprobs(
     return places
 
 
-def numbers_of(prompts: Sequence[Sequence[int]], completions: Sequence[Completion | None]) -> dict[str, int | str]:
-    """What the access log says of a request."""
+def numbers_of(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Completion | None], generated: int
+) -> dict[str, int | str]:
+    """What the access log says of a request, for which so many tokens have been generated."""
     done = [completion for completion in completions if completion is not None]
     reasons = sorted({completion.finish_reason for completion in done})
     return {
         "prompt_tokens": sum(len(ids) for ids in prompts),
-        "completion_tokens": sum(len(completion.token_ids) for completion in done),
+        "completion_tokens": generated,
         "finish": ",".join(reasons) if len(done) == len(completions) else "left",
     }
