@@ -206,6 +206,12 @@ def writer() -> Callable[..., luciola.LanguageModel]:
 
 
 @pytest.fixture(scope="session")
+def shape() -> dict[str, Any]:
+    """All of a small model's configuration but its vocabulary, its width and its context."""
+    return SHAPE
+
+
+@pytest.fixture(scope="session")
 def hosting() -> Callable[..., contextlib.AbstractContextManager[Here]]:
     """`with hosting(lm, max_queue=3) as server`: a model behind the real application, in this process."""
     return hosted
