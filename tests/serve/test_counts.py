@@ -116,3 +116,14 @@ def test_who_leaves_is_no_failure_and_what_was_generated_is_logged(
     assert line["prompt_tokens"] > 0 and line["completion_tokens"] >= 10
     assert not caplog.records
     assert grown["request_failure_total"] == 0
+
+
+def test_a_prompt_counts_once_however_many_completions_it_has(here: Any) -> None:
+    messages = [{"role": "user", "content": "what is two and two, once more and at some length?"}]
+    chat(here, messages=messages)
+    with Growth(here) as grown:
+        usage = chat(here, messages=messages, n=4).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= 16
+    assert grown["prompt_tokens_total"] == usage["prompt_tokens"] == grown["prefix_cache_queries_total"]
+    assert grown["prefix_cache_hits_total"] == usage["prompt_tokens_details"]["cached_tokens"]
+    assert grown["generation_tokens_total"] == usage["completion_tokens"]

@@ -75,7 +75,7 @@ class Runner:
         self.scheduler, self.cache, self.speculator = scheduler, cache, speculator
         self.ends, self.publishes, self.exact = tuple(ends), publish, exact
         self.device = cache.device
-        self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.steps = 0
+        self.prompt_tokens = self.generated_tokens = self.steps = 0
         self.grammar_tokens, self.grammar_seconds = 0, 0.0
         self._settings: tuple[list[Sequence], Settings] = ([], Settings.of([]))
         self.flat = Steps(model, cache)
@@ -388,7 +388,6 @@ class Runner:
                 for follower in heirs[1:]:
                     follower.leader = heirs[0]
                 self.scheduler.add(heirs[0])
-            self.cached_tokens += sequence.cached_tokens or 0
             if sequence.grammar is not None:
                 self.grammar_tokens += sequence.grammar.tokens
                 self.grammar_seconds += sequence.grammar.seconds
@@ -402,7 +401,7 @@ class Runner:
         return {
             "steps": self.steps,
             "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
+            "cached_tokens": self.scheduler.cached_tokens,
             "generated_tokens": self.generated_tokens,
             "drafted": speculator.drafted if speculator is not None else 0,
             "accepted": speculator.accepted if speculator is not None else 0,

@@ -39,7 +39,7 @@ class Scheduler:
         self.pool, self.max_running, self.chunk = pool, max_running, chunk
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []  # in order
-        self.preemptions = 0
+        self.preemptions = self.cached_tokens = 0
         self._rows = list(range(max_running - 1, -1, -1))
 
     def add(self, sequence: Sequence) -> None:
@@ -166,6 +166,7 @@ class Scheduler:
             sequence.computed = len(found) * pool.block_size
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = sequence.computed
+                self.cached_tokens += sequence.computed
             wanted = pool.needed(sequence.computed + self._feed(sequence)) - len(found)
             sequence.blocks += [pool.take() for _ in range(wanted)]
             self._enter(sequence)
