@@ -24,7 +24,7 @@ from luciola import Engine, LanguageModel
 from luciola.serve import replies
 from luciola.serve.chat import ChatJob
 from luciola.serve.completions import TextJob
-from luciola.serve.errors import ApiError, answer, of_validation
+from luciola.serve.errors import ApiError, answer, of_validation, shutting_down
 from luciola.serve.metrics import CONTENT_TYPE
 from luciola.serve.prompts import as_dicts, chat_prompt
 from luciola.serve.protocol import (
@@ -299,7 +299,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     async def ready() -> replies.Health:
         """Whether it takes requests: not while it drains."""
         if app.state.draining:
-            raise ApiError("the server is stopping", 503, headers={"Retry-After": "5"})
+            raise shutting_down()
         return replies.Health(status="ready")
 
     @app.get(

@@ -27,14 +27,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from luciola.serve.errors import ApiError
+from luciola.serve.errors import ApiError, shutting_down
 
 LINGER = 2.0  # seconds that a refused client may go on sending, so that it gets to read its refusal
 LINGER_BYTES = 256 * 2**20
 MAX_HELD = 256 * 2**20  # bytes of all bodies held at once
 OPEN = ("/", "/health", "/ready")  # what a server with keys shows to everyone, beside /static/
 WHILE_DRAINING = ("/health", "/ready", "/metrics")
-SHUTTING_DOWN = "the server is shutting down; ask again later"
 
 _errors = logging.getLogger("luciola.serve")
 
@@ -131,10 +130,10 @@ class Guard:
         except asyncio.CancelledError:
             if not self.draining:
                 raise
-            await reply.cut_short(SHUTTING_DOWN)
+            await reply.cut_short(shutting_down())
         except Exception as error:
             _errors.error("%s %r failed", scope["method"], scope["path"][:256], exc_info=error)
-            await reply.cut_short("the server failed at this request; its log says why")
+            await reply.cut_short(ApiError("the server failed at this request; its log says why", 500))
         finally:
             if self._settings.access_log:
                 client = scope.get("client")
@@ -174,7 +173,7 @@ class Guard:
         headers = Headers(scope=scope)
         try:
             if self.draining and scope["path"] not in WHILE_DRAINING:
-                raise ApiError(SHUTTING_DOWN, 503, headers={"retry-after": "5"})
+                raise shutting_down()
             if self._digests:
                 if scope["path"] not in OPEN and not scope["path"].startswith("/static/"):
                     self._check_key(headers)
@@ -291,16 +290,15 @@ class Reply:
             self.complete = not message.get("more_body", False)
         await self._send(message)
 
-    async def cut_short(self, message: str) -> None:
+    async def cut_short(self, error: ApiError) -> None:
         """End a reply with an error, as far as what has been sent of it allows."""
         if self.status is None:
-            status = 503 if self._guard.draining else 500
-            body = ApiError(message, status).body()
+            body = error.body()
             pairs = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            await self.send({"type": "http.response.start", "status": status, "headers": pairs})
+            await self.send({"type": "http.response.start", "status": error.status, "headers": pairs})
             await self.send({"type": "http.response.body", "body": body})
         elif self._streams_events and not self.complete:
-            await self.send({"type": "http.response.body", "body": b"data: " + ApiError(message, 500).body() + b"\n\n"})
+            await self.send({"type": "http.response.body", "body": b"data: " + error.body() + b"\n\n"})
         # Else uvicorn closes the connection, by which the client sees that the reply is not whole.
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from luciola import Engine, LanguageModel, SamplingParams
 from luciola.engine.sequence import Delta
-from luciola.serve.errors import ApiError, overloaded, unknown_model
+from luciola.serve.errors import ApiError, overloaded, shutting_down, unknown_model
 from luciola.serve.metrics import Metrics
 from luciola.serve.tokens import TokenTexts
 from luciola.serve.tool_prompts import ToolPrompts
@@ -147,7 +147,7 @@ class Service:
                 if delta.completion is not None:
                     left -= 1
                     if delta.completion.finish_reason == "abort":
-                        raise ApiError("the server is stopping; what came so far is all there is", 503)
+                        raise shutting_down()
                 yield i, delta
         except ValueError as error:
             raise ApiError(str(error)) from error
