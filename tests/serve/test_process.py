@@ -50,8 +50,11 @@ def test_a_signal_has_running_requests_finish_and_refuses_new_ones(small_server:
             assert refused.status_code == 503 and refused.headers["retry-after"]
             assert refused.headers["connection"] == "close" and refused.json()["error"]["code"] == "shutting_down"
             assert probe.get("/ready").status_code == 503
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(server.url + "/health")
+        # So is who comes only now.
+        assert httpx.get(server.url + "/ready").status_code == 503
+        assert httpx.get(server.url + "/health").status_code == 200
+        late = httpx.post(server.url + "/v1/echo", content=b"x")
+        assert late.status_code == 503 and late.json()["error"]["code"] == "shutting_down"
         assert server.process.poll() is None
     thread.join()
     assert [line for line in read if line] == [f"data: {i}" for i in range(30)]
