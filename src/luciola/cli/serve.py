@@ -31,6 +31,12 @@ def serve(
     allow_unprotected: Annotated[
         bool, typer.Option("--allow-unprotected", help="Listen to other machines without any key.")
     ] = False,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name by which the server may be called without a key, beside this machine's own; may be repeated."
+        ),
+    ] = None,
     cors: Annotated[
         list[str] | None,
         typer.Option(help="A web page's origin whose scripts may ask, such as https://app.example; may be repeated."),
@@ -97,6 +103,7 @@ def serve(
         port=port,
         api_keys=api_keys(api_key or ()),
         allow_unprotected=allow_unprotected,
+        allowed_hosts=tuple(allowed_host or ()),
         cors=tuple(cors or ()),
         max_body=max_body_mb << 20,
         drain_seconds=drain_seconds,

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import time
 import uuid
@@ -32,7 +33,8 @@ from luciola.serve.errors import ApiError, shutting_down
 LINGER = 2.0  # seconds that a refused client may go on sending, so that it gets to read its refusal
 LINGER_BYTES = 256 * 2**20
 MAX_HELD = 256 * 2**20  # bytes of all bodies held at once
-OPEN = ("/", "/health", "/ready")  # what a server with keys shows to everyone, beside /static/
+# What a server with keys shows to everyone, beside /static/: /docs is a page, which asks for a key by itself.
+OPEN = ("/", "/docs", "/health", "/ready")
 WHILE_DRAINING = ("/health", "/ready", "/metrics")
 
 _errors = logging.getLogger("luciola.serve")
@@ -49,6 +51,7 @@ class ServerSettings:
     port: int = 8000  # 0: a free one
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     allow_unprotected: bool = False  # listen beyond loopback without a key
+    allowed_hosts: tuple[str, ...] = ()  # names, beside the machine's own, by which it may be called without a key
     cors: tuple[str, ...] = ()  # origins whose pages may call the server; "*" for all
     max_body: int = 10 * 2**20
     max_connections: int = 2048
@@ -64,6 +67,9 @@ class ServerSettings:
         for key in self.api_keys:
             if not re.fullmatch(r"[\x21-\x7e]+", key):
                 raise ValueError("an API key must be printable ASCII without spaces, at least one character")
+        for host in self.allowed_hosts:
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", host):
+                raise ValueError(f"--allowed-host {host}: expected a name such as box.example, without port and scheme")
         for origin in self.cors:
             parts = urlsplit(origin)
             if origin != "*" and (not parts.scheme or not parts.netloc or parts.path or parts.query or parts.fragment):
@@ -95,7 +101,7 @@ class Guard:
         self.draining = False
         self._app, self._settings = app, settings
         self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
-        self._checks_host = not self._digests and is_loopback(settings.host)
+        self._names = {"localhost", settings.host.lower(), *_machine_names(), *map(str.lower, settings.allowed_hosts)}
         self._held = 0  # bytes of bodies
         # Outside of the keys, since a browser asks for permission (a preflight request) without sending any.
         self._admitting: ASGIApp = self._admit
@@ -159,10 +165,10 @@ class Guard:
         if encodings and (encodings != ["chunked"] or scope["http_version"] == "1.0"):
             # A proxy in front may have understood another length of the body than we do.
             raise ApiError("the only Transfer-Encoding known here is chunked", 400)
-        if self._checks_host and hosts and not self._is_own_name(hosts[0]):
+        if not self._digests and hosts and not self._is_own_name(hosts[0]):
             raise ApiError(
-                "this server answers to localhost and to IP addresses only, since a web page can have any other name "
-                "point here; to use a name, start it with --api-key, or with that name as --host",
+                "this server answers to IP addresses and to its machine's own names only, since a web page can have "
+                "any other name point here; to use another, start it with --allowed-host NAME, or with --api-key",
                 403,
             )
         if "\0" in scope["path"]:
@@ -190,12 +196,14 @@ class Guard:
 
     def _check_key(self, headers: Headers) -> None:
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
+        given = [key.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+        digests = [hashlib.sha256(each.encode("latin-1")).digest() for each in given]
         # Digests of one length, all of them compared: the time taken tells nothing about any key.
-        known = [hmac.compare_digest(digest, own) for own in self._digests]
-        if scheme.lower() != "bearer" or not any(known):
+        known = [hmac.compare_digest(digest, own) for digest in digests for own in self._digests]
+        if not any(known):
             raise ApiError(
-                "this server needs a key: send the header `Authorization: Bearer KEY` with one given as --api-key",
+                "this server needs a key: send the header `Authorization: Bearer KEY` (or `X-Api-Key: KEY`) with one "
+                "given as --api-key",
                 401,
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
@@ -221,9 +229,7 @@ class Guard:
         except ValueError:
             return False
         name = name.removesuffix(".")
-        if name in ("localhost", self._settings.host.lower()) or name.endswith(".localhost"):
-            return True
-        return _address(name) is not None
+        return name in self._names or name.endswith(".localhost") or _address(name) is not None
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
         """All of the body, before the application hears of the request. Raises ApiError."""
@@ -325,6 +331,13 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return ipaddress.ip_address(host)
     except ValueError:
         return None
+
+
+def _machine_names() -> set[str]:
+    """What this machine is called in its network; nobody is asked."""
+    name = socket.gethostname().lower()
+    first = name.partition(".")[0]
+    return {name, first, f"{first}.local"} - {"", ".local"}
 
 
 def _host_and_port(url: str) -> tuple[str, int] | None:
