@@ -123,6 +123,12 @@ def serve(
         max_running=max_running,
         max_cached_tokens=max_cached_tokens,
     )
+    if engine.max_cached_tokens + 1 < (context := lm.config.max_position_embeddings):
+        typer.echo(
+            f"warning: the cache has room for {engine.max_cached_tokens} tokens, less than the model's context of "
+            f"{context}: longer prompts are refused; more room with --max-cached-tokens {context}",
+            err=True,
+        )
     _warm_up(lm, engine)
     app = create(
         lm,

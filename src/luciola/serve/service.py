@@ -63,7 +63,9 @@ class Service:
             raise ValueError(f"{settings.name} has no tokenizer files, so that no text can be given to it")
         self.tokenizer, self.engine, self.settings = lm.tokenizer, engine, settings
         self.vocab_size = lm.config.vocab_size
-        self.context = lm.config.max_position_embeddings
+        # Tokens of a prompt with its answer: the model's context, or what the cache has room for (the last token is
+        # never read).
+        self.context = min(lm.config.max_position_embeddings, engine.max_cached_tokens + 1)
         self.tool_prompts = ToolPrompts.of(lm.tokenizer)
         self.texts = TokenTexts(lm.tokenizer)
         self.metrics = Metrics(engine, settings.name)
@@ -83,7 +85,7 @@ class Service:
             raise ApiError(f"{where} is empty; give at least one token", param=where)
         if len(ids) >= self.context:
             raise ApiError(
-                f"{where} has {len(ids)} tokens; the model's context of {self.context} leaves no room to answer: "
+                f"{where} has {len(ids)} tokens; this server's context of {self.context} leaves no room to answer: "
                 "shorten it",
                 param=where,
                 code="context_length_exceeded",
