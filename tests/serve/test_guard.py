@@ -95,7 +95,17 @@ def test_anything_else_does_not(headers: dict[str, str]) -> None:
 
 
 def test_the_page_and_the_probes_are_open_and_nothing_else() -> None:
-    paths = ["/", "/health", "/ready", "/static/page.js", "/metrics", "/v1/models", "/docs", "/openapi.json", "/healthy"]
+    paths = [
+        "/",
+        "/health",
+        "/ready",
+        "/static/page.js",
+        "/metrics",
+        "/v1/models",
+        "/docs",
+        "/openapi.json",
+        "/healthy",
+    ]
     closed = [path for path in paths if ask(with_keys("first"), path, "GET").status_code == 401]
     assert closed == ["/metrics", "/v1/models", "/openapi.json", "/healthy"]
 
@@ -137,16 +147,14 @@ def test_a_foreign_name_pointed_at_loopback_is_refused_on_every_route(host: str)
 
 def test_nor_does_a_server_open_to_others_answer_to_foreign_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "Box.lan")
-    settings = ServerSettings(
-        host="0.0.0.0", allow_unprotected=True, allowed_hosts=("Chat.example",), access_log=False
-    )
+    settings = ServerSettings(host="0.0.0.0", allow_unprotected=True, allowed_hosts=("Chat.example",), access_log=False)
     for host in FOREIGN_NAMES:
         reply = ask(settings, headers={"Host": host, "Origin": f"http://{host}"})
         assert reply.status_code == 403
     for host in (*OWN_NAMES, "192.168.1.5:8000", "box:8000", "box.lan", "box.local", "chat.example", "CHAT.example."):
         assert ask(settings, headers={"Host": host}).status_code == 200, host
     for wrong in ("http://chat.example", "chat.example:8000", ""):
-        with pytest.raises(ValueError, match="--allowed-host .*: expected a name"):
+        with pytest.raises(ValueError, match=r"--allowed-host .*: expected a name"):
             ServerSettings(allowed_hosts=(wrong,))
 
 

@@ -11,6 +11,7 @@ that only finitely many can come in before it; and the oldest sequence is never 
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -90,7 +91,7 @@ class Scheduler:
         for block in sequence.blocks[:full]:
             pool.share(block)
         follower.blocks, follower.keys, follower.root = sequence.blocks[:full], sequence.keys[:full], sequence.root
-        follower.computed = sequence.computed
+        follower.computed, follower.begun = sequence.computed, sequence.begun
         self._enter(follower)
         if not partial:
             return None
@@ -198,6 +199,8 @@ class Scheduler:
     def _enter(self, sequence: Sequence) -> None:
         sequence.row, sequence.tabled = self._rows.pop(), 0
         insort(self.running, sequence, key=_order)
+        if not sequence.begun:
+            sequence.begun = time.perf_counter()
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)

@@ -98,7 +98,9 @@ class ChatJob:
         return schema if isinstance(schema, dict) else None
 
     async def _deltas(self) -> AsyncGenerator[Delta, None]:
-        run = self.service.run(self.id, [self.prompt.ids], [self.params], self.request.priority or 0, self.prompt.inside)
+        run = self.service.run(
+            self.id, [self.prompt.ids], [self.params], self.request.priority or 0, self.prompt.inside
+        )
         async with aclosing(run) as deltas:
             async for _, delta in deltas:
                 self._generated += len(delta.token_ids)

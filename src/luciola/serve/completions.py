@@ -175,7 +175,7 @@ class TextInTheMaking:
         return choice
 
     def _choice(self) -> TextChoice:
-        job, request = self._job, self._job.request
+        request = self._job.request
         choice = TextChoice(index=self._number, text=self._text, logprobs=None, finish_reason=None)
         if self._echo is not None:
             choice.text = self._echo + choice.text
@@ -219,7 +219,6 @@ class TextInTheMaking:
             top_logprobs=[None if top is None else texts.table(top) for top in tops] if wanted else None,
             text_offset=offsets,
         )
-
 
     def _offsets_of_prompt(self, text: str) -> list[int]:
         """Where each of its tokens begins in the prompt's text; the parts of a character all where that does."""

@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from luciola.serve.errors import ApiError, shutting_down
 
 LINGER = 2.0  # seconds that a refused client may go on sending, so that it gets to read its refusal
+LEFT = 499  # the status of a reply that nobody waited for; nginx' number
 LINGER_BYTES = 256 * 2**20
 MAX_HELD = 256 * 2**20  # bytes of all bodies held at once
 # What a server with keys shows to everyone, beside /static/: /docs is a page, which asks for a key by itself.
@@ -103,6 +104,8 @@ class Guard:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
         self._names = {"localhost", settings.host.lower(), *_machine_names(), *map(str.lower, settings.allowed_hosts)}
         self._held = 0  # bytes of bodies
+        # Called with the status of each reply that is an error, if the application wants to count them.
+        self.failed: Callable[[int], None] = getattr(getattr(app, "state", None), "failed", lambda status: None)
         # Outside of the keys, since a browser asks for permission (a preflight request) without sending any.
         self._admitting: ASGIApp = self._admit
         if settings.cors:
@@ -141,6 +144,8 @@ class Guard:
             _errors.error("%s %r failed", scope["method"], scope["path"][:256], exc_info=error)
             await reply.cut_short(ApiError("the server failed at this request; its log says why", 500))
         finally:
+            if reply.status is not None and reply.status >= 400 and reply.status != LEFT:
+                self.failed(reply.status)
             if self._settings.access_log:
                 client = scope.get("client")
                 line = {
@@ -304,6 +309,7 @@ class Reply:
             await self.send({"type": "http.response.start", "status": error.status, "headers": pairs})
             await self.send({"type": "http.response.body", "body": body})
         elif self._streams_events and not self.complete:
+            self._guard.failed(error.status)
             await self.send({"type": "http.response.body", "body": b"data: " + error.body() + b"\n\n"})
         # Else uvicorn closes the connection, by which the client sees that the reply is not whole.
 

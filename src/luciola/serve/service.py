@@ -152,8 +152,11 @@ class Service:
                         raise shutting_down()
                 yield i, delta
         except ValueError as error:
+            left = 0  # refused, so that nothing has begun
             raise ApiError(str(error)) from error
         finally:
+            if left:
+                self.metrics.left(left)
             self._waiting -= len(unstarted)
             del self._thinking[request_id]
             timer.cancel()
