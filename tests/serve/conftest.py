@@ -176,9 +176,15 @@ class Here:
 
 
 @contextlib.contextmanager
-def hosted(lm: luciola.LanguageModel, guard: ServerSettings | None = None, **settings: Any) -> Iterator[Here]:
+def hosted(
+    lm: luciola.LanguageModel,
+    guard: ServerSettings | None = None,
+    speculate: str | None = None,
+    max_cached_tokens: int = 1 << 15,
+    **settings: Any,
+) -> Iterator[Here]:
     """The server for a model, with these `Settings`, as long as the block lasts."""
-    engine = luciola.Engine(lm, dtype="float32", max_cached_tokens=1 << 15)
+    engine = luciola.Engine(lm, dtype="float32", max_cached_tokens=max_cached_tokens, speculate=speculate)
     app = create(lm, engine, Settings(**{"name": "tiny", **settings}))
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
@@ -203,6 +209,12 @@ def hosted(lm: luciola.LanguageModel, guard: ServerSettings | None = None, **set
 def writer() -> Callable[..., luciola.LanguageModel]:
     """See `written_by`."""
     return written_by
+
+
+@pytest.fixture(scope="session")
+def shape() -> dict[str, Any]:
+    """All of a small model's configuration but its vocabulary, its width and its context."""
+    return SHAPE
 
 
 @pytest.fixture(scope="session")

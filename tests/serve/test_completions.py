@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+import luciola
+from luciola.text.bpe import train_bpe
+
 PIECES = ["one ", "two ", "three ", "€5 ", "end"]
 
 
@@ -131,3 +134,44 @@ def test_metrics_count_what_was_served(here: Any) -> None:
     assert after["luciola:request_success_total"] - before["luciola:request_success_total"] == 2
     assert after["luciola:time_to_first_token_seconds_count"] > before["luciola:time_to_first_token_seconds_count"]
     assert after["luciola:num_requests_running"] == 0 and 0 <= after["luciola:kv_cache_usage_perc"] <= 1
+
+
+@pytest.fixture(scope="module")
+def spelled(shape: dict[str, Any]) -> luciola.LanguageModel:
+    """A model over bytes: every character beyond ASCII takes several tokens."""
+    tokenizer = train_bpe(["Hi, hello"], 300)
+    shape = shape | {"vocab_size": tokenizer.vocab_size, "hidden_size": 16, "max_position_embeddings": 256}
+    return luciola.LanguageModel.create(shape, tokenizer)
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_an_echo_is_the_prompt_as_given_and_offsets_count_its_characters(
+    spelled: luciola.LanguageModel, hosting: Any, as_ids: bool
+) -> None:
+    text = "<｜User｜>Hi 🦊€<｜end▁of▁sentence｜>\n"
+    assert spelled.tokenizer is not None
+    ids = spelled.tokenizer.encode(text)
+    assert len(ids) > len("<｜") + 4
+    with hosting(spelled) as server:
+        asked = {"prompt": ids if as_ids else text, "echo": True, "logprobs": 1, "max_tokens": 3, "seed": 1}
+        choice = server.client.post("/v1/completions", json=asked).json()["choices"][0]
+        bare = server.client.post("/v1/completions", json=asked | {"logprobs": None}).json()["choices"][0]
+    assert choice["text"].startswith(text) and bare["text"].startswith(text)
+    offsets, tokens = choice["logprobs"]["text_offset"], choice["logprobs"]["tokens"]
+    assert len(offsets) == len(tokens) == len(ids) + 3
+    for offset, token in zip(offsets[: len(ids)], tokens, strict=False):
+        if token.startswith("bytes:"):
+            assert choice["text"][offset] in "🦊€"
+        else:
+            assert choice["text"].startswith(token, offset)
+    assert offsets[len(ids)] == len(text) and offsets == sorted(offsets)
+
+
+def test_a_bos_token_that_is_put_in_front_is_not_echoed(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, encode = here.service.tokenizer, here.service.tokenizer.encode
+    monkeypatch.setattr(
+        type(tokenizer), "encode", lambda self, text, begin=False: [tokenizer.bos_token_id] * begin + encode(text)
+    )
+    choice = complete(here, echo=True, logprobs=0, max_tokens=2).json()["choices"][0]
+    assert choice["text"] == "count: one two "
+    assert choice["logprobs"]["text_offset"][:3] == [0, 0, 1] and choice["logprobs"]["text_offset"][-2:] == [7, 11]

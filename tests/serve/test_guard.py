@@ -64,6 +64,14 @@ def test_each_key_opens(key: str) -> None:
     assert ask(with_keys("first", "second"), headers=bearer(key)).status_code == 200
 
 
+def test_a_key_may_come_in_a_header_of_its_own() -> None:
+    assert ask(with_keys("first", "second"), headers={"X-Api-Key": "second"}).status_code == 200
+    both = {"X-Api-Key": "first"} | bearer("none")  # OpenAI's clients always send the latter
+    assert ask(with_keys("first"), headers=both).status_code == 200
+    for wrong in ("", "fir", "Bearer first"):
+        assert ask(with_keys("first"), headers={"X-Api-Key": wrong}).status_code == 401
+
+
 @pytest.mark.parametrize(
     "headers",
     [
@@ -87,9 +95,19 @@ def test_anything_else_does_not(headers: dict[str, str]) -> None:
 
 
 def test_the_page_and_the_probes_are_open_and_nothing_else() -> None:
-    paths = ["/", "/health", "/ready", "/static/page.js", "/metrics", "/v1/models", "/docs", "/healthy"]
+    paths = [
+        "/",
+        "/health",
+        "/ready",
+        "/static/page.js",
+        "/metrics",
+        "/v1/models",
+        "/docs",
+        "/openapi.json",
+        "/healthy",
+    ]
     closed = [path for path in paths if ask(with_keys("first"), path, "GET").status_code == 401]
-    assert closed == ["/metrics", "/v1/models", "/docs", "/healthy"]
+    assert closed == ["/metrics", "/v1/models", "/openapi.json", "/healthy"]
 
 
 def test_keys_are_not_shown_and_have_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +143,19 @@ def test_own_names_are_served(host: str) -> None:
 def test_a_foreign_name_pointed_at_loopback_is_refused_on_every_route(host: str) -> None:
     for method, path in (("POST", "/v1/length"), ("GET", "/v1/models"), ("GET", "/")):
         assert ask(path=path, method=method, headers={"Host": host}).status_code == 403
+
+
+def test_nor_does_a_server_open_to_others_answer_to_foreign_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "Box.lan")
+    settings = ServerSettings(host="0.0.0.0", allow_unprotected=True, allowed_hosts=("Chat.example",), access_log=False)
+    for host in FOREIGN_NAMES:
+        reply = ask(settings, headers={"Host": host, "Origin": f"http://{host}"})
+        assert reply.status_code == 403
+    for host in (*OWN_NAMES, "192.168.1.5:8000", "box:8000", "box.lan", "box.local", "chat.example", "CHAT.example."):
+        assert ask(settings, headers={"Host": host}).status_code == 200, host
+    for wrong in ("http://chat.example", "chat.example:8000", ""):
+        with pytest.raises(ValueError, match=r"--allowed-host .*: expected a name"):
+            ServerSettings(allowed_hosts=(wrong,))
 
 
 def test_a_key_or_the_name_as_host_makes_a_name_ones_own() -> None:

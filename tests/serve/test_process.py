@@ -48,10 +48,13 @@ def test_a_signal_has_running_requests_finish_and_refuses_new_ones(small_server:
             time.sleep(0.5)
             refused = kept.post("/v1/echo", content=b"x")
             assert refused.status_code == 503 and refused.headers["retry-after"]
-            assert refused.headers["connection"] == "close" and refused.json()["error"]["message"]
+            assert refused.headers["connection"] == "close" and refused.json()["error"]["code"] == "shutting_down"
             assert probe.get("/ready").status_code == 503
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(server.url + "/health")
+        # So is who comes only now.
+        assert httpx.get(server.url + "/ready").status_code == 503
+        assert httpx.get(server.url + "/health").status_code == 200
+        late = httpx.post(server.url + "/v1/echo", content=b"x")
+        assert late.status_code == 503 and late.json()["error"]["code"] == "shutting_down"
         assert server.process.poll() is None
     thread.join()
     assert [line for line in read if line] == [f"data: {i}" for i in range(30)]
@@ -79,7 +82,9 @@ def test_what_outlasts_the_drain_is_ended_with_an_error(small_server: Servers) -
     assert 0.4 < time.monotonic() - began < 10.0
     thread.join()
     events = [line.removeprefix("data: ") for line in read if line]
-    assert "shutting down" in json.loads(events[-1])["error"]["message"]
+    error = json.loads(events[-1])["error"]
+    assert "shutting down" in error["message"]
+    assert error["type"] == "overloaded_error" and error["code"] == "shutting_down"
     assert events[:-1] == [str(i) for i in range(len(events) - 1)]
     assert server.everything(waiting).startswith(b"HTTP/1.1 503 ")
     waiting.close()

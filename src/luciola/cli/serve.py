@@ -31,6 +31,12 @@ def serve(
     allow_unprotected: Annotated[
         bool, typer.Option("--allow-unprotected", help="Listen to other machines without any key.")
     ] = False,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name by which the server may be called without a key, beside this machine's own; may be repeated."
+        ),
+    ] = None,
     cors: Annotated[
         list[str] | None,
         typer.Option(help="A web page's origin whose scripts may ask, such as https://app.example; may be repeated."),
@@ -97,6 +103,7 @@ def serve(
         port=port,
         api_keys=api_keys(api_key or ()),
         allow_unprotected=allow_unprotected,
+        allowed_hosts=tuple(allowed_host or ()),
         cors=tuple(cors or ()),
         max_body=max_body_mb << 20,
         drain_seconds=drain_seconds,
@@ -116,6 +123,12 @@ def serve(
         max_running=max_running,
         max_cached_tokens=max_cached_tokens,
     )
+    if engine.max_cached_tokens + 1 < (context := lm.config.max_position_embeddings):
+        typer.echo(
+            f"warning: the cache has room for {engine.max_cached_tokens} tokens, less than the model's context of "
+            f"{context}: longer prompts are refused; more room with --max-cached-tokens {context}",
+            err=True,
+        )
     _warm_up(lm, engine)
     app = create(
         lm,

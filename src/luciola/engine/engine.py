@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import copy
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -170,9 +171,9 @@ class Engine:
     @property
     def stats(self) -> dict[str, int | float]:
         """Counts since the engine was made: steps, tokens of prompts that were computed and that the cache saved,
-        generated tokens, preemptions; tokens that speculation has drafted and the model accepted; tokens drawn under a
-        grammar and the seconds that took; requests running and waiting now; blocks of the cache, and how many of them
-        running sequences hold now."""
+        generated tokens, tokens read in all, preemptions; drafts of speculation, their tokens, and how many of these
+        the model accepted; tokens drawn under a grammar and the seconds that took; requests running and waiting now;
+        blocks of the cache, and how many of them running sequences hold now."""
         return self._runner.counts() | {
             "preemptions": self._scheduler.preemptions,
             "running": len(self._scheduler.running),
@@ -255,15 +256,17 @@ class Engine:
         params: SamplingParams | None = None,
         priority: int = 0,
         stop_thinking: threading.Event | None = None,
+        inside: bool | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Yield what each step adds to the completions of a prompt; the last delta of each brings the whole.
 
         Many of these may run at once, in one or several event loops: one thread of the engine serves them together, and
         prompts are made ready (encoded, grammars compiled) in threads of asyncio's, so that no event loop waits.
-        Once `stop_thinking` is set, thinking ends at the next token, as if its budget were spent.
+        Once `stop_thinking` is set, thinking ends at the next token, as if its budget were spent. `inside` says whether
+        the prompt ends in the midst of thinking, for those who know; None: if it ends with `<think>`.
         Closing the iterator, or cancelling the task that reads it, ends the request and frees its blocks within a step.
         """
-        prepare = partial(self._requests.sequences, [prompt], params, priority, True, stop_thinking)
+        prepare = partial(self._requests.sequences, [prompt], params, priority, True, stop_thinking, inside)
         (rows,) = await asyncio.to_thread(prepare)  # cancelled meanwhile, nothing has begun
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
@@ -286,6 +289,12 @@ class Engine:
         finally:
             if left:
                 self._loop.ask(partial(self._end, rows))
+
+    @property
+    def step_sizes(self) -> list[int]:
+        """How many steps read so many tokens, prompts' and drafts included: [i] those of less than 2^i, but not of less
+        than 2^(i-1)."""
+        return list(self._runner.step_sizes)
 
     def abort(self) -> None:
         """End every request at once; whoever waits for one gets what there is, with finish_reason "abort"."""
@@ -344,7 +353,9 @@ class Engine:
                 row.error = _own(error)
             self._runner.finish(rows)
             return
+        now = time.perf_counter()
         for row in rows:
+            row.arrived = now
             if row.leader is None:
                 self._scheduler.add(row)
 

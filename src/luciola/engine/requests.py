@@ -38,8 +38,10 @@ class Requests:
         priority: int,
         streamed: bool = False,
         stop_thinking: threading.Event | None = None,
+        inside: bool | None = None,
     ) -> list[list[Sequence]]:
-        """The sequences of each prompt; those after the first wait for its prompt to be read.
+        """The sequences of each prompt; those after the first wait for its prompt to be read. `inside` says whether the
+        prompts end in the midst of thinking; None: those that end with `<think>`.
 
         Raises:
             ValueError: as `Engine.generate` says.
@@ -61,7 +63,9 @@ class Requests:
                 raise ValueError("stop texts need a tokenizer, and this model has none")
             p.check_vocabulary(self._config.vocab_size)
             stops = StopTexts(p.stop)
-            opened = self._tokenizer is not None and opens(self._tokenizer, ids)
+            opened = inside
+            if opened is None:
+                opened = self._tokenizer is not None and opens(self._tokenizer, ids)
             close = self._closing(p, stop_thinking)
             grammar = None if p.grammar is None else self._compiler.start(p.grammar)
             rows = []

@@ -75,7 +75,8 @@ class Runner:
         self.scheduler, self.cache, self.speculator = scheduler, cache, speculator
         self.ends, self.publishes, self.exact = tuple(ends), publish, exact
         self.device = cache.device
-        self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.steps = 0
+        self.prompt_tokens = self.generated_tokens = self.steps = 0
+        self.read_tokens, self.step_sizes = 0, [0] * 64
         self.grammar_tokens, self.grammar_seconds = 0, 0.0
         self._settings: tuple[list[Sequence], Settings] = ([], Settings.of([]))
         self.flat = Steps(model, cache)
@@ -93,6 +94,10 @@ class Runner:
         pieces = work.pieces
         if self.exact:  # prompts, too, by the kernels of decoding
             short, pieces = [*short, *pieces], []
+        plain = decoding and not drafts
+        read = len(short) if plain else sum(count + len(sequence.drafts) for sequence, count in (*short, *pieces))
+        self.read_tokens += read
+        self.step_sizes[read.bit_length()] += 1
         ready = Ready()
         if pieces:
             self._read(pieces, ready)
@@ -388,7 +393,6 @@ class Runner:
                 for follower in heirs[1:]:
                     follower.leader = heirs[0]
                 self.scheduler.add(heirs[0])
-            self.cached_tokens += sequence.cached_tokens or 0
             if sequence.grammar is not None:
                 self.grammar_tokens += sequence.grammar.tokens
                 self.grammar_seconds += sequence.grammar.seconds
@@ -402,8 +406,10 @@ class Runner:
         return {
             "steps": self.steps,
             "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
+            "cached_tokens": self.scheduler.cached_tokens,
             "generated_tokens": self.generated_tokens,
+            "read_tokens": self.read_tokens,
+            "drafts": speculator.drafts if speculator is not None else 0,
             "drafted": speculator.drafted if speculator is not None else 0,
             "accepted": speculator.accepted if speculator is not None else 0,
             "grammar_tokens": self.grammar_tokens,

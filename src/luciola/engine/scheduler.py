@@ -11,6 +11,7 @@ that only finitely many can come in before it; and the oldest sequence is never 
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -39,7 +40,7 @@ class Scheduler:
         self.pool, self.max_running, self.chunk = pool, max_running, chunk
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []  # in order
-        self.preemptions = 0
+        self.preemptions = self.cached_tokens = 0
         self._rows = list(range(max_running - 1, -1, -1))
 
     def add(self, sequence: Sequence) -> None:
@@ -90,7 +91,7 @@ class Scheduler:
         for block in sequence.blocks[:full]:
             pool.share(block)
         follower.blocks, follower.keys, follower.root = sequence.blocks[:full], sequence.keys[:full], sequence.root
-        follower.computed = sequence.computed
+        follower.computed, follower.begun = sequence.computed, sequence.begun
         self._enter(follower)
         if not partial:
             return None
@@ -166,6 +167,7 @@ class Scheduler:
             sequence.computed = len(found) * pool.block_size
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = sequence.computed
+                self.cached_tokens += sequence.computed
             wanted = pool.needed(sequence.computed + self._feed(sequence)) - len(found)
             sequence.blocks += [pool.take() for _ in range(wanted)]
             self._enter(sequence)
@@ -197,6 +199,8 @@ class Scheduler:
     def _enter(self, sequence: Sequence) -> None:
         sequence.row, sequence.tabled = self._rows.pop(), 0
         insort(self.running, sequence, key=_order)
+        if not sequence.begun:
+            sequence.begun = time.perf_counter()
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)

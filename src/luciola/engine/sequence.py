@@ -44,6 +44,7 @@ class Completion:
         kept_logprobs: log-probability of each token among those, at the sampling temperature.
         cached_tokens: tokens of the prompt that a prefix in the cache saved from being computed.
         drafted, accepted: tokens that speculation has guessed for it, and how many of them were right.
+        arrived, begun: when the engine was given it and when it began with it, as `time.perf_counter` tells; 0: never.
         thinking_tokens: tokens up to the end of its thinking, `</think>` included: all of them where that has not come,
         0 where it does not think.
     """
@@ -60,6 +61,8 @@ class Completion:
     cached_tokens: int = field(default=0, compare=False)
     drafted: int = field(default=0, compare=False)
     accepted: int = field(default=0, compare=False)
+    arrived: float = field(default=0.0, compare=False)
+    begun: float = field(default=0.0, compare=False)
     thinking_tokens: int = 0
     stop_reason: int | str | None = None
     prompt_logprobs: list[float | None] | None = None
@@ -136,6 +139,8 @@ class Sequence:
     pace: Pace | None = None
     drafted: int = 0
     accepted: int = 0
+    arrived: float = 0.0
+    begun: float = 0.0
     listener: Callable[[Delta | Exception], None] | None = None
     told: int = 0  # tokens that the listener has been told of
 
@@ -176,6 +181,8 @@ class Sequence:
             cached_tokens=self.cached_tokens or 0,
             drafted=self.drafted,
             accepted=self.accepted,
+            arrived=self.arrived,
+            begun=self.begun,
             thinking_tokens=0 if tokenizer is None else thinking_tokens(tokenizer, tokens, text, self.opened),
             stop_reason=self.stop_reason,
             prompt_logprobs=None if params.prompt_logprobs is None else self.prompt_logprobs,

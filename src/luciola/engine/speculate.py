@@ -101,7 +101,7 @@ class Speculator:
         self.most = MOST_DRAFTS[method]
         self.layers = 1 if method == "mtp" else 0  # of cache that the module needs beside the model's
         self.clock = Clock()
-        self.drafted = self.accepted = 0
+        self.drafts = self.drafted = self.accepted = 0
 
     def wants(self, sequence: Sequence) -> bool:
         """Whether to make drafts for it. Not under a grammar, which says what may come only after tokens that have; not
@@ -113,6 +113,7 @@ class Speculator:
 
     def judge(self, sequence: Sequence, drafted: int, accepted: int, sequences: int) -> None:
         """A step with drafts has been checked."""
+        self.drafts += 1
         self.drafted += drafted
         self.accepted += accepted
         sequence.drafted += drafted

@@ -29,6 +29,8 @@ def thinking_tokens(tokenizer: Tokenizer, tokens: Sequence[int], text: str, open
     end; 0 where there is none. `text` is the text of all of them; special tokens may be missing there."""
     if not tokenizer.thinks:
         return 0
+    if not opened and not tokenizer.decode(tokens[:TAIL], False).lstrip().startswith(THINK):
+        return 0  # a `</think>` by itself ends nothing
     end = tokenizer.token_id(END_THINK)
     if end is not None and end in tokens:
         return tokens.index(end) + 1
@@ -41,8 +43,7 @@ def thinking_tokens(tokenizer: Tokenizer, tokens: Sequence[int], text: str, open
             else:
                 low = middle + 1
         return low
-    begins = tokenizer.decode(tokens[:TAIL], False).lstrip().startswith(THINK)
-    return len(tokens) if opened or begins else 0
+    return len(tokens)
 
 
 def closing_tokens(tokenizer: Tokenizer) -> list[int]:

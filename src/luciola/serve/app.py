@@ -24,7 +24,8 @@ from luciola import Engine, LanguageModel
 from luciola.serve import replies
 from luciola.serve.chat import ChatJob
 from luciola.serve.completions import TextJob
-from luciola.serve.errors import ApiError, answer, of_validation
+from luciola.serve.errors import ApiError, answer, of_validation, shutting_down
+from luciola.serve.guard import LEFT
 from luciola.serve.metrics import CONTENT_TYPE
 from luciola.serve.prompts import as_dicts, chat_prompt
 from luciola.serve.protocol import (
@@ -67,6 +68,7 @@ def create(lm: LanguageModel, engine: Engine, settings: Settings) -> FastAPI:
     )
     app.router.route_class = _Route
     app.state.service, app.state.draining = service, False
+    app.state.failed = service.metrics.failed  # the guard calls it
     app.add_exception_handler(ApiError, answer)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(Exception, _failed)
@@ -166,7 +168,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     async def chat(body: ChatRequest, request: Request) -> Response:
         """A reply to a conversation."""
         service.check_model(body.model)
-        return await _answer(service, request, partial(ChatJob, service, body), bool(body.stream))
+        return await _answer(request, partial(ChatJob, service, body), bool(body.stream))
 
     @app.post(
         "/v1/completions",
@@ -177,7 +179,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """The continuation of a text, or of token ids."""
         service.check_model(body.model)
-        return await _answer(service, request, partial(TextJob, service, body), bool(body.stream))
+        return await _answer(request, partial(TextJob, service, body), bool(body.stream))
 
     @app.post("/v1/chat/completions/control", tags=["completions"], responses=FAULTS)
     async def control(body: ControlRequest) -> replies.Control:
@@ -187,25 +189,25 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         return replies.Control(success=True)
 
 
-async def _answer(service: Service, request: Request, make: Callable[[], ChatJob | TextJob], streams: bool) -> Response:
+async def _answer(request: Request, make: Callable[[], ChatJob | TextJob], streams: bool) -> Response:
     """Have the job made and its reply sent. What goes wrong before the first token has a status of its own."""
     try:
         job = await asyncio.to_thread(make)
-        if not streams:
-            body = await _while_connected(request, job.whole())
+        try:
+            if not streams:
+                return Response(await _while_connected(request, job.whole()), media_type="application/json")
+            chunks = job.chunks()
+            first = await _while_connected(request, anext(chunks))
+        finally:
             _note(request, job)
-            return Response(body, media_type="application/json")
-        chunks = job.chunks()
-        first = await _while_connected(request, anext(chunks))
-    except ApiError as error:
-        service.metrics.failed(error.status)
-        raise
-    events = _events(service, request, job, first, chunks)
+    except ClientDisconnect:
+        return Response(status_code=LEFT)
+    events = _events(request, job, first, chunks)
     return StreamingResponse(events, media_type="text/event-stream", headers=UNCACHED)
 
 
 async def _events(
-    service: Service, request: Request, job: ChatJob | TextJob, first: bytes, chunks: AsyncGenerator[bytes, None]
+    request: Request, job: ChatJob | TextJob, first: bytes, chunks: AsyncGenerator[bytes, None]
 ) -> AsyncIterator[bytes]:
     """Server-sent events. An error amid the stream is an event, too, and the last one."""
     async with aclosing(chunks):
@@ -215,7 +217,7 @@ async def _events(
                 yield b"data: " + chunk + b"\n\n"
             yield b"data: [DONE]\n\n"
         except ApiError as error:
-            service.metrics.failed(error.status)
+            request.app.state.failed(error.status)
             yield b"data: " + error.body() + b"\n\n"
         finally:
             _note(request, job)
@@ -286,16 +288,18 @@ def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["state"])
     async def health() -> replies.Health:
         """Whether the process answers."""
         return replies.Health(status="ok")
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", tags=["state"], responses={503: FAULTS["5XX"]})
     async def ready() -> replies.Health:
         """Whether it takes requests: not while it drains."""
         if app.state.draining:
-            raise ApiError("the server is stopping", 503, headers={"Retry-After": "5"})
+            raise shutting_down()
         return replies.Health(status="ready")
 
     @app.get(
@@ -312,6 +316,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 def _add_page(app: FastAPI) -> None:
     policy = {"Content-Security-Policy": PAGE_POLICY}
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(STATIC / "index.html", headers=policy | {"Cache-Control": "no-cache"})

@@ -48,6 +48,7 @@ class ChatJob:
     def __init__(self, service: Service, request: ChatRequest) -> None:
         self.service, self.request = service, request
         self.id, self.created = service.new_id("chatcmpl"), int(time.time())
+        self._generated = 0  # tokens, also of a reply that is broken off
         try:
             given = request.model_dump(include={"tools", "tool_choice", "parallel_tool_calls"}, exclude_none=True)
             self.tools = ToolUse.read(given.pop("tools", None), **given)
@@ -97,14 +98,17 @@ class ChatJob:
         return schema if isinstance(schema, dict) else None
 
     async def _deltas(self) -> AsyncGenerator[Delta, None]:
-        run = self.service.run(self.id, [self.prompt.ids], [self.params], self.request.priority or 0)
+        run = self.service.run(
+            self.id, [self.prompt.ids], [self.params], self.request.priority or 0, self.prompt.inside
+        )
         async with aclosing(run) as deltas:
             async for _, delta in deltas:
+                self._generated += len(delta.token_ids)
                 yield delta
 
     def numbers(self) -> dict[str, int | str]:
         """For the access log."""
-        return numbers_of([self.prompt.ids], [choice.completion for choice in self.choices])
+        return numbers_of([self.prompt.ids], [choice.completion for choice in self.choices], self._generated)
 
     def usage(self) -> Usage:
         """Of all completions."""

@@ -33,7 +33,10 @@ class TextJob:
     def __init__(self, service: Service, request: CompletionRequest) -> None:
         self.service, self.request = service, request
         self.id, self.created = service.new_id("cmpl"), int(time.time())
-        self.prompts = [self._tokens(prompt, name) for name, prompt in _prompts(request.prompt)]
+        self._generated = 0  # tokens, also of a reply that is broken off
+        given = _prompts(request.prompt)
+        self.prompts = [self._tokens(prompt, name) for name, prompt in given]
+        self.texts = [self._text(prompt) for _, prompt in given] if request.echo else []
         if len(self.prompts) * (request.n or 1) > MAX_CHOICES:
             raise ApiError(f"prompts times n may be at most {MAX_CHOICES} completions", param="prompt")
         self.scores = bool(request.echo) and request.logprobs is not None  # the prompt's tokens have log-probabilities
@@ -54,6 +57,10 @@ class TextJob:
             ids = prompt
         self.service.check_room(ids, name)
         return ids
+
+    def _text(self, prompt: str | list[int]) -> str:
+        """What is echoed: a text as it was given, of token ids all that they spell."""
+        return prompt if isinstance(prompt, str) else self.service.tokenizer.decode(prompt, False)
 
     def _params(self, ids: list[int], grammar: Grammar | None) -> SamplingParams:
         request = self.request
@@ -76,6 +83,7 @@ class TextJob:
         run = self.service.run(self.id, self.prompts, self.params, self.request.priority or 0)
         async with aclosing(run) as deltas:
             async for i, delta in deltas:
+                self._generated += len(delta.token_ids)
                 yield self.choices[i * n + delta.index], delta
 
     async def whole(self) -> bytes:
@@ -101,7 +109,7 @@ class TextJob:
 
     def numbers(self) -> dict[str, int | str]:
         """For the access log."""
-        return numbers_of(self.prompts, [choice.completion for choice in self.choices])
+        return numbers_of(self.prompts, [choice.completion for choice in self.choices], self._generated)
 
     def usage(self) -> Usage:
         """Of all completions."""
@@ -135,7 +143,9 @@ class TextInTheMaking:
         self._logprobs: list[float] = []
         self._tops: list[dict[int, float]] = []
         self._offset = 0  # characters that stand before the tokens not sent yet
-        self._echoed = not job.request.echo
+        self._decoder = job.service.tokenizer.stream(job.request.skip_special_tokens is not False)
+        self._echo = job.texts[prompt] if job.request.echo else None  # until it has been sent
+        self._sent = False  # whether anything was
 
     def add(self, delta: Delta) -> None:
         """Take in what is new."""
@@ -152,7 +162,7 @@ class TextInTheMaking:
         brings the scores."""
         if self._job.scores and self.completion is None:
             return
-        if self._text or not self._echoed or self.completion is not None:
+        if self._text or self._echo is not None or self.completion is not None:
             choice = self._choice()
             if self.completion is not None:
                 self._finish(choice)
@@ -165,19 +175,17 @@ class TextInTheMaking:
         return choice
 
     def _choice(self) -> TextChoice:
-        job, request = self._job, self._job.request
+        request = self._job.request
         choice = TextChoice(index=self._number, text=self._text, logprobs=None, finish_reason=None)
-        front = 0
-        if not self._echoed:
-            choice.text = job.service.tokenizer.decode(self._prompt) + choice.text
-            front = len(self._prompt)
+        if self._echo is not None:
+            choice.text = self._echo + choice.text
         if request.logprobs is not None:
-            choice.logprobs = self._table(bool(front))
+            choice.logprobs = self._table(self._echo)
         if request.return_token_ids:
             choice.token_ids = self._ids
-            if not self._offset:
+            if not self._sent:
                 choice.prompt_token_ids = self._prompt
-        self._echoed = True
+        self._echo, self._sent = None, True
         self._text, self._ids, self._logprobs, self._tops = "", [], [], []
         return choice
 
@@ -189,27 +197,40 @@ class TextInTheMaking:
         if request.prompt_logprobs is not None:
             choice.prompt_logprobs = prompt_logprobs(self._job.service.texts, self._prompt, completion)
 
-    def _table(self, front: bool) -> TextLogprobs:
+    def _table(self, echo: str | None) -> TextLogprobs:
         texts = self._job.service.texts
         ids, logprobs = list(self._ids), [finite(value) for value in self._logprobs]
         tops: list[dict[int, float] | None] = list(self._tops or [{}] * len(ids))
         known: list[float | None] = list(logprobs)
-        if front and self.completion is not None and self.completion.prompt_logprobs is not None:
+        offsets: list[int] = []
+        if echo is not None and self.completion is not None and self.completion.prompt_logprobs is not None:
+            offsets = self._offsets_of_prompt(echo)
+            self._offset = len(echo)
             ids = [*self._prompt, *ids]
             known = [*(None if p is None else finite(p) for p in self.completion.prompt_logprobs), *known]
             tops = [*(self.completion.prompt_top_logprobs or []), *tops]
-        tokens = texts.texts(ids)
-        offsets = []
-        for token in tokens:
+        for token in self._ids:
             offsets.append(self._offset)
-            self._offset += len(token)
+            self._offset += len(self._decoder.push(token))
         wanted = self._job.request.logprobs
         return TextLogprobs(
-            tokens=tokens,
+            tokens=texts.texts(ids),
             token_logprobs=known,
             top_logprobs=[None if top is None else texts.table(top) for top in tops] if wanted else None,
             text_offset=offsets,
         )
+
+    def _offsets_of_prompt(self, text: str) -> list[int]:
+        """Where each of its tokens begins in the prompt's text; the parts of a character all where that does."""
+        decoder = self._job.service.tokenizer.stream(skip_special_tokens=False)
+        lengths = [len(decoder.push(token)) for token in self._prompt]
+        # What the tokenizer has put before the text (a bos token, a blank) is not echoed.
+        place = len(text) - sum(lengths) - len(decoder.flush())
+        offsets = []
+        for length in lengths:
+            offsets.append(max(0, place))
+            place += length
+        return offsets
 
 
 def _prompts(given: str | list[int] | list[str] | list[list[int]]) -> list[tuple[str, str | list[int]]]:

@@ -72,6 +72,13 @@ def overloaded(waiting: int) -> ApiError:
     )
 
 
+def shutting_down() -> ApiError:
+    """The server drains. The code tells a client that the same request may be sent again, soon."""
+    return ApiError(
+        "the server is shutting down; ask again later", 503, code="shutting_down", headers={"Retry-After": "5"}
+    )
+
+
 def unknown_model(name: str, known: str) -> ApiError:
     """A model that is not served here."""
     return ApiError(

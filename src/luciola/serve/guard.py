@@ -15,10 +15,11 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
@@ -27,14 +28,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from luciola.serve.errors import ApiError
+from luciola.serve.errors import ApiError, shutting_down
 
 LINGER = 2.0  # seconds that a refused client may go on sending, so that it gets to read its refusal
+LEFT = 499  # the status of a reply that nobody waited for; nginx' number
 LINGER_BYTES = 256 * 2**20
 MAX_HELD = 256 * 2**20  # bytes of all bodies held at once
-OPEN = ("/", "/health", "/ready")  # what a server with keys shows to everyone, beside /static/
+# What a server with keys shows to everyone, beside /static/: /docs is a page, which asks for a key by itself.
+OPEN = ("/", "/docs", "/health", "/ready")
 WHILE_DRAINING = ("/health", "/ready", "/metrics")
-SHUTTING_DOWN = "the server is shutting down; ask again later"
 
 _errors = logging.getLogger("luciola.serve")
 
@@ -50,6 +52,7 @@ class ServerSettings:
     port: int = 8000  # 0: a free one
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     allow_unprotected: bool = False  # listen beyond loopback without a key
+    allowed_hosts: tuple[str, ...] = ()  # names, beside the machine's own, by which it may be called without a key
     cors: tuple[str, ...] = ()  # origins whose pages may call the server; "*" for all
     max_body: int = 10 * 2**20
     max_connections: int = 2048
@@ -65,6 +68,9 @@ class ServerSettings:
         for key in self.api_keys:
             if not re.fullmatch(r"[\x21-\x7e]+", key):
                 raise ValueError("an API key must be printable ASCII without spaces, at least one character")
+        for host in self.allowed_hosts:
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", host):
+                raise ValueError(f"--allowed-host {host}: expected a name such as box.example, without port and scheme")
         for origin in self.cors:
             parts = urlsplit(origin)
             if origin != "*" and (not parts.scheme or not parts.netloc or parts.path or parts.query or parts.fragment):
@@ -96,8 +102,10 @@ class Guard:
         self.draining = False
         self._app, self._settings = app, settings
         self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
-        self._checks_host = not self._digests and is_loopback(settings.host)
+        self._names = {"localhost", settings.host.lower(), *_machine_names(), *map(str.lower, settings.allowed_hosts)}
         self._held = 0  # bytes of bodies
+        # Called with the status of each reply that is an error, if the application wants to count them.
+        self.failed: Callable[[int], None] = getattr(getattr(app, "state", None), "failed", lambda status: None)
         # Outside of the keys, since a browser asks for permission (a preflight request) without sending any.
         self._admitting: ASGIApp = self._admit
         if settings.cors:
@@ -131,11 +139,13 @@ class Guard:
         except asyncio.CancelledError:
             if not self.draining:
                 raise
-            await reply.cut_short(SHUTTING_DOWN)
+            await reply.cut_short(shutting_down())
         except Exception as error:
             _errors.error("%s %r failed", scope["method"], scope["path"][:256], exc_info=error)
-            await reply.cut_short("the server failed at this request; its log says why")
+            await reply.cut_short(ApiError("the server failed at this request; its log says why", 500))
         finally:
+            if reply.status is not None and reply.status >= 400 and reply.status != LEFT:
+                self.failed(reply.status)
             if self._settings.access_log:
                 client = scope.get("client")
                 line = {
@@ -160,10 +170,10 @@ class Guard:
         if encodings and (encodings != ["chunked"] or scope["http_version"] == "1.0"):
             # A proxy in front may have understood another length of the body than we do.
             raise ApiError("the only Transfer-Encoding known here is chunked", 400)
-        if self._checks_host and hosts and not self._is_own_name(hosts[0]):
+        if not self._digests and hosts and not self._is_own_name(hosts[0]):
             raise ApiError(
-                "this server answers to localhost and to IP addresses only, since a web page can have any other name "
-                "point here; to use a name, start it with --api-key, or with that name as --host",
+                "this server answers to IP addresses and to its machine's own names only, since a web page can have "
+                "any other name point here; to use another, start it with --allowed-host NAME, or with --api-key",
                 403,
             )
         if "\0" in scope["path"]:
@@ -174,7 +184,7 @@ class Guard:
         headers = Headers(scope=scope)
         try:
             if self.draining and scope["path"] not in WHILE_DRAINING:
-                raise ApiError(SHUTTING_DOWN, 503, headers={"retry-after": "5"})
+                raise shutting_down()
             if self._digests:
                 if scope["path"] not in OPEN and not scope["path"].startswith("/static/"):
                     self._check_key(headers)
@@ -191,12 +201,14 @@ class Guard:
 
     def _check_key(self, headers: Headers) -> None:
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
+        given = [key.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+        digests = [hashlib.sha256(each.encode("latin-1")).digest() for each in given]
         # Digests of one length, all of them compared: the time taken tells nothing about any key.
-        known = [hmac.compare_digest(digest, own) for own in self._digests]
-        if scheme.lower() != "bearer" or not any(known):
+        known = [hmac.compare_digest(digest, own) for digest in digests for own in self._digests]
+        if not any(known):
             raise ApiError(
-                "this server needs a key: send the header `Authorization: Bearer KEY` with one given as --api-key",
+                "this server needs a key: send the header `Authorization: Bearer KEY` (or `X-Api-Key: KEY`) with one "
+                "given as --api-key",
                 401,
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
@@ -222,9 +234,7 @@ class Guard:
         except ValueError:
             return False
         name = name.removesuffix(".")
-        if name in ("localhost", self._settings.host.lower()) or name.endswith(".localhost"):
-            return True
-        return _address(name) is not None
+        return name in self._names or name.endswith(".localhost") or _address(name) is not None
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
         """All of the body, before the application hears of the request. Raises ApiError."""
@@ -291,16 +301,16 @@ class Reply:
             self.complete = not message.get("more_body", False)
         await self._send(message)
 
-    async def cut_short(self, message: str) -> None:
+    async def cut_short(self, error: ApiError) -> None:
         """End a reply with an error, as far as what has been sent of it allows."""
         if self.status is None:
-            status = 503 if self._guard.draining else 500
-            body = ApiError(message, status).body()
+            body = error.body()
             pairs = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            await self.send({"type": "http.response.start", "status": status, "headers": pairs})
+            await self.send({"type": "http.response.start", "status": error.status, "headers": pairs})
             await self.send({"type": "http.response.body", "body": body})
         elif self._streams_events and not self.complete:
-            await self.send({"type": "http.response.body", "body": b"data: " + ApiError(message, 500).body() + b"\n\n"})
+            self._guard.failed(error.status)
+            await self.send({"type": "http.response.body", "body": b"data: " + error.body() + b"\n\n"})
         # Else uvicorn closes the connection, by which the client sees that the reply is not whole.
 
 
@@ -327,6 +337,13 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return ipaddress.ip_address(host)
     except ValueError:
         return None
+
+
+def _machine_names() -> set[str]:
+    """What this machine is called in its network; nobody is asked."""
+    name = socket.gethostname().lower()
+    first = name.partition(".")[0]
+    return {name, first, f"{first}.local"} - {"", ".local"}
 
 
 def _host_and_port(url: str) -> tuple[str, int] | None:

@@ -4,10 +4,17 @@ replace."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 
 from luciola.engine.engine import Engine
 from luciola.engine.sequence import Completion
@@ -32,6 +39,9 @@ class Metrics:
         self._between = self._histogram("inter_token_latency_seconds", "between two tokens of a completion", STEPS)
         self._whole = self._histogram("e2e_request_latency_seconds", "from the request to its end", SECONDS)
         self._decode = self._histogram("request_decode_time_seconds", "from its first token to its end", SECONDS)
+        self._queue = self._histogram("request_queue_time_seconds", "from being ready to being begun", SECONDS)
+        self._prefill = self._histogram("request_prefill_time_seconds", "from being begun to its first token", SECONDS)
+        self._inference = self._histogram("request_inference_time_seconds", "from being begun to its end", SECONDS)
         self._prompt = self._histogram("request_prompt_tokens", "tokens of a prompt", TOKENS)
         self._generated = self._histogram("request_generation_tokens", "tokens of a completion", TOKENS)
 
@@ -43,9 +53,9 @@ class Metrics:
         """A request was answered with this error."""
         self._failed.labels(self._name, str(status)).inc()
 
-    def thought(self, tokens: int) -> None:
-        """So many tokens of a completion were thinking."""
-        self._reasoning.inc(tokens)
+    def left(self, count: int) -> None:
+        """So many completions were given up: nobody waits for them any more, or their time is over."""
+        self._finished.labels(self._name, "abort").inc(count)
 
     def watch(self, prompt_tokens: int) -> Watch:
         """A request for completions of one prompt begins."""
@@ -75,14 +85,26 @@ class Watch:
         if count and index not in self._first:
             self._first[index] = now
             metrics._first.observe(now - self._began)
+            self._gaps(0.0, count - 1)
         elif count:
-            metrics._between.observe((now - self._last[index]) / count)
+            self._gaps((now - self._last[index]) / count, count)
         self._last[index] = now
         if completion is not None:
+            first, begun = self._first.get(index, now), completion.begun
             metrics._whole.observe(now - self._began)
-            metrics._decode.observe(now - self._first.get(index, now))
+            metrics._decode.observe(now - first)
+            if begun:
+                metrics._queue.observe(begun - completion.arrived)
+                metrics._prefill.observe(first - begun)
+                metrics._inference.observe(now - begun)
             metrics._generated.observe(len(completion.token_ids))
+            metrics._reasoning.inc(completion.thinking_tokens)
             metrics._finished.labels(metrics._name, completion.finish_reason).inc()
+
+    def _gaps(self, seconds: float, count: int) -> None:
+        """Tokens that came together, as drafts do, share the time since those before."""
+        for _ in range(count):
+            self._metrics._between.observe(seconds)
 
 
 class _EngineCounts:
@@ -106,6 +128,7 @@ class _EngineCounts:
             "prefix_cache_queries": ("tokens looked for", stats["prompt_tokens"] + stats["cached_tokens"]),
             "prefix_cache_hits": ("tokens that the cache had", stats["cached_tokens"]),
             "num_preemptions": ("completions that had to make room and begin again", stats["preemptions"]),
+            "spec_decode_num_drafts": ("guesses of tokens ahead", stats["drafts"]),
             "spec_decode_num_draft_tokens": ("tokens guessed ahead", stats["drafted"]),
             "spec_decode_num_accepted_tokens": ("guessed tokens that were right", stats["accepted"]),
             "iterations": ("steps of the engine", stats["steps"]),
@@ -118,7 +141,16 @@ class _EngineCounts:
             counter = CounterMetricFamily(f"luciola:{key}", what, labels=("model_name",))
             counter.add_metric((self._name,), value)
             yield counter
+        steps = HistogramMetricFamily("luciola:iteration_tokens_total", "tokens of a step", labels=("model_name",))
+        steps.add_metric((self._name,), *_cumulative(engine.step_sizes, stats["read_tokens"]))
+        yield steps
         info = InfoMetricFamily("luciola:cache_config", "the cache", labels=("model_name",))
         tokens = str(engine.max_cached_tokens)
         info.add_metric((self._name,), {"num_gpu_blocks": str(blocks), "cached_tokens": tokens})
         yield info
+
+
+def _cumulative(sizes: Sequence[int], total: float) -> tuple[list[tuple[str, float]], float]:
+    """A histogram's buckets, each with all that are smaller, and its sum, of the engine's `step_sizes`."""
+    sums = list(accumulate(sizes))
+    return [*((str(2.0**i - 1), float(sums[i])) for i in range(1, len(TOKENS))), ("+Inf", float(sums[-1]))], total

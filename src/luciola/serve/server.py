@@ -1,7 +1,7 @@
 """The process: one uvicorn server in the main thread, from the listening socket to the end of the last reply.
 
-SIGTERM or SIGINT begins the end: no new connections, no new requests, running ones finish within `drain_seconds` and
-are ended with an error after that, exit code 0. A second signal ends the process at once.
+SIGTERM or SIGINT begins the end: new requests are refused with 503, running ones finish within `drain_seconds` and are
+ended with an error after that, exit code 0. A second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -123,11 +123,12 @@ class _Server(uvicorn.Server):
             self._state.draining = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Until the running requests have ended it listens on, so that new ones and probes are told that it drains.
+        await self._until_done(self._settings.drain_seconds)
         for server in self.servers:
             server.close()
         for listener in sockets or []:
             listener.close()
-        await self._until_done(self._settings.drain_seconds)
         for task in list(self.server_state.tasks):
             task.cancel()  # the guard tells the client
         await self._until_done(2.0)
@@ -136,10 +137,11 @@ class _Server(uvicorn.Server):
         await self.lifespan.shutdown()
 
     async def _until_done(self, seconds: float) -> None:
-        """Wait for the running requests, each of which is one task."""
+        """Wait for the requests that run now, each of which is one task."""
+        running = set(self.server_state.tasks)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
-        while self.server_state.tasks and loop.time() < deadline:
+        while running & self.server_state.tasks and loop.time() < deadline:
             await asyncio.sleep(0.02)
 
 

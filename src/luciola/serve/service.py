@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from luciola import Engine, LanguageModel, SamplingParams
 from luciola.engine.sequence import Delta
-from luciola.serve.errors import ApiError, overloaded, unknown_model
+from luciola.serve.errors import ApiError, overloaded, shutting_down, unknown_model
 from luciola.serve.metrics import Metrics
 from luciola.serve.tokens import TokenTexts
 from luciola.serve.tool_prompts import ToolPrompts
@@ -63,7 +63,9 @@ class Service:
             raise ValueError(f"{settings.name} has no tokenizer files, so that no text can be given to it")
         self.tokenizer, self.engine, self.settings = lm.tokenizer, engine, settings
         self.vocab_size = lm.config.vocab_size
-        self.context = lm.config.max_position_embeddings
+        # Tokens of a prompt with its answer: the model's context, or what the cache has room for (the last token is
+        # never read).
+        self.context = min(lm.config.max_position_embeddings, engine.max_cached_tokens + 1)
         self.tool_prompts = ToolPrompts.of(lm.tokenizer)
         self.texts = TokenTexts(lm.tokenizer)
         self.metrics = Metrics(engine, settings.name)
@@ -83,7 +85,7 @@ class Service:
             raise ApiError(f"{where} is empty; give at least one token", param=where)
         if len(ids) >= self.context:
             raise ApiError(
-                f"{where} has {len(ids)} tokens; the model's context of {self.context} leaves no room to answer: "
+                f"{where} has {len(ids)} tokens; this server's context of {self.context} leaves no room to answer: "
                 "shorten it",
                 param=where,
                 code="context_length_exceeded",
@@ -105,10 +107,15 @@ class Service:
         return event is not None
 
     async def run(
-        self, request_id: str, prompts: Sequence[list[int]], params: Sequence[SamplingParams], priority: int = 0
+        self,
+        request_id: str,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        priority: int = 0,
+        inside: bool | None = None,
     ) -> AsyncGenerator[tuple[int, Delta], None]:
         """Yield what each step adds to the completions of each prompt: (number of the prompt, delta). Closed early, it
-        ends them, and their part of the cache is free within a step.
+        ends them, and their part of the cache is free within a step. `inside`: as for `Engine.stream_async`.
 
         Raises:
             ApiError: too many are waiting already, a prompt or parameter does not go, or the time is over.
@@ -122,7 +129,7 @@ class Service:
         late = ApiError(f"the request took longer than the {seconds:g} seconds that this server gives", 504)
         timer = asyncio.get_running_loop().call_later(seconds, news.put_nowait, late)
         readers = [
-            asyncio.create_task(self._read(news, i, ids, p, priority, event))
+            asyncio.create_task(self._read(news, i, ids, p, priority, event, inside))
             for i, (ids, p) in enumerate(zip(prompts, params, strict=True))
         ]
         watches = [self.metrics.watch(len(ids)) for ids in prompts]
@@ -142,11 +149,14 @@ class Service:
                 if delta.completion is not None:
                     left -= 1
                     if delta.completion.finish_reason == "abort":
-                        raise ApiError("the server is stopping; what came so far is all there is", 503)
+                        raise shutting_down()
                 yield i, delta
         except ValueError as error:
+            left = 0  # refused, so that nothing has begun
             raise ApiError(str(error)) from error
         finally:
+            if left:
+                self.metrics.left(left)
             self._waiting -= len(unstarted)
             del self._thinking[request_id]
             timer.cancel()
@@ -162,9 +172,10 @@ class Service:
         params: SamplingParams,
         priority: int,
         stop_thinking: threading.Event,
+        inside: bool | None,
     ) -> None:
         try:
-            async with aclosing(self.engine.stream_async(ids, params, priority, stop_thinking)) as deltas:
+            async with aclosing(self.engine.stream_async(ids, params, priority, stop_thinking, inside)) as deltas:
                 async for delta in deltas:
                     news.put_nowait((i, delta))
         except Exception as error:

@@ -10,8 +10,11 @@ from luciola.serve.tokens import TokenTexts, finite
 
 
 def usage_of(prompts: Sequence[Sequence[int]], completions: Sequence[Completion]) -> Usage:
-    """The usage of a reply; of a prompt that the cache had, each prompt's own completions tell."""
+    """The usage of a reply, whose completions come prompt by prompt, of each the same number. What the cache had of a
+    prompt its own completions tell."""
     prompt_tokens = sum(len(ids) for ids in prompts)
+    n = len(completions) // len(prompts)
+    groups = [completions[i * n : (i + 1) * n] for i in range(len(prompts))]
     generated = sum(len(completion.token_ids) for completion in completions)
     drafted = sum(completion.drafted for completion in completions)
     accepted = sum(completion.accepted for completion in completions)
@@ -20,7 +23,7 @@ def usage_of(prompts: Sequence[Sequence[int]], completions: Sequence[Completion]
         completion_tokens=generated,
         total_tokens=prompt_tokens + generated,
         prompt_tokens_details=PromptDetails(
-            cached_tokens=min(prompt_tokens, max((c.cached_tokens for c in completions), default=0))
+            cached_tokens=sum(max((c.cached_tokens for c in group), default=0) for group in groups)
         ),
         completion_tokens_details=CompletionDetails(
             reasoning_tokens=sum(completion.thinking_tokens for completion in completions),
@@ -49,12 +52,14 @@ def prompt_logprobs(
     return places
 
 
-def numbers_of(prompts: Sequence[Sequence[int]], completions: Sequence[Completion | None]) -> dict[str, int | str]:
-    """What the access log says of a request."""
+def numbers_of(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Completion | None], generated: int
+) -> dict[str, int | str]:
+    """What the access log says of a request, for which so many tokens have been generated."""
     done = [completion for completion in completions if completion is not None]
     reasons = sorted({completion.finish_reason for completion in done})
     return {
         "prompt_tokens": sum(len(ids) for ids in prompts),
-        "completion_tokens": sum(len(completion.token_ids) for completion in done),
+        "completion_tokens": generated,
         "finish": ",".join(reasons) if len(done) == len(completions) else "left",
     }
