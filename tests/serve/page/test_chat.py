@@ -124,22 +124,30 @@ def test_settings_belong_to_their_conversation(page: Any, server: Scripted) -> N
     page.click("Close", "#settings")
     page.ask("After")
     plain, asked = server.asked
-    assert not {"temperature", "top_p", "seed", "thinking"} & plain.keys()
+    assert plain.items() >= {"temperature": 0.6, "top_p": 0.95}.items() and not {"seed", "thinking"} & plain.keys()
     wanted = {
         "temperature": 0.25,
+        "top_p": 0.95,
         "top_k": 40,
         "seed": 7,
         "thinking_token_budget": 99,
         "thinking": {"type": "disabled"},
     }
-    assert asked.items() >= wanted.items() and "top_p" not in asked
+    assert asked.items() >= wanted.items()
     assert asked["messages"][0] == {"role": "system", "content": "Be brief."}
     page.open()
     page.ask("Still")
     assert server.asked[2].items() >= wanted.items()
     page.one("#new").click()
     page.ask("Fresh")
-    assert "temperature" not in server.asked[3] and server.asked[3]["messages"][0]["role"] == "user"
+    assert server.asked[3]["temperature"] == 0.6 and server.asked[3]["messages"][0]["role"] == "user"
+
+
+def test_a_server_that_names_no_sampling_is_left_to_its_own(page: Any, server: Scripted) -> None:
+    server.model = {}
+    page.open()
+    page.ask("Well?")
+    assert not {"temperature", "top_p"} & server.asked[0].keys()
 
 
 def test_conversations_are_found_renamed_deleted_and_brought_back(page: Any, server: Scripted) -> None:

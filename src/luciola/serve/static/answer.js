@@ -142,6 +142,8 @@ function request(conversation, node, server) {
     model: server.id,
     messages,
     ...(begun && { continue_final_message: true, add_generation_prompt: false }),
+    temperature: server.temperature, // what the panel shows where the conversation sets nothing
+    top_p: server.top_p,
     ...sampling,
     ...(typeof thinking === "boolean" && { thinking: { type: thinking ? "enabled" : "disabled" } }),
   };
