@@ -131,6 +131,11 @@ export function speed({ tokens = 0, writing = 0 } = {}) {
   return tokens > 1 && writing > 50 ? ((tokens - 1) / writing) * 1000 : 0;
 }
 
+/** Of the longest answer's tokens those that are left to a continuation; where none is, it was asked for more: as many again. */
+function left(limit, { tokens = 0 } = {}) {
+  return limit - (Math.floor(tokens) % limit);
+}
+
 function request(conversation, node, server) {
   const { thinking, ...sampling } = conversation.sampling;
   const system = conversation.system ?? server.system;
@@ -145,6 +150,7 @@ function request(conversation, node, server) {
     temperature: server.temperature, // what the panel shows where the conversation sets nothing
     top_p: server.top_p,
     ...sampling,
+    ...(begun && sampling.max_tokens && { max_tokens: left(sampling.max_tokens, node.stats) }),
     ...(typeof thinking === "boolean" && { thinking: { type: thinking ? "enabled" : "disabled" } }),
   };
 }

@@ -126,7 +126,7 @@ export class MessageView {
     this.notice.replaceChildren(words ?? "");
     if (!words || (live && answer.state === "busy")) return;
     const some = Boolean(node.content || node.reasoning);
-    if (some && (live || end !== "error")) this.offer("Continue", () => this.actions.resume(this.node));
+    if (some) this.offer("Continue", () => this.actions.resume(this.node));
     if (!some || end === "error" || end === "lost") this.offer("Retry", () => this.actions.regenerate(this.node));
   }
 
