@@ -147,6 +147,46 @@ def test_the_key_is_asked_for_and_kept_for_the_tab_only(page: Any, server: Scrip
     page.until(lambda: len(page.answers()) == 2 and page.answers()[1] == "Hello.")
 
 
+def test_the_question_for_a_key_can_be_put_off(page: Any, server: Scripted) -> None:
+    server.key = "firefly"
+    page.open(ready=False)
+    for _ in range(2):
+        page.until(lambda: page.one("#login").is_displayed())
+        assert not page.one("#login-fault").is_displayed()  # none was given yet
+        page.one("#key").send_keys("\ue00c")  # Escape
+        page.until(lambda: not page.one("#login").is_displayed())
+        time.sleep(0.5)
+        assert not page.one("#login").is_displayed()
+        page.click("Connect")
+    page.until(lambda: page.one("#login").is_displayed())
+    page.one("#key").send_keys("wrong", "\ue007")
+    page.until(lambda: page.one("#login-fault").is_displayed())
+    assert page.text("#login-fault") == "This key was not accepted."
+    page.click("Cancel")
+    page.one("#box").send_keys("Hello?", "\ue007")  # who writes anyway is asked again, and loses nothing
+    page.until(lambda: page.one("#login").is_displayed())
+    page.one("#key").send_keys("firefly", "\ue007")
+    page.until(lambda: page.text("#model") == "glow-1b")
+    page.one("#box").send_keys("\ue007")
+    page.until(lambda: page.answers() == ["Hello."])
+    assert page.questions() == ["Hello?"]
+
+
+def test_a_key_that_changed_while_the_server_was_away_can_be_put_off(page: Any, server: Scripted) -> None:
+    server.replies = [Reply("kept " * 2000, delay=0.02)]
+    page.send("Go on")
+    page.until(lambda: page.answers() and page.answers()[0].count("kept") > 5)
+    server.stop()
+    server.key = "firefly"
+    page.until(lambda: page.text("#state") == "Reconnecting")
+    server.start()
+    page.until(lambda: page.one("#login").is_displayed())
+    page.click("Cancel")
+    page.click("Stop")
+    page.done(2)
+    assert page.answers()[0].count("kept") > 5
+
+
 def test_a_busy_server_is_asked_again_when_it_says(page: Any, server: Scripted) -> None:
     server.replies = [Reply(status=429, message="The queue is full.", headers={"Retry-After": "2"}), Reply("Now.")]
     start = time.monotonic()

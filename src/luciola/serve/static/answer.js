@@ -1,7 +1,7 @@
 // One answer on its way: the request, its stream, its figures, and what happens when the server fails under it. An
 // answer that was cut goes on from where it stopped: the server is given what there is of it and writes the rest.
 
-import { Fault, answerNow, chat, pause, untilReady } from "./api.js";
+import { Fault, answerNow, chat, pause, unlessAborted, untilReady } from "./api.js";
 import { addMessage, prompt } from "./tree.js";
 
 const RETRIES = 3; // by itself; a request that brings the server down must not do so for ever
@@ -66,7 +66,7 @@ export class Answer {
       ? "The server has gone away; what came so far is kept. Trying again …"
       : "The server cannot be reached. Trying again …");
     await untilReady(this.controller.signal);
-    this.server = await this.reconnect();
+    this.server = await unlessAborted(this.reconnect(), this.controller.signal); // it may ask for a key
   }
 
   async queue(fault) {

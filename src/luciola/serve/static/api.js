@@ -32,6 +32,11 @@ export function keepKey(given) {
   }
 }
 
+/** Whether requests carry a key: one that is refused then was the wrong one. */
+export function hasKey() {
+  return Boolean(key);
+}
+
 async function call(route, options = {}) {
   const headers = { ...options.headers };
   if (key) headers.Authorization = `Bearer ${key}`;
@@ -91,6 +96,15 @@ export async function untilReady(signal) {
     await pause(wait, signal);
     if (await ready()) return;
   }
+}
+
+/** What `promise` gives; throws as soon as `signal` aborts. */
+export function unlessAborted(promise, signal) {
+  return new Promise((resolve, reject) => {
+    signal.throwIfAborted();
+    signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+    promise.then(resolve, reject);
+  });
 }
 
 export function pause(ms, signal) {

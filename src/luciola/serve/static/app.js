@@ -1,7 +1,7 @@
 // The page put together: which conversation is open, sending, and the state that the other modules draw.
 
 import { Answer } from "./answer.js";
-import { keepKey, models, untilReady } from "./api.js";
+import { hasKey, keepKey, models, untilReady } from "./api.js";
 import { dress } from "./icons.js";
 import { connectKeys } from "./keys.js";
 import { watchServer } from "./monitor.js";
@@ -146,7 +146,7 @@ store.watch({
 function send() {
   const text = box.value.trim();
   if (!text || running.has(current.id)) return;
-  if (!server.known) return say("The server has not answered yet.");
+  if (!server.known) return byId("connect").hidden ? say("The server has not answered yet.") : byId("connect").click();
   box.value = "";
   grow();
   const last = path(current).at(-1);
@@ -210,14 +210,21 @@ function turn(node, step) {
 
 // ---- The server ---------------------------------------------------------------------------------------------------
 
-async function connect() {
+let connecting = null;
+
+function connect() {
+  connecting ??= meet().finally(() => (connecting = null));
+  return connecting;
+}
+
+async function meet() {
   while (!server.known) {
     try {
       const [model] = await models();
       const { thinks = false, system = "", history = true, ...defaults } = model.luciola ?? {};
       server = { ...defaults, id: model.id, thinks, system: system ?? "", history, known: true, length: model.max_model_len };
     } catch (fault) {
-      if (fault.kind === "key") await login();
+      if (fault.kind === "key") (await login()) || (await wanted());
       else {
         byId("about").textContent = "The server cannot be reached. Trying again …";
         await untilReady();
@@ -242,11 +249,27 @@ function reconnect() {
 
 let asking = null;
 
+/** Who put the question for a key off says when to ask again. */
+function wanted() {
+  const button = byId("connect");
+  byId("about").textContent = "This server asks for a key.";
+  button.hidden = false;
+  monitor.lock(true);
+  return new Promise((resolve) => {
+    button.onclick = () => {
+      button.hidden = true;
+      monitor.lock(false);
+      resolve();
+    };
+  });
+}
+
 /** Asks for the key; resolves to whether one was given. */
 function login() {
   asking ??= new Promise((resolve) => {
     const dialog = byId("login");
     byId("key").value = "";
+    byId("login-fault").hidden = !hasKey();
     dialog.returnValue = "";
     dialog.onclose = () => {
       asking = null;
@@ -343,6 +366,7 @@ function connectControls() {
     });
     byId("settings").showModal();
   };
+  byId("login-cancel").onclick = () => byId("login").close();
   box.oninput = grow;
   narrow.onchange = () => sidebar(!narrow.matches);
   addEventListener("pagehide", () => [...running.values()].forEach((run) => save(run.conversation)));
