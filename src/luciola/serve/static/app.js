@@ -182,6 +182,7 @@ async function answer(conversation, parent, begun) {
   store.preference("last", conversation.id);
   save(conversation);
   draw();
+  keepFocus();
   drawSidebar();
   thread.toEnd();
   announce("Answering …");
@@ -191,6 +192,11 @@ async function answer(conversation, parent, begun) {
   if (conversation.id === current.id) draw();
   drawSidebar();
   announce(run.node.error ?? { stopped: "Stopped.", length: "The answer was cut at the limit of tokens." }[run.node.finish] ?? "The answer is complete.");
+}
+
+/** What had the focus may have left the page: an edited message, the button of an answer that is written anew. */
+function keepFocus() {
+  if (document.activeElement === document.body && !matchMedia("(pointer: coarse)").matches) box.focus();
 }
 
 let spoken = "";
@@ -206,6 +212,7 @@ function turn(node, step) {
   thread.turn(current, node, step);
   save(current);
   draw();
+  thread.focusVersion(current.chosen[node.parent], step);
 }
 
 // ---- The server ---------------------------------------------------------------------------------------------------
