@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from scripted import Reply, Scripted
 
 
@@ -228,6 +229,14 @@ def test_figures_stand_under_the_answer_and_the_cache_below(page: Any, server: S
     assert words.startswith("10 tokens · ") and "prompt 120 (96 cached)" in words and "first after 0." in words
     rate = float(words.split(" · ")[1].split()[0])
     assert 2 < rate < 40, "ten tokens 0.03 s apart"
+
+
+@pytest.mark.parametrize("end", ["constructor", "toString", "__proto__"])
+def test_an_unknown_finish_reason_says_nothing(page: Any, server: Scripted, end: str) -> None:
+    server.replies = [Reply("Well.", end=end)]
+    page.ask("Well?")
+    assert page.text(".assistant .notice") == ""
+    assert page.text("#announcer") == "The answer is complete."
 
 
 def test_two_tabs_do_not_undo_each_other(page: Any, server: Scripted) -> None:

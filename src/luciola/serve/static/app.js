@@ -4,6 +4,7 @@ import { Answer } from "./answer.js";
 import { hasKey, keepKey, models, untilReady } from "./api.js";
 import { dress } from "./icons.js";
 import { connectKeys } from "./keys.js";
+import { NOTICES } from "./message.js";
 import { watchServer } from "./monitor.js";
 import { showSettings } from "./settings.js";
 import { connectTransfer, drawList } from "./sidebar.js";
@@ -191,7 +192,7 @@ async function answer(conversation, parent, begun) {
   save(conversation);
   if (conversation.id === current.id) draw();
   drawSidebar();
-  announce(run.node.error ?? { stopped: "Stopped.", length: "The answer was cut at the limit of tokens." }[run.node.finish] ?? "The answer is complete.");
+  announce(run.node.error ?? NOTICES.get(run.node.finish) ?? "The answer is complete.");
 }
 
 /** What had the focus may have left the page: an edited message, the button of an answer that is written anew. */

@@ -5,13 +5,14 @@ import { icon, iconButton, relabel } from "./icons.js";
 import { Markdown } from "./markdown.js";
 import { preference } from "./store.js";
 
-const NOTICES = {
-  length: "The answer was cut at the limit of tokens.",
-  stopped: "Stopped.",
-  lost: "The server went away before this answer was complete.",
-  error: "The server could not answer.",
-  cut: "This answer is not complete.",
-};
+// A map: a reason of the server's or of an imported file may be any word, "constructor" too.
+export const NOTICES = new Map([
+  ["length", "The answer was cut at the limit of tokens."],
+  ["stopped", "Stopped."],
+  ["lost", "The server went away before this answer was complete."],
+  ["error", "The server could not answer."],
+  ["cut", "This answer is not complete."],
+]);
 
 const QUIET = 2500; // ms
 
@@ -116,8 +117,8 @@ export class MessageView {
   drawNotice(live) {
     const { node, answer } = this;
     const end = node.finish ?? (live || this.elsewhere() ? null : "cut");
-    let words = live ? answer.notice : end === "error" ? node.error : NOTICES[end];
-    if (!words && end === "error") words = NOTICES.error;
+    let words = live ? answer.notice : end === "error" ? node.error : NOTICES.get(end);
+    if (!words && end === "error") words = NOTICES.get("error");
     if (!words && !live && end && !node.content) words = "The answer is empty.";
     if (this.notice.dataset.words === (words ?? "")) return;
     this.notice.dataset.words = words ?? "";
