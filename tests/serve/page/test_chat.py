@@ -220,6 +220,34 @@ def test_export_and_import_keep_everything(page: Any, server: Scripted) -> None:
     page.until(lambda: page.answers()[0].startswith("Answer with"))
 
 
+def test_an_imported_file_sets_nothing_out_of_bounds_and_no_later_time(page: Any, server: Scripted) -> None:
+    nodes = {
+        "a": {"id": "a", "parent": "root", "role": "user", "content": "Old?", "created": 1, "updated": 9e15},
+        "b": {"id": "b", "parent": "a", "role": "assistant", "content": "Yes.", "created": 9e15, "updated": 9e15},
+    }
+    nodes["b"] |= {"finish": "toString", "stats": {"tokens": -7.5}, "thought": -1}
+    sampling = {"n": 5, "temperature": -4, "top_k": 2.5, "seed": 2**40, "stream": False, "top_p": 0.5, "thinking": True}
+    conversation = {"id": "x", "title": "Old", "created": 9e15, "updated": 9e15, "nodes": nodes, "sampling": sampling}
+    path = Path(page.driver.downloads, "in.json")
+    path.write_text(json.dumps({"conversations": [conversation]}))
+    page.one("#file").send_keys(str(path))
+    page.until(lambda: page.answers() == ["Yes."])
+    assert page.text(".assistant .notice") == "" and page.text(".assistant .figures") == ""
+    page.ask("New?")
+    [asked] = server.asked
+    assert not {"n", "top_k", "seed"} & asked.keys() and asked["stream"] is True
+    assert (asked["temperature"], asked["top_p"], asked["thinking"]) == (0.6, 0.5, {"type": "enabled"})
+    page.one("#new").click()
+    page.ask("Later")
+    page.open()
+    titles = "return [...document.querySelectorAll('#conversations .open')].map((e) => e.textContent)"
+    assert page.js(titles) == ["Later", "Old"]
+    nodes["root"] = {"id": "root", "parent": "b", "role": "user", "content": "A circle."}
+    path.write_text(json.dumps({"conversations": [conversation]}))
+    page.one("#file").send_keys(str(path))
+    page.until(lambda: "cannot be imported" in page.text("#toast span"))
+
+
 def test_figures_stand_under_the_answer_and_the_cache_below(page: Any, server: Scripted) -> None:
     server.replies = [Reply("one two three four five six seven eight nine ten", delay=0.03)]
     page.send("Count")
