@@ -259,6 +259,14 @@ def test_figures_stand_under_the_answer_and_the_cache_below(page: Any, server: S
     assert 2 < rate < 40, "ten tokens 0.03 s apart"
 
 
+def test_an_answer_that_comes_at_once_has_figures_too(page: Any, server: Scripted) -> None:
+    server.replies = [Reply("All of it at once.", "Thought of at once.", piece=1000)]
+    page.ask("Quick")
+    assert page.text(".thinking summary") == "Thought for < 0.1 s"
+    words = page.text(".assistant .figures").split(" · ")
+    assert words[0] == "2 tokens" and words[1].endswith(" tokens/s") and float(words[1].split()[0]) > 0
+
+
 @pytest.mark.parametrize("end", ["constructor", "toString", "__proto__"])
 def test_an_unknown_finish_reason_says_nothing(page: Any, server: Scripted, end: str) -> None:
     server.replies = [Reply("Well.", end=end)]

@@ -126,9 +126,17 @@ export class Answer {
   }
 }
 
+const BURST = 50; // ms; what comes within was written before, and the time of its coming says nothing
+
 /** Tokens a second while writing; the first token is the prompt's work and does not count. */
 export function speed({ tokens = 0, writing = 0 } = {}) {
-  return tokens > 1 && writing > 50 ? ((tokens - 1) / writing) * 1000 : 0;
+  return tokens > 1 && writing > BURST ? ((tokens - 1) / writing) * 1000 : 0;
+}
+
+/** Tokens a second of an answer that is complete; of one that came in a burst, over the whole time from the request on. */
+export function overallSpeed(stats) {
+  const { tokens = 0, writing = 0, first = 0 } = stats ?? {};
+  return speed(stats) || (tokens > 1 && first ? (tokens / (first + writing)) * 1000 : 0);
 }
 
 /** Of the longest answer's tokens those that are left to a continuation; where none is, it was asked for more: as many again. */

@@ -1,6 +1,6 @@
 // One message on the page: its text, its thinking, what can be done with it, and its figures.
 
-import { speed } from "./answer.js";
+import { overallSpeed } from "./answer.js";
 import { icon, iconButton, relabel } from "./icons.js";
 import { Markdown } from "./markdown.js";
 import { preference } from "./store.js";
@@ -79,7 +79,7 @@ export class MessageView {
     if (!node.reasoning) return;
     if (!this.thinking) this.addThinking();
     const { details, label, button, text } = this.thinking;
-    const seconds = ((node.thought ?? 0) / 1000).toFixed(1);
+    const seconds = (node.thought ?? 0) < 100 ? "< 0.1" : (node.thought / 1000).toFixed(1);
     const words = now ? `Thinking … ${seconds} s` : `Thought for ${seconds} s`;
     if (label.textContent !== words) label.textContent = words;
     details.classList.toggle("now", now);
@@ -218,7 +218,7 @@ export async function copyText(text) {
 export function figures(stats) {
   if (!stats?.tokens) return "";
   const parts = [`${stats.tokens.toLocaleString("en")} token${stats.tokens === 1 ? "" : "s"}`];
-  const rate = speed(stats);
+  const rate = overallSpeed(stats);
   if (rate) parts.push(`${rate.toFixed(1)} tokens/s`);
   if (stats.first) parts.push(`first after ${(stats.first / 1000).toFixed(2)} s`);
   if (stats.prompt) parts.push(`prompt ${stats.prompt.toLocaleString("en")}${stats.cached ? ` (${stats.cached.toLocaleString("en")} cached)` : ""}`);
