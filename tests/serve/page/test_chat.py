@@ -275,6 +275,25 @@ def test_an_unknown_finish_reason_says_nothing(page: Any, server: Scripted, end:
     assert page.text("#announcer") == "The answer is complete."
 
 
+def test_a_tab_comes_back_to_its_own_conversation(page: Any, server: Scripted) -> None:
+    page.ask("in the first tab")
+    first = page.driver.current_window_handle
+    page.driver.switch_to.new_window("tab")
+    page.open()
+    page.one("#new").click()
+    page.ask("in the second tab")
+    page.driver.switch_to.new_window("tab")
+    page.open()
+    begun = page.questions()
+    for handle in set(page.driver.window_handles) - {first}:
+        page.driver.switch_to.window(handle)
+        page.driver.close()
+    page.driver.switch_to.window(first)
+    page.open()
+    assert page.questions() == ["in the first tab"]
+    assert begun == ["in the second tab"]  # a new tab begins with what was last used
+
+
 def test_two_tabs_do_not_undo_each_other(page: Any, server: Scripted) -> None:
     server.default = lambda body: Reply("re: " + body["messages"][-1]["content"])
     page.ask("first")

@@ -28,7 +28,7 @@ const monitor = watchServer(reconnect);
 function show(conversation) {
   const moved = conversation.id !== current.id;
   current = conversation;
-  store.preference("last", conversation.id);
+  store.lastOpen(conversation.id);
   draw();
   drawSidebar();
   if (moved) thread.toEnd();
@@ -180,7 +180,7 @@ function resume(node) {
 async function answer(conversation, parent, begun) {
   const run = new Answer(conversation, parent, begun, server, { changed, login, reconnect });
   running.set(conversation.id, run);
-  store.preference("last", conversation.id);
+  store.lastOpen(conversation.id);
   save(conversation);
   draw();
   keepFocus();
@@ -403,7 +403,7 @@ async function begin() {
   const connected = connect();
   if (!(await store.open())) say("This browser keeps nothing for this page: conversations end with the tab.");
   for (const conversation of await store.all()) conversations.set(conversation.id, conversation);
-  const last = conversations.get(store.preference("last"));
+  const last = conversations.get(store.lastOpen());
   if (last) show(last);
   else draw();
   drawSidebar();
