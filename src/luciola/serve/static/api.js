@@ -81,6 +81,11 @@ export async function models() {
   return (await (await call("v1/models")).json()).data;
 }
 
+/** The API's own description. */
+export async function description() {
+  return (await call("openapi.json")).json();
+}
+
 export async function ready() {
   try {
     await call("ready", { signal: AbortSignal.timeout(5000) });
