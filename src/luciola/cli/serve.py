@@ -46,8 +46,16 @@ def serve(
         str | None,
         typer.Option(help="The chat page's system message; default: the instruction of the task that a run learnt."),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature of requests that name none.", min=0.0)] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Likewise, the nucleus.", min=1e-6, max=1.0)] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Sampling temperature where nothing else is asked for; default: 1 for requests, 0.6 for the chat page.",
+            min=0.0,
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Likewise, the nucleus; default: 1 and 0.95.", min=1e-6, max=1.0)
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest completion that a request can have; default: the context.", min=1)
     ] = None,
@@ -139,14 +147,19 @@ def serve(
             max_tokens=max_tokens,
             max_queue=max_queue,
             request_seconds=request_seconds,
-            temperature=temperature,
-            top_p=top_p,
+            **_sampling(temperature, top_p),
             system=task.get("instruction", "") if system is None else system,
             history=not task,
             reasoning_fields=REASONING[1:] if reasoning_field == "both" else (reasoning_field,),
         ),
     )
     run(app, server, called, sockets)
+
+
+def _sampling(temperature: float | None, top_p: float | None) -> dict[str, float]:
+    """What is given holds for requests and for the chat page; each has a default of its own."""
+    given = {"temperature": temperature, "top_p": top_p}
+    return {f"{of}{name}": value for name, value in given.items() if value is not None for of in ("", "page_")}
 
 
 def _warm_up(lm: LanguageModel, engine: Engine) -> None:

@@ -42,6 +42,7 @@ class Reply:
     status: int = 200
     message: str = "no"
     code: str | None = None
+    type: str = "server_error"  # of an error amid the stream
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -59,6 +60,7 @@ class Scripted:
         self.key: str | None = None
         self.name = "glow-1b"
         self.model: dict[str, Any] = {"thinks": True, "system": "", "history": True, "temperature": 0.6, "top_p": 0.95}
+        self.description: dict[str, Any] = {}
         self._ended: set[str] = set()  # ids whose thinking was told to end
         self._ids = itertools.count()
         self._server: uvicorn.Server | None = None
@@ -87,18 +89,19 @@ class Scripted:
 
     def _app(self) -> Starlette:
         guarded = self._guarded
-        return Starlette(
-            routes=[
-                Route("/", self._page),
-                Mount("/static", StaticFiles(directory=STATIC)),
-                Route("/health", self._well),
-                Route("/ready", self._well),
-                Route("/metrics", guarded(self._metrics)),
-                Route("/v1/models", guarded(self._models)),
-                Route("/v1/chat/completions", guarded(self._chat), methods=["POST"]),
-                Route("/v1/chat/completions/control", guarded(self._control), methods=["POST"]),
-            ]
-        )
+        routes = [
+            Route("/", self._page),
+            Route("/docs", self._docs),
+            Mount("/static", StaticFiles(directory=STATIC)),
+            Route("/health", self._well),
+            Route("/ready", self._well),
+            Route("/metrics", guarded(self._metrics)),
+            Route("/openapi.json", guarded(self._description)),
+            Route("/v1/models", guarded(self._models)),
+            Route("/v1/chat/completions", guarded(self._chat), methods=["POST"]),
+            Route("/v1/chat/completions/control", guarded(self._control), methods=["POST"]),
+        ]
+        return Starlette(routes=[Mount("/below", routes=routes), *routes])  # also as behind a proxy that adds a path
 
     def _guarded(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def check(request: Request) -> Response:
@@ -111,6 +114,12 @@ class Scripted:
 
     async def _page(self, request: Request) -> Response:
         return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": POLICY})
+
+    async def _docs(self, request: Request) -> Response:
+        return FileResponse(STATIC / "docs.html", headers={"Content-Security-Policy": POLICY})
+
+    async def _description(self, request: Request) -> Response:
+        return JSONResponse(self.description)
 
     async def _well(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -168,7 +177,8 @@ class Scripted:
             if reply.end == "hang":
                 await asyncio.sleep(3600)
             if reply.end == "error":
-                yield _event({"error": {"message": reply.message, "type": "server_error", "param": None, "code": None}})
+                error = {"message": reply.message, "type": reply.type, "param": None, "code": reply.code}
+                yield _event({"error": error})
                 return
             yield chunk({}, reply.end)
             usage = {

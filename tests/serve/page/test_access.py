@@ -91,6 +91,29 @@ def test_the_keyboard_does_it_all(page: Any, server: Scripted) -> None:
     assert not page.one("#keys").is_displayed()
 
 
+def test_the_focus_is_never_lost(page: Any, server: Scripted) -> None:
+    box = page.one("#box")
+    page.ask("one")
+    page.js("document.querySelector('.user [aria-label=\"Edit message\"]').focus()")
+    press(page, ENTER)
+    page.driver.switch_to.active_element.send_keys("!")
+    press(page, ENTER)
+    page.until(lambda: page.questions() == ["one!"])
+    assert page.driver.switch_to.active_element == box
+    page.done()
+    server.replies = [Reply("Half", end="length"), Reply(" done.")]
+    for button, answer in (("Regenerate", "Half"), ("Continue", "Half done.")):
+        page.js("arguments[0].focus()", page.button(button))
+        press(page, ENTER)
+        page.until(lambda answer=answer: page.answers() == [answer])
+        assert page.driver.switch_to.active_element == box
+        page.done()
+    page.js("arguments[0].focus()", page.button("Previous version (2 of 2)", ".assistant"))
+    press(page, ENTER)
+    page.until(lambda: page.answers() == ["Hello."])
+    assert page.driver.switch_to.active_element.accessible_name == "Next version (1 of 2)"
+
+
 def test_the_focus_reaches_every_control_and_is_seen(page: Any, server: Scripted) -> None:
     full(page, server)
     page.js("document.activeElement.blur()")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from scripted import Reply, Scripted
 
 
@@ -124,22 +125,30 @@ def test_settings_belong_to_their_conversation(page: Any, server: Scripted) -> N
     page.click("Close", "#settings")
     page.ask("After")
     plain, asked = server.asked
-    assert not {"temperature", "top_p", "seed", "thinking"} & plain.keys()
+    assert plain.items() >= {"temperature": 0.6, "top_p": 0.95}.items() and not {"seed", "thinking"} & plain.keys()
     wanted = {
         "temperature": 0.25,
+        "top_p": 0.95,
         "top_k": 40,
         "seed": 7,
         "thinking_token_budget": 99,
         "thinking": {"type": "disabled"},
     }
-    assert asked.items() >= wanted.items() and "top_p" not in asked
+    assert asked.items() >= wanted.items()
     assert asked["messages"][0] == {"role": "system", "content": "Be brief."}
     page.open()
     page.ask("Still")
     assert server.asked[2].items() >= wanted.items()
     page.one("#new").click()
     page.ask("Fresh")
-    assert "temperature" not in server.asked[3] and server.asked[3]["messages"][0]["role"] == "user"
+    assert server.asked[3]["temperature"] == 0.6 and server.asked[3]["messages"][0]["role"] == "user"
+
+
+def test_a_server_that_names_no_sampling_is_left_to_its_own(page: Any, server: Scripted) -> None:
+    server.model = {}
+    page.open()
+    page.ask("Well?")
+    assert not {"temperature", "top_p"} & server.asked[0].keys()
 
 
 def test_conversations_are_found_renamed_deleted_and_brought_back(page: Any, server: Scripted) -> None:
@@ -211,6 +220,34 @@ def test_export_and_import_keep_everything(page: Any, server: Scripted) -> None:
     page.until(lambda: page.answers()[0].startswith("Answer with"))
 
 
+def test_an_imported_file_sets_nothing_out_of_bounds_and_no_later_time(page: Any, server: Scripted) -> None:
+    nodes = {
+        "a": {"id": "a", "parent": "root", "role": "user", "content": "Old?", "created": 1, "updated": 9e15},
+        "b": {"id": "b", "parent": "a", "role": "assistant", "content": "Yes.", "created": 9e15, "updated": 9e15},
+    }
+    nodes["b"] |= {"finish": "toString", "stats": {"tokens": -7.5}, "thought": -1}
+    sampling = {"n": 5, "temperature": -4, "top_k": 2.5, "seed": 2**40, "stream": False, "top_p": 0.5, "thinking": True}
+    conversation = {"id": "x", "title": "Old", "created": 9e15, "updated": 9e15, "nodes": nodes, "sampling": sampling}
+    path = Path(page.driver.downloads, "in.json")
+    path.write_text(json.dumps({"conversations": [conversation]}))
+    page.one("#file").send_keys(str(path))
+    page.until(lambda: page.answers() == ["Yes."])
+    assert page.text(".assistant .notice") == "" and page.text(".assistant .figures") == ""
+    page.ask("New?")
+    [asked] = server.asked
+    assert not {"n", "top_k", "seed"} & asked.keys() and asked["stream"] is True
+    assert (asked["temperature"], asked["top_p"], asked["thinking"]) == (0.6, 0.5, {"type": "enabled"})
+    page.one("#new").click()
+    page.ask("Later")
+    page.open()
+    titles = "return [...document.querySelectorAll('#conversations .open')].map((e) => e.textContent)"
+    assert page.js(titles) == ["Later", "Old"]
+    nodes["root"] = {"id": "root", "parent": "b", "role": "user", "content": "A circle."}
+    path.write_text(json.dumps({"conversations": [conversation]}))
+    page.one("#file").send_keys(str(path))
+    page.until(lambda: "cannot be imported" in page.text("#toast span"))
+
+
 def test_figures_stand_under_the_answer_and_the_cache_below(page: Any, server: Scripted) -> None:
     server.replies = [Reply("one two three four five six seven eight nine ten", delay=0.03)]
     page.send("Count")
@@ -220,6 +257,41 @@ def test_figures_stand_under_the_answer_and_the_cache_below(page: Any, server: S
     assert words.startswith("10 tokens · ") and "prompt 120 (96 cached)" in words and "first after 0." in words
     rate = float(words.split(" · ")[1].split()[0])
     assert 2 < rate < 40, "ten tokens 0.03 s apart"
+
+
+def test_an_answer_that_comes_at_once_has_figures_too(page: Any, server: Scripted) -> None:
+    server.replies = [Reply("All of it at once.", "Thought of at once.", piece=1000)]
+    page.ask("Quick")
+    assert page.text(".thinking summary") == "Thought for < 0.1 s"
+    words = page.text(".assistant .figures").split(" · ")
+    assert words[0] == "2 tokens" and words[1].endswith(" tokens/s") and float(words[1].split()[0]) > 0
+
+
+@pytest.mark.parametrize("end", ["constructor", "toString", "__proto__"])
+def test_an_unknown_finish_reason_says_nothing(page: Any, server: Scripted, end: str) -> None:
+    server.replies = [Reply("Well.", end=end)]
+    page.ask("Well?")
+    assert page.text(".assistant .notice") == ""
+    assert page.text("#announcer") == "The answer is complete."
+
+
+def test_a_tab_comes_back_to_its_own_conversation(page: Any, server: Scripted) -> None:
+    page.ask("in the first tab")
+    first = page.driver.current_window_handle
+    page.driver.switch_to.new_window("tab")
+    page.open()
+    page.one("#new").click()
+    page.ask("in the second tab")
+    page.driver.switch_to.new_window("tab")
+    page.open()
+    begun = page.questions()
+    for handle in set(page.driver.window_handles) - {first}:
+        page.driver.switch_to.window(handle)
+        page.driver.close()
+    page.driver.switch_to.window(first)
+    page.open()
+    assert page.questions() == ["in the first tab"]
+    assert begun == ["in the second tab"]  # a new tab begins with what was last used
 
 
 def test_two_tabs_do_not_undo_each_other(page: Any, server: Scripted) -> None:

@@ -1,7 +1,7 @@
 // One answer on its way: the request, its stream, its figures, and what happens when the server fails under it. An
 // answer that was cut goes on from where it stopped: the server is given what there is of it and writes the rest.
 
-import { Fault, answerNow, chat, pause, untilReady } from "./api.js";
+import { Fault, answerNow, chat, pause, unlessAborted, untilReady } from "./api.js";
 import { addMessage, prompt } from "./tree.js";
 
 const RETRIES = 3; // by itself; a request that brings the server down must not do so for ever
@@ -66,7 +66,7 @@ export class Answer {
       ? "The server has gone away; what came so far is kept. Trying again …"
       : "The server cannot be reached. Trying again …");
     await untilReady(this.controller.signal);
-    this.server = await this.reconnect();
+    this.server = await unlessAborted(this.reconnect(), this.controller.signal); // it may ask for a key
   }
 
   async queue(fault) {
@@ -126,9 +126,22 @@ export class Answer {
   }
 }
 
+const BURST = 50; // ms; what comes within was written before, and the time of its coming says nothing
+
 /** Tokens a second while writing; the first token is the prompt's work and does not count. */
 export function speed({ tokens = 0, writing = 0 } = {}) {
-  return tokens > 1 && writing > 50 ? ((tokens - 1) / writing) * 1000 : 0;
+  return tokens > 1 && writing > BURST ? ((tokens - 1) / writing) * 1000 : 0;
+}
+
+/** Tokens a second of an answer that is complete; of one that came in a burst, over the whole time from the request on. */
+export function overallSpeed(stats) {
+  const { tokens = 0, writing = 0, first = 0 } = stats ?? {};
+  return speed(stats) || (tokens > 1 && first ? (tokens / (first + writing)) * 1000 : 0);
+}
+
+/** Of the longest answer's tokens those that are left to a continuation; where none is, it was asked for more: as many again. */
+function left(limit, { tokens = 0 } = {}) {
+  return limit - (Math.floor(tokens) % limit);
 }
 
 function request(conversation, node, server) {
@@ -142,7 +155,10 @@ function request(conversation, node, server) {
     model: server.id,
     messages,
     ...(begun && { continue_final_message: true, add_generation_prompt: false }),
+    temperature: server.temperature, // what the panel shows where the conversation sets nothing
+    top_p: server.top_p,
     ...sampling,
+    ...(begun && sampling.max_tokens && { max_tokens: left(sampling.max_tokens, node.stats) }),
     ...(typeof thinking === "boolean" && { thinking: { type: thinking ? "enabled" : "disabled" } }),
   };
 }

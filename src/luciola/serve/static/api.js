@@ -32,6 +32,11 @@ export function keepKey(given) {
   }
 }
 
+/** Whether requests carry a key: one that is refused then was the wrong one. */
+export function hasKey() {
+  return Boolean(key);
+}
+
 async function call(route, options = {}) {
   const headers = { ...options.headers };
   if (key) headers.Authorization = `Bearer ${key}`;
@@ -51,9 +56,15 @@ async function faultOf(reply) {
   const message = typeof error.message === "string" ? error.message : `The server answered ${reply.status}.`;
   if (reply.status === 401) return new Fault("key", message);
   if (reply.status === 429) return new Fault("busy", message, seconds(reply.headers.get("Retry-After")));
-  if ([502, 503, 504].includes(reply.status)) return new Fault("gone", message);
-  const long = error.code === "context_length_exceeded" || /context length|context window|max_model_len/i.test(message);
-  return new Fault(long ? "length" : "request", message);
+  // A 504 of a proxy's says that the server is away, one of the server's own that it gave this request up.
+  if ([502, 503].includes(reply.status) || (reply.status === 504 && !error.message)) return new Fault("gone", message);
+  return new Fault(kindOf(error), message);
+}
+
+/** What an error's own words say where no status does: amid a stream. */
+function kindOf({ type, code, message }) {
+  if (type === "overloaded_error" || code === "shutting_down") return "gone";
+  return code === "context_length_exceeded" || /context length|context window|max_model_len/i.test(message) ? "length" : "request";
 }
 
 function seconds(header) {
@@ -68,6 +79,11 @@ function post(route, body, signal) {
 
 export async function models() {
   return (await (await call("v1/models")).json()).data;
+}
+
+/** The API's own description. */
+export async function description() {
+  return (await call("openapi.json")).json();
 }
 
 export async function ready() {
@@ -85,6 +101,15 @@ export async function untilReady(signal) {
     await pause(wait, signal);
     if (await ready()) return;
   }
+}
+
+/** What `promise` gives; throws as soon as `signal` aborts. */
+export function unlessAborted(promise, signal) {
+  return new Promise((resolve, reject) => {
+    signal.throwIfAborted();
+    signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+    promise.then(resolve, reject);
+  });
 }
 
 export function pause(ms, signal) {
@@ -119,7 +144,7 @@ export async function* chat(body, signal) {
     } catch {
       throw new Fault("request", "The server sent something that is not JSON.");
     }
-    if (chunk.error) throw new Fault("request", String(chunk.error.message ?? "The server failed."));
+    if (chunk.error) throw new Fault(kindOf(chunk.error), String(chunk.error.message ?? "The server failed."));
     finished ||= chunk.choices?.some((choice) => choice.finish_reason) ?? false;
     yield chunk;
   }

@@ -1,9 +1,10 @@
 // The page put together: which conversation is open, sending, and the state that the other modules draw.
 
 import { Answer } from "./answer.js";
-import { keepKey, models, untilReady } from "./api.js";
+import { hasKey, keepKey, models, untilReady } from "./api.js";
 import { dress } from "./icons.js";
 import { connectKeys } from "./keys.js";
+import { NOTICES } from "./message.js";
 import { watchServer } from "./monitor.js";
 import { showSettings } from "./settings.js";
 import { connectTransfer, drawList } from "./sidebar.js";
@@ -27,7 +28,7 @@ const monitor = watchServer(reconnect);
 function show(conversation) {
   const moved = conversation.id !== current.id;
   current = conversation;
-  store.preference("last", conversation.id);
+  store.lastOpen(conversation.id);
   draw();
   drawSidebar();
   if (moved) thread.toEnd();
@@ -146,7 +147,7 @@ store.watch({
 function send() {
   const text = box.value.trim();
   if (!text || running.has(current.id)) return;
-  if (!server.known) return say("The server has not answered yet.");
+  if (!server.known) return byId("connect").hidden ? say("The server has not answered yet.") : byId("connect").click();
   box.value = "";
   grow();
   const last = path(current).at(-1);
@@ -179,9 +180,10 @@ function resume(node) {
 async function answer(conversation, parent, begun) {
   const run = new Answer(conversation, parent, begun, server, { changed, login, reconnect });
   running.set(conversation.id, run);
-  store.preference("last", conversation.id);
+  store.lastOpen(conversation.id);
   save(conversation);
   draw();
+  keepFocus();
   drawSidebar();
   thread.toEnd();
   announce("Answering …");
@@ -190,7 +192,12 @@ async function answer(conversation, parent, begun) {
   save(conversation);
   if (conversation.id === current.id) draw();
   drawSidebar();
-  announce(run.node.error ?? { stopped: "Stopped.", length: "The answer was cut at the limit of tokens." }[run.node.finish] ?? "The answer is complete.");
+  announce(run.node.error ?? NOTICES.get(run.node.finish) ?? "The answer is complete.");
+}
+
+/** What had the focus may have left the page: an edited message, the button of an answer that is written anew. */
+function keepFocus() {
+  if (document.activeElement === document.body && !matchMedia("(pointer: coarse)").matches) box.focus();
 }
 
 let spoken = "";
@@ -206,18 +213,26 @@ function turn(node, step) {
   thread.turn(current, node, step);
   save(current);
   draw();
+  thread.focusVersion(current.chosen[node.parent], step);
 }
 
 // ---- The server ---------------------------------------------------------------------------------------------------
 
-async function connect() {
+let connecting = null;
+
+function connect() {
+  connecting ??= meet().finally(() => (connecting = null));
+  return connecting;
+}
+
+async function meet() {
   while (!server.known) {
     try {
       const [model] = await models();
       const { thinks = false, system = "", history = true, ...defaults } = model.luciola ?? {};
       server = { ...defaults, id: model.id, thinks, system: system ?? "", history, known: true, length: model.max_model_len };
     } catch (fault) {
-      if (fault.kind === "key") await login();
+      if (fault.kind === "key") (await login()) || (await wanted());
       else {
         byId("about").textContent = "The server cannot be reached. Trying again …";
         await untilReady();
@@ -242,11 +257,27 @@ function reconnect() {
 
 let asking = null;
 
+/** Who put the question for a key off says when to ask again. */
+function wanted() {
+  const button = byId("connect");
+  byId("about").textContent = "This server asks for a key.";
+  button.hidden = false;
+  monitor.lock(true);
+  return new Promise((resolve) => {
+    button.onclick = () => {
+      button.hidden = true;
+      monitor.lock(false);
+      resolve();
+    };
+  });
+}
+
 /** Asks for the key; resolves to whether one was given. */
 function login() {
   asking ??= new Promise((resolve) => {
     const dialog = byId("login");
     byId("key").value = "";
+    byId("login-fault").hidden = !hasKey();
     dialog.returnValue = "";
     dialog.onclose = () => {
       asking = null;
@@ -343,6 +374,7 @@ function connectControls() {
     });
     byId("settings").showModal();
   };
+  byId("login-cancel").onclick = () => byId("login").close();
   box.oninput = grow;
   narrow.onchange = () => sidebar(!narrow.matches);
   addEventListener("pagehide", () => [...running.values()].forEach((run) => save(run.conversation)));
@@ -371,7 +403,7 @@ async function begin() {
   const connected = connect();
   if (!(await store.open())) say("This browser keeps nothing for this page: conversations end with the tab.");
   for (const conversation of await store.all()) conversations.set(conversation.id, conversation);
-  const last = conversations.get(store.preference("last"));
+  const last = conversations.get(store.lastOpen());
   if (last) show(last);
   else draw();
   drawSidebar();

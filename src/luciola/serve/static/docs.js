@@ -1,4 +1,6 @@
-// The API's description for people: every route of /openapi.json with the fields of its request and reply.
+// The API's description for people: every route of openapi.json with the fields of its request and reply.
+
+import { description, hasKey, keepKey } from "./api.js";
 
 function element(tag, className, text) {
   const made = document.createElement(tag);
@@ -29,9 +31,10 @@ function bounds(schema) {
   const parts = [schema, ...(schema.anyOf ?? [])];
   const found = [];
   for (const part of parts) {
-    if (part.minimum !== undefined) found.push(`at least ${part.minimum}`);
+    // Beyond these a number of JSON is not exact: no limit that anyone would meet.
+    if (part.minimum !== undefined && part.minimum > Number.MIN_SAFE_INTEGER) found.push(`at least ${part.minimum}`);
     if (part.exclusiveMinimum !== undefined) found.push(`above ${part.exclusiveMinimum}`);
-    if (part.maximum !== undefined && part.maximum < 2 ** 53) found.push(`at most ${part.maximum}`);
+    if (part.maximum !== undefined && part.maximum < Number.MAX_SAFE_INTEGER) found.push(`at most ${part.maximum}`);
   }
   return found.join(", ");
 }
@@ -64,11 +67,35 @@ function operation(api, path, method, route) {
   return box;
 }
 
+async function read() {
+  while (true) {
+    try {
+      return await description();
+    } catch (fault) {
+      if (fault.kind !== "key") throw fault;
+      keepKey(await askForKey());
+    }
+  }
+}
+
+function askForKey() {
+  const form = element("form");
+  const label = element("label", "", "API key ");
+  const input = element("input");
+  Object.assign(input, { id: "key", type: "password", autocomplete: "off", required: true });
+  label.append(input);
+  const words = element("p", "", hasKey() ? "This key was not accepted." : "This server asks for a key.");
+  form.append(words, label, " ", element("button", "", "Connect"));
+  routes.replaceChildren(form);
+  input.focus();
+  return new Promise((resolve) => {
+    form.onsubmit = (event) => (event.preventDefault(), resolve(input.value.trim()));
+  });
+}
+
 const routes = document.getElementById("routes");
 try {
-  const response = await fetch("/openapi.json");
-  if (!response.ok) throw new Error(`${response.status}: this server wants a key; its description is at /openapi.json`);
-  const api = await response.json();
+  const api = await read();
   document.getElementById("about").textContent = `${api.info.title} ${api.info.version}: ${api.info.description}`;
   routes.replaceChildren();
   let group = null;

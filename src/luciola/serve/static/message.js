@@ -1,17 +1,18 @@
 // One message on the page: its text, its thinking, what can be done with it, and its figures.
 
-import { speed } from "./answer.js";
+import { overallSpeed } from "./answer.js";
 import { icon, iconButton, relabel } from "./icons.js";
 import { Markdown } from "./markdown.js";
 import { preference } from "./store.js";
 
-const NOTICES = {
-  length: "The answer was cut at the limit of tokens.",
-  stopped: "Stopped.",
-  lost: "The server went away before this answer was complete.",
-  error: "The server could not answer.",
-  cut: "This answer is not complete.",
-};
+// A map: a reason of the server's or of an imported file may be any word, "constructor" too.
+export const NOTICES = new Map([
+  ["length", "The answer was cut at the limit of tokens."],
+  ["stopped", "Stopped."],
+  ["lost", "The server went away before this answer was complete."],
+  ["error", "The server could not answer."],
+  ["cut", "This answer is not complete."],
+]);
 
 const QUIET = 2500; // ms
 
@@ -78,7 +79,7 @@ export class MessageView {
     if (!node.reasoning) return;
     if (!this.thinking) this.addThinking();
     const { details, label, button, text } = this.thinking;
-    const seconds = ((node.thought ?? 0) / 1000).toFixed(1);
+    const seconds = (node.thought ?? 0) < 100 ? "< 0.1" : (node.thought / 1000).toFixed(1);
     const words = now ? `Thinking … ${seconds} s` : `Thought for ${seconds} s`;
     if (label.textContent !== words) label.textContent = words;
     details.classList.toggle("now", now);
@@ -116,8 +117,8 @@ export class MessageView {
   drawNotice(live) {
     const { node, answer } = this;
     const end = node.finish ?? (live || this.elsewhere() ? null : "cut");
-    let words = live ? answer.notice : end === "error" ? node.error : NOTICES[end];
-    if (!words && end === "error") words = NOTICES.error;
+    let words = live ? answer.notice : end === "error" ? node.error : NOTICES.get(end);
+    if (!words && end === "error") words = NOTICES.get("error");
     if (!words && !live && end && !node.content) words = "The answer is empty.";
     if (this.notice.dataset.words === (words ?? "")) return;
     this.notice.dataset.words = words ?? "";
@@ -126,7 +127,7 @@ export class MessageView {
     this.notice.replaceChildren(words ?? "");
     if (!words || (live && answer.state === "busy")) return;
     const some = Boolean(node.content || node.reasoning);
-    if (some && (live || end !== "error")) this.offer("Continue", () => this.actions.resume(this.node));
+    if (some) this.offer("Continue", () => this.actions.resume(this.node));
     if (!some || end === "error" || end === "lost") this.offer("Retry", () => this.actions.regenerate(this.node));
   }
 
@@ -217,7 +218,7 @@ export async function copyText(text) {
 export function figures(stats) {
   if (!stats?.tokens) return "";
   const parts = [`${stats.tokens.toLocaleString("en")} token${stats.tokens === 1 ? "" : "s"}`];
-  const rate = speed(stats);
+  const rate = overallSpeed(stats);
   if (rate) parts.push(`${rate.toFixed(1)} tokens/s`);
   if (stats.first) parts.push(`first after ${(stats.first / 1000).toFixed(2)} s`);
   if (stats.prompt) parts.push(`prompt ${stats.prompt.toLocaleString("en")}${stats.cached ? ` (${stats.cached.toLocaleString("en")} cached)` : ""}`);

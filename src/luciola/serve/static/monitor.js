@@ -13,14 +13,15 @@ export function watchServer(back) {
   const line = Object.fromEntries(["lamp", "state", "speed", "cache"].map((id) => [id, document.getElementById(id)]));
   let answer = null;
   let there = true;
+  let locked = false; // the server wants a key
   let timer = 0;
 
   const set = (element, text) => element.textContent !== text && (element.textContent = text);
 
   function draw() {
-    const lost = !there || answer?.state === "lost";
+    const lost = !there || locked || answer?.state === "lost";
     line.lamp.className = lost ? "lost" : answer ? "busy" : "ready";
-    set(line.state, answer ? STATES[answer.state] ?? "Ready" : there ? "Ready" : "The server does not answer");
+    set(line.state, answer ? STATES[answer.state] ?? "Ready" : locked ? "This server asks for a key" : there ? "Ready" : "The server does not answer");
     const stats = answer?.node.stats;
     const rate = speed(stats);
     set(line.speed, stats?.tokens ? `${stats.tokens.toLocaleString("en")} tokens${rate ? ` · ${rate.toFixed(1)} tokens/s` : ""}` : "");
@@ -48,6 +49,10 @@ export function watchServer(back) {
     start() {
       look();
       document.addEventListener("visibilitychange", () => document.hidden || look());
+    },
+    lock(wanted) {
+      locked = wanted;
+      draw();
     },
     /** `running` is the Answer on show that is being written, or null. */
     show(running) {

@@ -12,6 +12,13 @@ const FIELDS = [
 ];
 const THINKING = ["thinking_token_budget", "Thinking budget", { min: 0, max: 1_000_000, step: 1 }, "in tokens; then it has to answer"];
 
+/** Whether a conversation may have the setting `name` of `value`. */
+export function allowed(name, value) {
+  if (name === "thinking") return typeof value === "boolean";
+  const range = [...FIELDS, THINKING].find(([known]) => known === name)?.[2];
+  return range !== undefined && value >= range.min && value <= range.max && (range.step < 1 ? Number.isFinite(value) : Number.isInteger(value));
+}
+
 /** Fills the panel for `conversation`, and calls `changed()` whenever a valid value was set. */
 export function showSettings(conversation, server, changed) {
   const system = document.getElementById("system");

@@ -74,7 +74,20 @@ export function watch({ changed, removed }) {
   });
 }
 
-/** A small preference (theme, last conversation ...); forgotten where the browser keeps nothing. */
+/** The conversation that this tab last had open, else the one that any had; with `id` noted as that. */
+export function lastOpen(id) {
+  let own = null;
+  try {
+    if (id) sessionStorage.setItem("luciola.last", id);
+    own = sessionStorage.getItem("luciola.last");
+  } catch {
+    // As below.
+  }
+  const last = preference("last", id);
+  return own ?? last;
+}
+
+/** A small preference (theme, watching the thinking ...); forgotten where the browser keeps nothing. */
 export function preference(name, value) {
   try {
     if (value === undefined) return localStorage.getItem("luciola." + name);

@@ -83,6 +83,13 @@ export class Thread {
     turn(conversation, node, step);
   }
 
+  /** The button that was pressed left with its message; the same one of the message now on show goes on from there. */
+  focusVersion(id, step) {
+    const { before, after } = this.views.get(id) ?? {};
+    const [same, other] = step < 0 ? [before, after] : [after, before];
+    (same?.disabled ? other : same)?.focus({ preventScroll: true });
+  }
+
   editLast() {
     const users = [...this.views.values()].filter((view) => view.node.role === "user" && view.root.isConnected);
     const last = users.sort((a, b) => a.node.created - b.node.created).at(-1);

@@ -1,6 +1,8 @@
 // A conversation is a tree of messages. Regenerating an answer or editing a question adds a sibling, so nothing said is
 // ever lost; `chosen` says which child of each message is on show.
 
+import { allowed } from "./settings.js";
+
 export const ROOT = "root";
 
 const ids = new Uint32Array(4);
@@ -89,25 +91,28 @@ export function prompt(conversation, parent, history) {
 /** Checks one conversation of an imported file and keeps only the fields known here. Throws an Error that says why. */
 export function adopt(value) {
   const text = (x) => typeof x === "string";
+  const amount = (x) => Number.isFinite(x) && x >= 0;
+  const now = Date.now();
+  const time = (x, otherwise) => (amount(x) ? Math.min(x, now) : otherwise); // a later one would beat every change to come
   const record = (x) => x !== null && typeof x === "object" && !Array.isArray(x);
   if (!record(value) || !text(value.id) || !record(value.nodes)) throw new Error("a conversation has no id or no nodes");
   const conversation = { ...newConversation(), id: value.id };
-  for (const field of ["created", "updated"]) if (Number.isFinite(value[field])) conversation[field] = value[field];
+  for (const field of ["created", "updated"]) conversation[field] = time(value[field], now);
   if (text(value.title)) conversation.title = value.title;
   if (text(value.system)) conversation.system = value.system;
   conversation.named = value.named === true;
-  for (const [name, number] of Object.entries(record(value.sampling) ? value.sampling : {})) {
-    if (Number.isFinite(number) || typeof number === "boolean") conversation.sampling[name] = number;
+  for (const [name, setting] of Object.entries(record(value.sampling) ? value.sampling : {})) {
+    if (allowed(name, setting)) conversation.sampling[name] = setting;
   }
   for (const [id, node] of Object.entries(value.nodes)) {
-    if (!record(node) || node.id !== id || !/^[\w-]{1,64}$/.test(id) || id === "__proto__" || !text(node.parent) || !text(node.content) || !["user", "assistant"].includes(node.role)) {
+    if (!record(node) || node.id !== id || !/^[\w-]{1,64}$/.test(id) || id === "__proto__" || id === ROOT || !text(node.parent) || !text(node.content) || !["user", "assistant"].includes(node.role)) {
       throw new Error(`the message ${id.slice(0, 40)} lacks a parent, role or content`);
     }
     const kept = { id, parent: node.parent, role: node.role, content: node.content };
-    for (const field of ["created", "updated"]) kept[field] = Number.isFinite(node[field]) ? node[field] : conversation.created;
+    for (const field of ["created", "updated"]) kept[field] = time(node[field], conversation.created);
     for (const field of ["reasoning", "model", "finish"]) if (text(node[field])) kept[field] = node[field];
-    if (Number.isFinite(node.thought)) kept.thought = node.thought;
-    if (record(node.stats)) kept.stats = Object.fromEntries(Object.entries(node.stats).filter(([, x]) => Number.isFinite(x)));
+    if (amount(node.thought)) kept.thought = node.thought;
+    if (record(node.stats)) kept.stats = Object.fromEntries(Object.entries(node.stats).filter(([, x]) => amount(x)));
     conversation.nodes[id] = kept;
   }
   if (record(value.chosen)) conversation.chosen = Object.fromEntries(Object.entries(value.chosen).filter(([, id]) => text(id)));
