@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from luciola.engine.grammar import Grammar
+from luciola.serve.protocol import MAX_TOOLS
 from luciola.serve.tool_calls import NAME, ToolCallParser
 from luciola.serve.tool_formats import CallFormat, Tool, call_grammar
 from luciola.text.tokenizer import Tokenizer
 from luciola.text.untrusted import printable, shortened
 
-MOST_TOOLS = 128
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -44,8 +44,8 @@ class ToolUse:
         if parallel_tool_calls is not None and not isinstance(parallel_tool_calls, bool):
             raise ValueError(f"parallel_tool_calls must be true or false, not {shortened(parallel_tool_calls)}.")
         given: Sequence[object] = tools or ()
-        if len(given) > MOST_TOOLS:
-            raise ValueError(f"tools has {len(given)} functions; at most {MOST_TOOLS} are taken.")
+        if len(given) > MAX_TOOLS:
+            raise ValueError(f"tools has {len(given)} functions; at most {MAX_TOOLS} are taken.")
         known: dict[str, Tool] = {}
         for place, entry in enumerate(given):
             tool = _tool(entry, f"tools[{place}]")
