@@ -82,3 +82,32 @@ def test_a_large_request_is_refused_at_its_first_fault(here: Any, path: str, bod
     assert error["param"].startswith(field) and len(error["message"]) < 600
     assert watch.worst < 1.5  # every fault listed: 4 to 60 seconds
     assert process.memory_info().rss - before < 400 << 20
+
+
+LONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a text": (TEXT, {"prompt": "a b " * 2_400_000}, "prompt"),
+    "a message": (CHAT, user("a b " * 2_400_000), "messages"),
+    "parts": (CHAT, user([{"type": "text", "text": "a b " * 200}] * 9_000), "messages"),
+    "messages": (CHAT, {"messages": [{"role": "user", "content": "a b " * 200}] * 9_000}, "messages"),
+    "a conversation to tokenise": ("/tokenize", user("a b " * 2_400_000), "messages"),
+    "a text to tokenise": ("/tokenize", {"content": "a b " * 2_400_000}, "content"),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "field"), LONG.values(), ids=LONG.keys())
+def test_what_no_context_holds_is_not_tokenised(here: Any, path: str, body: dict[str, Any], field: str) -> None:
+    content = json.dumps(body).encode()
+    began = time.perf_counter()
+    with Watch(here.url) as watch:
+        reply = here.client.post(path, content=content, headers={"Content-Type": "application/json"}, timeout=120)
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == field, reply.text[:500]
+    assert watch.worst < 1.5 and time.perf_counter() - began < 8  # tokenised: over 20
+
+
+def test_a_long_text_is_tokenised_while_others_are_served(here: Any) -> None:
+    text = "a b " * (1 << 18)
+    with Watch(here.url) as watch:
+        reply = here.client.post("/tokenize", json={"content": text, "return_token_strs": True}, timeout=120).json()
+    assert reply["count"] == len(text) and "".join(reply["token_strs"]) == text
+    assert here.client.post("/detokenize", json={"tokens": reply["tokens"]}).json()["content"] == text
+    assert watch.worst < 1.5

@@ -67,7 +67,7 @@ class ChatJob:
             messages, tools = service.tool_prompts.prepare(messages, () if self.tools is None else self.tools.given)
         except ValueError as error:
             raise ApiError(str(error), param="messages" if "messages" in str(error) else "tools") from error
-        prompt = chat_prompt(service.tokenizer, request, messages, tools, grammar is not None)
+        prompt = chat_prompt(service, request, messages, tools, grammar is not None)
         service.check_room(prompt.ids, "messages")
         if grammar is not None and prompt.thinks:
             grammar = grammar.after(END_THINK)

@@ -8,6 +8,7 @@ from typing import Any
 
 from luciola.serve.errors import ApiError
 from luciola.serve.protocol import AssistantMessage, Content, Message, Templated
+from luciola.serve.service import Service
 from luciola.text.chat import END_THINK, THINK
 from luciola.text.tokenizer import Tokenizer
 
@@ -26,8 +27,28 @@ class Prompt:
     inside: bool = False
 
 
+def encoded(service: Service, text: str, where: str, begin: bool = False) -> list[int]:
+    """The token ids of a request's text. One that is too long for the context whatever its tokens are is not looked at.
+
+    Raises:
+        ApiError: it is so long, or the tokenizer has no tokens for it.
+    """
+    most = service.context * service.tokenizer.longest
+    if len(text) > most:
+        raise ApiError(
+            f"{where} has {len(text)} characters; the model's context of {service.context} tokens holds {most} at "
+            "most: shorten it",
+            param=where,
+            code="context_length_exceeded",
+        )
+    try:
+        return service.tokenizer.encode(text, begin=begin)
+    except ValueError as error:
+        raise ApiError(str(error), param=where) from error
+
+
 def chat_prompt(
-    tokenizer: Tokenizer,
+    service: Service,
     request: Templated,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,
@@ -41,6 +62,7 @@ def chat_prompt(
     Raises:
         ApiError: the template refuses the messages, or the last one cannot be gone on from.
     """
+    tokenizer = service.tokenizer
     switch = _switch(request)
     variables = dict(request.chat_template_kwargs or {})
     if switch is not None:
@@ -63,7 +85,7 @@ def chat_prompt(
         assert isinstance(last, AssistantMessage)
         text = _with_beginning(text, last)
         inside = text.rfind(THINK) > text.rfind(END_THINK) and bool(_reasoning(last)) and not flat(last.content)
-        return Prompt(_encoded(tokenizer, text), inside, inside)
+        return Prompt(encoded(service, text, "messages"), inside, inside)
     template = tokenizer.chat_template or ""
     if switch is False and tokenizer.thinks and generate:
         if _ends(text, THINK):
@@ -73,7 +95,7 @@ def chat_prompt(
     inside = thinks and _ends(text, THINK)
     if thinks and constrained and not inside:
         text, inside = text + THINK, True
-    return Prompt(_encoded(tokenizer, text), thinks, inside)
+    return Prompt(encoded(service, text, "messages"), thinks, inside)
 
 
 def as_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -134,10 +156,3 @@ def _ends(text: str, tag: str) -> bool:
 
 def _blank(tokenizer: Tokenizer) -> str:
     return "" if tokenizer.lacks("\n") else "\n\n"
-
-
-def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    try:
-        return tokenizer.encode(text)
-    except ValueError as error:
-        raise ApiError(str(error), param="messages") from error

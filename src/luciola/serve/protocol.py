@@ -4,8 +4,8 @@ Values must have the type that stands here ("1" is no number), null means the de
 passed over, as those servers do. A name that is known but cannot be honoured is refused: an answer that silently is not
 what was asked for helps nobody. What a setting may be beyond its bounds here is checked by `SamplingParams`.
 
-Requests are checked on the event loop, so that a check must not take long whatever is in the request: lists are bounded,
-and are given up at their first fault, as pydantic would otherwise list every fault of every item.
+Requests are checked on the event loop, so that a check must not take long whatever is in the request: lists are
+bounded, and are given up at their first fault, as pydantic would otherwise list every fault of every item.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_CHOICES = 128  # completions of a request
 MAX_MESSAGES = 10_000  # and parts of a message
 MAX_TOOLS = 128  # and calls of a message
 MAX_BIASES = 4096  # tokens with a bias
-MAX_TOKENS = 1 << 20  # token ids of a prompt
+MAX_TOKENS = 1 << 20  # token ids of a prompt, and characters of a text to tokenise
 
 
 def few_enough(given: Any) -> Any:
@@ -236,8 +236,8 @@ class TokenizeRequest(Asked):
     """POST /tokenize with a text (`prompt`, or llama.cpp's `content`) or with `messages`."""
 
     model: str | None = None
-    prompt: str | None = None
-    content: str | None = None
+    prompt: Annotated[str, Field(max_length=MAX_TOKENS)] | None = None
+    content: Annotated[str, Field(max_length=MAX_TOKENS)] | None = None
     messages: Messages | None = None
     tools: Tools | None = None
     chat_template_kwargs: dict[str, Any] | None = None
