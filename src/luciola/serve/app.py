@@ -26,7 +26,7 @@ from luciola.serve.chat import ChatJob
 from luciola.serve.completions import TextJob
 from luciola.serve.errors import ApiError, answer, of_validation
 from luciola.serve.metrics import CONTENT_TYPE
-from luciola.serve.prompts import as_dicts, chat_prompt
+from luciola.serve.prompts import chat_prompt, tools_of
 from luciola.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -282,7 +282,8 @@ def _token_ids(service: Service, body: TokenizeRequest) -> list[int]:
         raise ApiError("give either prompt, a text, or messages, a conversation", param="prompt")
     if body.messages is not None:
         asked = Templated.model_construct(**{name: getattr(body, name) for name in body.model_fields_set})
-        return chat_prompt(service, asked, as_dicts(body.messages), None, False).ids
+        tools = tools_of(asked)
+        return chat_prompt(service, asked, tools, tools is not None).ids
     try:
         return service.tokenizer.encode(text or "", begin=body.add_special_tokens is not False)
     except ValueError as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
 
+from luciola.serve.protocol import ChatRequest, CompletionRequest
 from luciola.serve.replies import ErrorBody, ErrorReply
 from luciola.text.untrusted import printable, shortened
 
@@ -60,6 +62,14 @@ async def answer(request: Request, error: Exception) -> Response:
     """FastAPI's handler of ApiError."""
     assert isinstance(error, ApiError)
     return error.response()
+
+
+def naming(error: ValueError, field: str) -> ApiError:
+    """The error of a request whose sentence begins with the field at fault; `field`: where it begins otherwise."""
+    place = re.match(r"[a-z_]+(\[\d+\]|\.[a-z_]+)*", str(error))
+    first = re.split(r"[.\[]", place[0])[0] if place else ""
+    known = first in (*ChatRequest.model_fields, *CompletionRequest.model_fields)
+    return ApiError(str(error), param=place[0] if place and known else field)
 
 
 def overloaded(waiting: int) -> ApiError:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from luciola.serve.errors import ApiError
-from luciola.serve.protocol import AssistantMessage, Content, Message, Templated
+from luciola.serve.errors import ApiError, naming
+from luciola.serve.protocol import AssistantMessage, Content, Conversation, Message, Templated
 from luciola.serve.service import Service
+from luciola.serve.tools import ToolUse
 from luciola.text.chat import END_THINK, THINK
 from luciola.text.tokenizer import Tokenizer
 
@@ -47,14 +48,21 @@ def encoded(service: Service, text: str, where: str, begin: bool = False) -> lis
         raise ApiError(str(error), param=where) from error
 
 
-def chat_prompt(
-    service: Service,
-    request: Templated,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] | None,
-    constrained: bool,
-) -> Prompt:
-    """Render the messages by the chat template.
+def tools_of(request: Conversation) -> ToolUse | None:
+    """What the request says of tools; None when none may be called.
+
+    Raises:
+        ApiError: it makes no sense.
+    """
+    given = request.model_dump(include={"tools", "tool_choice", "parallel_tool_calls"}, exclude_none=True)
+    try:
+        return ToolUse.read(given.pop("tools", None), **given)
+    except ValueError as error:
+        raise naming(error, "tools") from error
+
+
+def chat_prompt(service: Service, request: Templated, use: ToolUse | None, constrained: bool) -> Prompt:
+    """Render the messages and tools by the chat template.
 
     A thinking that is switched off, in a template without such a switch, is opened and closed again at once. One that
     must come before a `constrained` answer is opened, so that it does.
@@ -63,6 +71,10 @@ def chat_prompt(
         ApiError: the template refuses the messages, or the last one cannot be gone on from.
     """
     tokenizer = service.tokenizer
+    try:
+        messages, tools = service.tool_prompts.prepare(as_dicts(request.messages), () if use is None else use.given)
+    except ValueError as error:
+        raise naming(error, "messages") from error
     switch = _switch(request)
     variables = dict(request.chat_template_kwargs or {})
     if switch is not None:

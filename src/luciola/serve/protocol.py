@@ -187,16 +187,21 @@ class Thinking(Asked):
     type: Literal["enabled", "disabled"]
 
 
-class Templated(Asked):
-    """What the chat template sees."""
+class Conversation(Asked):
+    """What the chat template sees, besides the messages."""
 
-    messages: Messages
     tools: Tools | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="further names for the chat template")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     thinking: Thinking | None = Field(None, description="DeepSeek's switch of the thinking")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(None, description="the reply goes on from the last message")
+
+
+class Templated(Conversation):
+    messages: Messages
 
 
 class ChatRequest(Templated, Sampling):
@@ -206,8 +211,6 @@ class ChatRequest(Templated, Sampling):
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST, description="longest reply, thinking included")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
     thinking_token_budget: int | None = Field(None, ge=0, le=MOST, description="tokens after which the thinking ends")
     include_reasoning: bool | None = Field(None, description="false: the thinking is left out of the reply")
     separate_reasoning: bool | None = Field(None, description="false: the thinking is part of the content")
@@ -232,16 +235,13 @@ class CompletionRequest(Sampling):
     add_special_tokens: bool | None = Field(None, description="false: no bos token before a prompt given as text")
 
 
-class TokenizeRequest(Asked):
-    """POST /tokenize with a text (`prompt`, or llama.cpp's `content`) or with `messages`."""
+class TokenizeRequest(Conversation):
+    """POST /tokenize with a text (`prompt`, or llama.cpp's `content`) or with `messages`, read as for a reply."""
 
     model: str | None = None
     prompt: Annotated[str, Field(max_length=MAX_TOKENS)] | None = None
     content: Annotated[str, Field(max_length=MAX_TOKENS)] | None = None
     messages: Messages | None = None
-    tools: Tools | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 

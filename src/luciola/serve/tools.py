@@ -56,7 +56,7 @@ class ToolUse:
             known[tool.name] = tool
         name = _named(tool_choice)
         if not known and (name or tool_choice == "required"):
-            raise ValueError("tool_choice asks for a call, but tools is empty; give the functions in tools.")
+            raise ValueError("tools is empty, but tool_choice asks for a call; give the functions in tools.")
         if name and name not in known:
             raise ValueError(
                 f"tool_choice names '{printable(name, 80)}', which is not in tools; there are: "
@@ -68,7 +68,7 @@ class ToolUse:
             tools=(known[name],) if name else tuple(known.values()),
             given=tuple(_as_shown(tool) for tool in known.values()),
             required=bool(name) or tool_choice == "required",
-            parallel=parallel_tool_calls is not False,
+            parallel=parallel_tool_calls is not False and not name,  # one function named is one call
         )
 
     def grammar(self, form: CallFormat, tokenizer: Tokenizer, answer: Mapping[str, Any] | None = None) -> Grammar:
@@ -82,9 +82,11 @@ class ToolUse:
         """
         return call_grammar(form, self.tools, tokenizer, required=self.required, parallel=self.parallel, answer=answer)
 
-    def parser(self, form: CallFormat, *, enforced: bool = True) -> ToolCallParser:
-        """Finds the calls in one completion; `enforced` if `grammar` is in force there."""
-        return ToolCallParser(form, [tool.name for tool in self.tools], enforced=enforced)
+    def parser(self, form: CallFormat, *, enforced: bool = True, answers: bool = False) -> ToolCallParser:
+        """Finds the calls in one completion; `enforced` if `grammar` is in force there, `answers` if with a schema for
+        completions without calls."""
+        other = "none" if self.required else "json" if answers else "text"
+        return ToolCallParser(form, [tool.name for tool in self.tools], enforced=enforced, other=other)
 
 
 def _tool(entry: object, field: str) -> Tool:
