@@ -266,3 +266,31 @@ def test_a_request_that_takes_too_long_is_given_up(writer: Any, hosting: Any) ->
             lines = [line for line in response.iter_lines() if line]
         assert "0.3 seconds" in json.loads(lines[-1].removeprefix("data: "))["error"]["message"]
         server.until_free()
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+CALLED = [
+    {"role": "user", "content": "when?"},
+    {"role": "assistant", "content": "", "reasoning": "look", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": "noon"},
+]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tools": [TOOL]},
+        {"tools": [TOOL], "tool_choice": "none"},
+        {"tools": [TOOL], "messages": CALLED},
+        {"messages": CALLED},
+        {"thinking": {"type": "disabled"}},
+        {"reasoning_effort": "none"},
+        {"messages": [*CALLED, {"role": "assistant", "content": "It is"}], "continue_final_message": True},
+        {"messages": [*CALLED, {"role": "assistant", "content": "It is", "prefix": True}]},
+    ],
+)
+def test_tokenize_shows_what_the_model_reads(here: Any, post: Any, body: dict[str, Any]) -> None:
+    reply = post(**body, max_tokens=1, return_token_ids=True).json()
+    tokens = here.client.post("/tokenize", json={"messages": QUESTION["messages"]} | body).json()
+    assert tokens["tokens"] == reply["prompt_token_ids"] and tokens["count"] == reply["usage"]["prompt_tokens"]

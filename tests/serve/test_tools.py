@@ -220,14 +220,40 @@ def test_required_calls_come_and_nothing_else(form: CallFormat, kind: str) -> No
 
 
 @each_format
-def test_a_named_function_is_called_once_where_calls_may_not_be_parallel(form: CallFormat) -> None:
-    tokenizer, use = vocabulary("tokens", form), ToolUse.read(TOOLS, function("now_in"), False)
+def test_a_named_function_is_called_once(form: CallFormat) -> None:
+    tokenizer, use = vocabulary("tokens", form), ToolUse.read(TOOLS, function("now_in"))
     assert use
     for seed in range(6):
         text = completion(use.grammar(form, tokenizer), form, tokenizer, seed, "ab </think>", after="</think>")
         content, calls = parsed(use.parser(form), [text.partition("</think>")[2]])
         assert content == "" and [name for name, _ in calls] == ["now_in"]
         check_arguments(calls)
+
+
+@each_format
+@pytest.mark.parametrize("choice", ["required", "named", "auto", "answer"])
+def test_a_completion_cut_anywhere_shows_no_markup(form: CallFormat, choice: str) -> None:
+    tokenizer = vocabulary("tokens", form)
+    use = ToolUse.read(TOOLS, {"required": "required", "named": function("now_in")}.get(choice, "auto"))
+    assert use
+    answer = {"type": "object", "properties": {"x": {"const": "<tool"}}} if choice == "answer" else None
+    begin = {"required": "", "named": "", "auto": "ab " + form.marker if form.anywhere else form.marker}.get(choice)
+    text = completion(use.grammar(form, tokenizer, answer), form, tokenizer, 1, form.marker if begin is None else begin)
+    plain = "ab" if choice == "auto" and form.anywhere else ""
+    marker_ends = text.index(form.marker) + len(form.marker)
+    for end in range(len(text)):
+        content, calls = parsed(use.parser(form, answers=choice == "answer"), [text[:end]])
+        assert len(calls) <= (1 if choice == "named" else 2**10)
+        may_be_answer = not calls if form is LLAMA_3 else text[:end].strip() == "["
+        if choice == "answer" and may_be_answer:
+            continue
+        if choice != "auto" or end >= marker_ends:
+            assert content.strip() == plain, text[:end]
+        else:
+            assert text[:end].startswith(content)
+    if choice == "answer":
+        begun = '{"x": "<tool'
+        assert parsed(use.parser(form, answers=True), [begun]) == (begun, [])
 
 
 @each_format

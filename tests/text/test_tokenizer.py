@@ -1,6 +1,8 @@
 """Tokenizers: one token a character, files that survive, and streams that never show half a character."""
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from luciola.text.chat import BOS, EOS
-from luciola.text.tokenizer import Tokenizer
+from luciola.text.tokenizer import LONG, Tokenizer
 
 ALPHABET = "0123456789+-*/=() \nabcxyz你"
 CHARACTERS = Tokenizer.characters(ALPHABET)
@@ -187,3 +189,29 @@ def test_a_character_is_lacking_where_it_would_be_lost() -> None:
     tokenizer = Tokenizer.characters("ab ")
     assert [tokenizer.lacks(character) for character in "ab c\n"] == [False, False, False, True, True]
     assert not any(byte_tokenizer().lacks(character) for character in "ac\n\u03a9\u6f22")
+
+
+@given(st.text(min_size=1, max_size=30), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_long_texts_have_the_tokens_of_short_ones(text: str, skip: bool) -> None:
+    for tokenizer in (BYTES, CHARACTERS):
+        text = text.encode("utf-8", "ignore").decode()
+        long = text * (LONG // max(1, len(text)) + 1)
+        ids = tokenizer.backend.encode(long, add_special_tokens=False).ids
+        assert tokenizer.encode(long) == ids
+        assert tokenizer.decode(ids, skip) == tokenizer.backend.decode(ids, skip_special_tokens=skip)
+
+
+def test_a_long_text_is_encoded_while_other_threads_go_on() -> None:
+    tokenizer, text = BYTES, "a b " * 500_000
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (tokenizer.encode(text), done.set()))
+    began = time.perf_counter()
+    gaps, last = [], began
+    thread.start()
+    while not done.is_set():
+        time.sleep(0.001)
+        gaps.append(time.perf_counter() - last)
+        last = time.perf_counter()
+    thread.join()
+    assert len(gaps) > 20 and max(gaps) < 0.7 * (last - began)

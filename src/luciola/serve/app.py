@@ -27,7 +27,7 @@ from luciola.serve.completions import TextJob
 from luciola.serve.errors import ApiError, answer, of_validation, shutting_down
 from luciola.serve.guard import LEFT
 from luciola.serve.metrics import CONTENT_TYPE
-from luciola.serve.prompts import as_dicts, chat_prompt
+from luciola.serve.prompts import chat_prompt, tools_of
 from luciola.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -253,15 +253,11 @@ def _note(request: Request, job: ChatJob | TextJob) -> None:
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
-    @app.post("/tokenize", tags=["tokens"], response_model_exclude_unset=True, responses=FAULTS)
-    async def tokenize(body: TokenizeRequest) -> replies.Tokens:
+    @app.post("/tokenize", tags=["tokens"], response_model=None, responses={200: {"model": replies.Tokens}, **FAULTS})
+    async def tokenize(body: TokenizeRequest) -> Response:
         """The token ids of a text, or of a conversation as the model would read it."""
         service.check_model(body.model)
-        ids = await asyncio.to_thread(_tokens, service, body)
-        reply = replies.Tokens(tokens=ids, count=len(ids), max_model_len=service.context)
-        if body.return_token_strs:
-            reply.token_strs = service.texts.texts(ids)
-        return reply
+        return Response(await asyncio.to_thread(_tokens, service, body), media_type="application/json")
 
     @app.post("/detokenize", tags=["tokens"], responses=FAULTS)
     async def detokenize(body: DetokenizeRequest) -> replies.Text:
@@ -274,13 +270,22 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         return replies.Text(prompt=text, content=text)
 
 
-def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
+def _tokens(service: Service, body: TokenizeRequest) -> bytes:
+    ids = _token_ids(service, body)
+    reply = replies.Tokens(tokens=ids, count=len(ids), max_model_len=service.context)
+    if body.return_token_strs:
+        reply.token_strs = service.texts.texts(ids)
+    return reply.json_bytes()
+
+
+def _token_ids(service: Service, body: TokenizeRequest) -> list[int]:
     text = body.prompt if body.prompt is not None else body.content
     if (text is None) == (body.messages is None):
         raise ApiError("give either prompt, a text, or messages, a conversation", param="prompt")
     if body.messages is not None:
         asked = Templated.model_construct(**{name: getattr(body, name) for name in body.model_fields_set})
-        return chat_prompt(service.tokenizer, asked, as_dicts(body.messages), None, False).ids
+        tools = tools_of(asked)
+        return chat_prompt(service, asked, tools, tools is not None).ids
     try:
         return service.tokenizer.encode(text or "", begin=body.add_special_tokens is not False)
     except ValueError as error:

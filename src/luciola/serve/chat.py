@@ -10,8 +10,8 @@ from typing import Any
 
 from luciola import SamplingParams
 from luciola.engine.sequence import Completion, Delta
-from luciola.serve.errors import ApiError
-from luciola.serve.prompts import Prompt, as_dicts, chat_prompt
+from luciola.serve.errors import ApiError, naming
+from luciola.serve.prompts import Prompt, chat_prompt, tools_of
 from luciola.serve.protocol import ChatRequest
 from luciola.serve.reasoning import ReasoningSplitter
 from luciola.serve.replies import (
@@ -31,7 +31,6 @@ from luciola.serve.replies import (
 from luciola.serve.sampling import grammar_of, params_of, schema_of
 from luciola.serve.service import Service
 from luciola.serve.tool_calls import CallPiece, SpecialTokenFilter
-from luciola.serve.tools import ToolUse
 from luciola.serve.usage import numbers_of, prompt_logprobs, usage_of
 from luciola.text.chat import END_THINK
 
@@ -49,26 +48,20 @@ class ChatJob:
         self.service, self.request = service, request
         self.id, self.created = service.new_id("chatcmpl"), int(time.time())
         self._generated = 0  # tokens, also of a reply that is broken off
-        try:
-            given = request.model_dump(include={"tools", "tool_choice", "parallel_tool_calls"}, exclude_none=True)
-            self.tools = ToolUse.read(given.pop("tools", None), **given)
-        except ValueError as error:
-            raise ApiError(str(error), param="tools") from error
+        self.tools = tools_of(request)
         self.prompt, self.params = self._prepared()
         self.choices = [Choice(self, index) for index in range(self.params.n)]
 
     def _prepared(self) -> tuple[Prompt, SamplingParams]:
         request, service = self.request, self.service
-        messages, tools = as_dicts(request.messages), None
         try:
             if self.tools is None:
                 grammar = grammar_of(request)
             else:
-                grammar = self.tools.grammar(service.tool_prompts.form, service.tokenizer, self._answer())
-            messages, tools = service.tool_prompts.prepare(messages, () if self.tools is None else self.tools.given)
+                grammar = self.tools.grammar(service.tool_prompts.form, service.tokenizer, self.answer())
         except ValueError as error:
-            raise ApiError(str(error), param="messages" if "messages" in str(error) else "tools") from error
-        prompt = chat_prompt(service.tokenizer, request, messages, tools, grammar is not None)
+            raise naming(error, "tools") from error
+        prompt = chat_prompt(service, request, self.tools, grammar is not None)
         service.check_room(prompt.ids, "messages")
         if grammar is not None and prompt.thinks:
             grammar = grammar.after(END_THINK)
@@ -90,10 +83,13 @@ class ChatJob:
             params = replace(params, skip_special_tokens=False)
         return prompt, params
 
-    def _answer(self) -> dict[str, Any] | None:
+    def answer(self) -> dict[str, Any] | None:
         """The schema of an answer beside calls."""
         if self.request.structured_outputs is not None:
-            raise ApiError("structured_outputs cannot be had beside tools that may be called; use response_format")
+            raise ApiError(
+                "structured_outputs cannot be had beside tools that may be called; use response_format",
+                param="structured_outputs",
+            )
         schema = schema_of(self.request)
         return schema if isinstance(schema, dict) else None
 
@@ -175,7 +171,7 @@ class Choice:
         self._splitter = ReasoningSplitter(job.prompt.inside and separate, separate)
         self._thinking, self._content = "", ""
         tools, form = job.tools, service.tool_prompts.form
-        self._parser = None if tools is None else tools.parser(form)
+        self._parser = None if tools is None else tools.parser(form, answers=job.answer() is not None)
         unasked = not job.params.skip_special_tokens and request.skip_special_tokens is not False
         special = service.tool_prompts.special if unasked else ()
         self._filter = SpecialTokenFilter(special, form)

@@ -11,6 +11,7 @@ from luciola import SamplingParams
 from luciola.engine.grammar import Grammar
 from luciola.engine.sequence import Completion, Delta
 from luciola.serve.errors import ApiError
+from luciola.serve.prompts import encoded
 from luciola.serve.protocol import MAX_CHOICES, CompletionRequest
 from luciola.serve.replies import TextChoice, TextLogprobs, TextReply, Usage
 from luciola.serve.sampling import grammar_of, params_of
@@ -46,13 +47,8 @@ class TextJob:
         self.choices = [TextInTheMaking(self, i, j) for i in range(len(self.prompts)) for j in range(n)]
 
     def _tokens(self, prompt: str | list[int], name: str) -> list[int]:
-        tokenizer = self.service.tokenizer
         if isinstance(prompt, str):
-            front = self.request.add_special_tokens is not False
-            try:
-                ids = tokenizer.encode(prompt, begin=front)
-            except ValueError as error:
-                raise ApiError(str(error), param="prompt") from error
+            ids = encoded(self.service, prompt, name, begin=self.request.add_special_tokens is not False)
         else:
             ids = prompt
         self.service.check_room(ids, name)

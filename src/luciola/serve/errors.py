@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
 
+from luciola.serve.protocol import ChatRequest, CompletionRequest
 from luciola.serve.replies import ErrorBody, ErrorReply
 from luciola.text.untrusted import printable, shortened
 
@@ -62,6 +64,14 @@ async def answer(request: Request, error: Exception) -> Response:
     return error.response()
 
 
+def naming(error: ValueError, field: str) -> ApiError:
+    """The error of a request whose sentence begins with the field at fault; `field`: where it begins otherwise."""
+    place = re.match(r"[a-z_]+(\[\d+\]|\.[a-z_]+)*", str(error))
+    first = re.split(r"[.\[]", place[0])[0] if place else ""
+    known = first in (*ChatRequest.model_fields, *CompletionRequest.model_fields)
+    return ApiError(str(error), param=place[0] if place and known else field)
+
+
 def overloaded(waiting: int) -> ApiError:
     """The queue is full."""
     return ApiError(
@@ -88,15 +98,31 @@ def unknown_model(name: str, known: str) -> ApiError:
 
 def of_validation(faults: Sequence[Mapping[str, Any]]) -> ApiError:
     """One sentence about the first of pydantic's faults, which names the field."""
-    # Of a union's branches the one that was meant: whose types fit, and that went deepest.
-    first = max(faults, key=lambda fault: (not fault["type"].endswith("_type"), len(fault["loc"])))
+    first = max(faults, key=_meant)
     field = _field(first["loc"][1:])  # the first part says that it was in the body
     if first["type"] == "none_required":
         return ApiError(f"{field} is not supported here; leave it out", param=field)
-    message = first["msg"].removeprefix("Value error, ")
+    message = printable(first["msg"].removeprefix("Value error, "), 400)
     what = message[:1].lower() + message[1:]
-    given = "" if first["type"] in ("missing", "value_error") else f", not {shortened(first['input'])}"
-    return ApiError(f"{field or 'the body'}: {what}{given}", param=field or None)
+    return ApiError(f"{field or 'the body'}: {what}{_instead(first)}", param=field or None)
+
+
+def _meant(fault: Mapping[str, Any]) -> tuple[bool, int, list[int]]:
+    """Of a union's branches the one that was meant has the largest: its types fit, and it went deepest and furthest."""
+    location = fault["loc"]
+    return not fault["type"].endswith("_type"), len(location), [part for part in location if isinstance(part, int)]
+
+
+def _instead(fault: Mapping[str, Any]) -> str:
+    """What was given, but for lists and objects, which may be megabytes."""
+    given = fault["input"]
+    if isinstance(given, list | dict):
+        return (
+            f", not {'a list' if isinstance(given, list) else 'an object'}" if fault["type"].endswith("_type") else ""
+        )
+    if fault["type"] in ("missing", "value_error"):
+        return ""
+    return f", not {shortened(given[:100] if isinstance(given, str) else given)}"
 
 
 def _field(location: tuple[Any, ...]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from luciola.serve.errors import ApiError
-from luciola.serve.protocol import AssistantMessage, Content, Message, Templated
+from luciola.serve.errors import ApiError, naming
+from luciola.serve.protocol import AssistantMessage, Content, Conversation, Message, Templated
+from luciola.serve.service import Service
+from luciola.serve.tools import ToolUse
 from luciola.text.chat import END_THINK, THINK
 from luciola.text.tokenizer import Tokenizer
 
@@ -26,14 +28,41 @@ class Prompt:
     inside: bool = False
 
 
-def chat_prompt(
-    tokenizer: Tokenizer,
-    request: Templated,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] | None,
-    constrained: bool,
-) -> Prompt:
-    """Render the messages by the chat template.
+def encoded(service: Service, text: str, where: str, begin: bool = False) -> list[int]:
+    """The token ids of a request's text. One that is too long for the context whatever its tokens are is not looked at.
+
+    Raises:
+        ApiError: it is so long, or the tokenizer has no tokens for it.
+    """
+    most = service.context * service.tokenizer.longest
+    if len(text) > most:
+        raise ApiError(
+            f"{where} has {len(text)} characters; the model's context of {service.context} tokens holds {most} at "
+            "most: shorten it",
+            param=where,
+            code="context_length_exceeded",
+        )
+    try:
+        return service.tokenizer.encode(text, begin=begin)
+    except ValueError as error:
+        raise ApiError(str(error), param=where) from error
+
+
+def tools_of(request: Conversation) -> ToolUse | None:
+    """What the request says of tools; None when none may be called.
+
+    Raises:
+        ApiError: it makes no sense.
+    """
+    given = request.model_dump(include={"tools", "tool_choice", "parallel_tool_calls"}, exclude_none=True)
+    try:
+        return ToolUse.read(given.pop("tools", None), **given)
+    except ValueError as error:
+        raise naming(error, "tools") from error
+
+
+def chat_prompt(service: Service, request: Templated, use: ToolUse | None, constrained: bool) -> Prompt:
+    """Render the messages and tools by the chat template.
 
     A thinking that is switched off, in a template without such a switch, is opened and closed again at once. One that
     must come before a `constrained` answer is opened, so that it does.
@@ -41,6 +70,11 @@ def chat_prompt(
     Raises:
         ApiError: the template refuses the messages, or the last one cannot be gone on from.
     """
+    tokenizer = service.tokenizer
+    try:
+        messages, tools = service.tool_prompts.prepare(as_dicts(request.messages), () if use is None else use.given)
+    except ValueError as error:
+        raise naming(error, "messages") from error
     switch = _switch(request)
     variables = dict(request.chat_template_kwargs or {})
     if switch is not None:
@@ -63,7 +97,7 @@ def chat_prompt(
         assert isinstance(last, AssistantMessage)
         text = _with_beginning(text, last)
         inside = text.rfind(THINK) > text.rfind(END_THINK) and bool(_reasoning(last)) and not flat(last.content)
-        return Prompt(_encoded(tokenizer, text), inside, inside)
+        return Prompt(encoded(service, text, "messages"), inside, inside)
     template = tokenizer.chat_template or ""
     if switch is False and tokenizer.thinks and generate:
         if _ends(text, THINK):
@@ -73,7 +107,7 @@ def chat_prompt(
     inside = thinks and _ends(text, THINK)
     if thinks and constrained and not inside:
         text, inside = text + THINK, True
-    return Prompt(_encoded(tokenizer, text), thinks, inside)
+    return Prompt(encoded(service, text, "messages"), thinks, inside)
 
 
 def as_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -134,10 +168,3 @@ def _ends(text: str, tag: str) -> bool:
 
 def _blank(tokenizer: Tokenizer) -> str:
     return "" if tokenizer.lacks("\n") else "\n\n"
-
-
-def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    try:
-        return tokenizer.encode(text)
-    except ValueError as error:
-        raise ApiError(str(error), param="messages") from error

@@ -3,24 +3,44 @@
 Values must have the type that stands here ("1" is no number), null means the default, and names that are not known are
 passed over, as those servers do. A name that is known but cannot be honoured is refused: an answer that silently is not
 what was asked for helps nobody. What a setting may be beyond its bounds here is checked by `SamplingParams`.
+
+Requests are checked on the event loop, so that a check must not take long whatever is in the request: lists are
+bounded, and are given up at their first fault, as pydantic would otherwise list every fault of every item.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MOST = 2**53 - 1  # whole numbers beyond are not the same in every reader of JSON
 MOST_SEED = 2**63 - 1
 MAX_STOPS = 1024  # stop texts of a request
 MAX_TOP = 20  # likeliest tokens reported of a place
 MAX_CHOICES = 128  # completions of a request
+MAX_MESSAGES = 10_000  # and parts of a message
+MAX_TOOLS = 128  # and calls of a message
+MAX_BIASES = 4096  # tokens with a bias
+MAX_TOKENS = 1 << 20  # token ids of a prompt, and characters of a text to tokenise
+
+
+def few_enough(given: Any) -> Any:
+    """The same; ValueError for too many pairs, which pydantic would count only after it has looked at them all."""
+    if isinstance(given, dict) and len(given) > MAX_BIASES:
+        raise ValueError(f"give at most {MAX_BIASES} tokens, not {len(given)}")
+    return given
+
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, le=MOST)]
 Text = Annotated[str, Field(min_length=1)]
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,18}$")], Annotated[Finite, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIASES, fail_fast=True),
+    BeforeValidator(few_enough),
+]
 
 
 class Asked(BaseModel):
@@ -52,7 +72,7 @@ class StructuredOutputs(Asked):
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: Annotated[list[Text], Field(min_length=1, max_length=10_000)] | None = None
+    choice: Annotated[list[Text], Field(min_length=1, max_length=10_000, fail_fast=True)] | None = None
     grammar: str | None = Field(None, description="a grammar in Lark's notation")
 
 
@@ -65,15 +85,13 @@ class Sampling(Asked):
     top_p: Finite | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MOST, description="0 or -1: all tokens")
     min_p: Finite | None = Field(None, ge=0, le=1)
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     seed: int | None = Field(None, ge=-MOST_SEED, le=MOST_SEED)
     frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
     presence_penalty: Finite | None = Field(None, ge=-2, le=2)
     repetition_penalty: Finite | None = Field(None, ge=0.01, le=1e6)
-    logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,18}$")], Annotated[Finite, Field(ge=-100, le=100)]] | None
-    ) = Field(None, description="token id -> what is added to its logit")
+    logit_bias: Biases | None = Field(None, description="token id -> what is added to its logit")
     min_tokens: int | None = Field(None, ge=0, le=MOST)
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = Field(None, description="false: special tokens are part of the text")
@@ -107,7 +125,7 @@ class ToolCall(Asked):
     function: FunctionCall
 
 
-Content = str | list[TextPart]
+Content = str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class SystemMessage(Asked):
@@ -126,7 +144,7 @@ class AssistantMessage(Asked):
     content: Content | None = None
     reasoning_content: str | None = None
     reasoning: str | None = Field(None, description="another name of reasoning_content")
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     prefix: bool | None = Field(None, description="the last message: the reply goes on from it")
 
 
@@ -138,6 +156,7 @@ class ToolMessage(Asked):
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class Function(Asked):
@@ -150,6 +169,9 @@ class Function(Asked):
 class Tool(Asked):
     type: Literal["function"]
     function: Function
+
+
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
 class FunctionName(Asked):
@@ -165,16 +187,21 @@ class Thinking(Asked):
     type: Literal["enabled", "disabled"]
 
 
-class Templated(Asked):
-    """What the chat template sees."""
+class Conversation(Asked):
+    """What the chat template sees, besides the messages."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    tools: list[Tool] | None = None
+    tools: Tools | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="further names for the chat template")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     thinking: Thinking | None = Field(None, description="DeepSeek's switch of the thinking")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(None, description="the reply goes on from the last message")
+
+
+class Templated(Conversation):
+    messages: Messages
 
 
 class ChatRequest(Templated, Sampling):
@@ -184,37 +211,37 @@ class ChatRequest(Templated, Sampling):
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST, description="longest reply, thinking included")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
     thinking_token_budget: int | None = Field(None, ge=0, le=MOST, description="tokens after which the thinking ends")
     include_reasoning: bool | None = Field(None, description="false: the thinking is left out of the reply")
     separate_reasoning: bool | None = Field(None, description="false: the thinking is part of the content")
     functions: None = Field(None, description="not supported: use tools")
     function_call: None = Field(None, description="not supported: use tool_choice")
     audio: None = Field(None, description="not supported")
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
 
 
 class CompletionRequest(Sampling):
     """POST /v1/completions"""
 
-    prompt: Text | Tokens | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
+    prompt: (
+        Text
+        | Tokens
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+    )
     max_tokens: int | None = Field(None, ge=0, le=MOST, description="0 with echo: the prompt alone; default 16")
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP, description="likeliest tokens reported of each place")
     echo: bool | None = Field(None, description="the prompt is part of the text")
     add_special_tokens: bool | None = Field(None, description="false: no bos token before a prompt given as text")
 
 
-class TokenizeRequest(Asked):
-    """POST /tokenize with a text (`prompt`, or llama.cpp's `content`) or with `messages`."""
+class TokenizeRequest(Conversation):
+    """POST /tokenize with a text (`prompt`, or llama.cpp's `content`) or with `messages`, read as for a reply."""
 
     model: str | None = None
-    prompt: str | None = None
-    content: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool | None = None
+    prompt: Annotated[str, Field(max_length=MAX_TOKENS)] | None = None
+    content: Annotated[str, Field(max_length=MAX_TOKENS)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -223,7 +250,7 @@ class DetokenizeRequest(Asked):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=1 << 20)]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
 
 
 class ControlRequest(Asked):

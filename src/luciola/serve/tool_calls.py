@@ -7,7 +7,7 @@ import re
 import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from luciola.serve.tool_formats import CallFormat
 
@@ -54,20 +54,30 @@ class ToolCallParser:
         names: of the tools.
         enforced: whether a grammar has made sure that every call is well formed. Then arguments come as they are
             written; otherwise each call comes as a whole, once it is known to be one.
+        other: what the grammar lets stand in place of calls.
 
     Attributes:
         calls: all calls so far as they stand in a message: {id, type, function {name, arguments}}.
     """
 
-    def __init__(self, form: CallFormat, names: Collection[str], *, enforced: bool) -> None:
+    def __init__(
+        self,
+        form: CallFormat,
+        names: Collection[str],
+        *,
+        enforced: bool,
+        other: Literal["none", "json", "text"] = "text",
+    ) -> None:
         self.calls: list[dict[str, Any]] = []
         self._form, self._names, self._enforced = form, frozenset(names), enforced
+        self._other = other
         self._held = ""
         self._blank = ""  # white space before the call that is being read
         self._step = self._text
         self._name = ""
         self._json = _ObjectEnd(0)
         self._content: list[str] = []
+        self._said = False  # whether some content has been given out
         self._pieces: list[CallPiece] = []
 
     def push(self, text: str) -> tuple[str, list[CallPiece]]:
@@ -83,16 +93,31 @@ class ToolCallParser:
     def end(self) -> tuple[str, list[CallPiece]]:
         """What is still held back, as it is now that nothing follows."""
         text = self._blank + self._held
-        within_call = self._step == self._after_arguments or (self._step == self._arguments and self._enforced)
-        blank = bool(self.calls) and not text.strip()
-        if not (within_call or blank or (self._step == self._after_call and _begins(self._form.close, text))):
+        if not (self._within_markup(text) if self._enforced else self._closes(text)):
             self._content.append(text)
         self._held = self._blank = ""
         return self._taken()
 
+    def _closes(self, text: str) -> bool:
+        """Whether the last of a completion belongs to a call that is whole."""
+        blank = bool(self.calls) and not text.strip()
+        closing = self._step == self._after_call and _begins(self._form.close, text)
+        return self._step == self._after_arguments or blank or closing
+
+    def _within_markup(self, text: str) -> bool:
+        """Whether the last of a completion that a grammar bound can be nothing but a call's, perhaps cut short."""
+        if self.calls or self._other == "none":
+            return True
+        if self._other == "json":  # nothing but calls alone, or an answer alone, which some markers begin as well
+            marker, lead = self._form.marker, text.strip()
+            unlike = marker != "{" and lead != "["
+            return unlike and not self._said and (self._step == self._first_call or marker.startswith(lead))
+        return self._step == self._first_call
+
     def _taken(self) -> tuple[str, list[CallPiece]]:
         content, pieces = "".join(self._content), self._pieces
         self._content, self._pieces = [], []
+        self._said = self._said or bool(content)
         return content, pieces
 
     # Each step reads from the beginning of the held text and says what the next step is.

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from luciola.engine.grammar import Grammar
+from luciola.serve.protocol import MAX_TOOLS
 from luciola.serve.tool_calls import NAME, ToolCallParser
 from luciola.serve.tool_formats import CallFormat, Tool, call_grammar
 from luciola.text.tokenizer import Tokenizer
 from luciola.text.untrusted import printable, shortened
 
-MOST_TOOLS = 128
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -44,8 +44,8 @@ class ToolUse:
         if parallel_tool_calls is not None and not isinstance(parallel_tool_calls, bool):
             raise ValueError(f"parallel_tool_calls must be true or false, not {shortened(parallel_tool_calls)}.")
         given: Sequence[object] = tools or ()
-        if len(given) > MOST_TOOLS:
-            raise ValueError(f"tools has {len(given)} functions; at most {MOST_TOOLS} are taken.")
+        if len(given) > MAX_TOOLS:
+            raise ValueError(f"tools has {len(given)} functions; at most {MAX_TOOLS} are taken.")
         known: dict[str, Tool] = {}
         for place, entry in enumerate(given):
             tool = _tool(entry, f"tools[{place}]")
@@ -56,7 +56,7 @@ class ToolUse:
             known[tool.name] = tool
         name = _named(tool_choice)
         if not known and (name or tool_choice == "required"):
-            raise ValueError("tool_choice asks for a call, but tools is empty; give the functions in tools.")
+            raise ValueError("tools is empty, but tool_choice asks for a call; give the functions in tools.")
         if name and name not in known:
             raise ValueError(
                 f"tool_choice names '{printable(name, 80)}', which is not in tools; there are: "
@@ -68,7 +68,7 @@ class ToolUse:
             tools=(known[name],) if name else tuple(known.values()),
             given=tuple(_as_shown(tool) for tool in known.values()),
             required=bool(name) or tool_choice == "required",
-            parallel=parallel_tool_calls is not False,
+            parallel=parallel_tool_calls is not False and not name,  # one function named is one call
         )
 
     def grammar(self, form: CallFormat, tokenizer: Tokenizer, answer: Mapping[str, Any] | None = None) -> Grammar:
@@ -82,9 +82,11 @@ class ToolUse:
         """
         return call_grammar(form, self.tools, tokenizer, required=self.required, parallel=self.parallel, answer=answer)
 
-    def parser(self, form: CallFormat, *, enforced: bool = True) -> ToolCallParser:
-        """Finds the calls in one completion; `enforced` if `grammar` is in force there."""
-        return ToolCallParser(form, [tool.name for tool in self.tools], enforced=enforced)
+    def parser(self, form: CallFormat, *, enforced: bool = True, answers: bool = False) -> ToolCallParser:
+        """Finds the calls in one completion; `enforced` if `grammar` is in force there, `answers` if with a schema for
+        completions without calls."""
+        other = "none" if self.required else "json" if answers else "text"
+        return ToolCallParser(form, [tool.name for tool in self.tools], enforced=enforced, other=other)
 
 
 def _tool(entry: object, field: str) -> Tool:

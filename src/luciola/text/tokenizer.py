@@ -25,6 +25,7 @@ REASONING_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 FORMS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 FILES = (*FORMS, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
 MORE_TEMPLATES = "additional_chat_templates"  # a folder with a file for each further one, as transformers 5 writes it
+LONG = 10_000  # characters or ids from which on the work is done without Python's lock, so that other threads go on
 TOOL_USE = "tool_use"  # the further template which transformers takes where there are tools
 
 
@@ -100,8 +101,12 @@ class Tokenizer:
         Raises:
             ValueError: the tokenizer has neither tokens for the text nor one for what it does not know.
         """
+        ids: list[int]
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+            if len(text) < LONG:
+                ids = self._backend.encode(text, add_special_tokens=False).ids
+            else:  # of `tokenizers`' functions only those for batches let go of the lock
+                ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # Exception for an unknown character without token; a panic, which is none, else
@@ -110,6 +115,11 @@ class Tokenizer:
             assert self.bos_token_id is not None
             ids.insert(0, self.bos_token_id)
         return ids
+
+    @cached_property
+    def longest(self) -> int:
+        """The most characters that a token stands for, blank space aside which some tokenizers pass over."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
 
     @cached_property
     def _begins_with_bos(self) -> bool:
@@ -126,7 +136,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids beyond the vocabulary (padding rows of an embedding) decode to nothing."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        text: str
+        if len(ids) < LONG:
+            text = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        else:
+            text = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]
         return text
 
     def stream(self, skip_special_tokens: bool = True) -> "DecodeStream":

@@ -83,5 +83,5 @@ def shortened(value: object) -> str:
 
 def printable(text: str, length: int = 200) -> str:
     """Text from elsewhere as it can stand in the sentence of an error: on one line, harmless to a terminal, short."""
-    text = "".join(character if character.isprintable() else " " for character in text)
-    return text if len(text) <= length else f"{text[: length - 4]} ..."
+    start = "".join(character if character.isprintable() else " " for character in text[: length + 1])
+    return start if len(start) <= length else f"{start[: length - 4]} ..."
