@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     def settings_of(*options: str) -> Any:
         made: list[Any] = []
+        # Stands for the model and for the engine.
+        both = SimpleNamespace(max_cached_tokens=8, config=SimpleNamespace(max_position_embeddings=8))
         command = importlib.import_module("luciola.cli.serve")  # the name itself is the function's
-        monkeypatch.setattr(command, "opened", lambda *args, **kwargs: (None, None))
+        monkeypatch.setattr(command, "opened", lambda *args, **kwargs: (both, both))
         monkeypatch.setattr(command, "_warm_up", lambda lm, engine: None)
         monkeypatch.setattr("luciola.serve.server.listen", lambda server: [])
         monkeypatch.setattr("luciola.serve.app.create", lambda lm, engine, settings: made.append(settings))

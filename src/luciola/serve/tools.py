@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from luciola.engine.grammar import Grammar
 from luciola.serve.protocol import MAX_TOOLS
@@ -85,7 +85,7 @@ class ToolUse:
     def parser(self, form: CallFormat, *, enforced: bool = True, answers: bool = False) -> ToolCallParser:
         """Finds the calls in one completion; `enforced` if `grammar` is in force there, `answers` if with a schema for
         completions without calls."""
-        other = "none" if self.required else "json" if answers else "text"
+        other: Literal["none", "json", "text"] = "none" if self.required else "json" if answers else "text"
         return ToolCallParser(form, [tool.name for tool in self.tools], enforced=enforced, other=other)
 
 
