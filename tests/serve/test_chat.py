@@ -90,7 +90,8 @@ def test_one_name_for_the_thinking_if_the_server_is_told_so(writer: Any, hosting
 
 def test_the_thinking_can_be_left_out_or_left_in(post: Any) -> None:
     assert "reasoning" not in post(include_reasoning=False).json()["choices"][0]["message"]
-    assert post(separate_reasoning=False).json()["choices"][0]["message"]["content"] == "".join(PIECES)
+    for whole in ({"separate_reasoning": False}, {"reasoning_format": "none"}):
+        assert post(**whole).json()["choices"][0]["message"]["content"] == "".join(PIECES)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +110,11 @@ def test_a_thinking_switched_off_is_closed_in_the_prompt(here: Any, post: Any, o
     assert closed == "<think>\n\n</think>\n\n"
 
 
-def test_a_budget_ends_the_thinking(post: Any) -> None:
-    message = post(thinking_token_budget=2).json()["choices"][0]["message"]
+@pytest.mark.parametrize(
+    "budget", [{"thinking_token_budget": 2}, {"thinking": {"type": "enabled", "budget_tokens": 2}}]
+)
+def test_a_budget_ends_the_thinking(post: Any, budget: dict[str, Any]) -> None:
+    message = post(**budget).json()["choices"][0]["message"]
     assert message["reasoning"].startswith("Two and") and "four" not in message["reasoning"]
 
 
@@ -294,3 +298,14 @@ def test_tokenize_shows_what_the_model_reads(here: Any, post: Any, body: dict[st
     reply = post(**body, max_tokens=1, return_token_ids=True).json()
     tokens = here.client.post("/tokenize", json={"messages": QUESTION["messages"]} | body).json()
     assert tokens["tokens"] == reply["prompt_token_ids"] and tokens["count"] == reply["usage"]["prompt_tokens"]
+
+
+def test_some_tools_may_be_allowed_and_the_model_sees_them_all(post: Any) -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("now", "then", "never")]
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [tools[0]]}}
+    reply = post(tools=tools, tool_choice=allowed, return_token_ids=True, parallel_tool_calls=False)
+    assert reply.status_code == 200, reply.text
+    calls = reply.json()["choices"][0]["message"]["tool_calls"]
+    assert [call["function"]["name"] for call in calls] == ["now"]
+    every = post(tools=tools, tool_choice="required", return_token_ids=True, max_tokens=1).json()
+    assert reply.json()["prompt_token_ids"] == every["prompt_token_ids"]

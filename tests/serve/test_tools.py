@@ -107,6 +107,13 @@ def test_what_a_request_allows() -> None:
     assert (auto.required, required.required, named.required) == (False, True, True)
     assert [tool.name for tool in named.tools] == ["now"]
     assert len(named.given) == 3 and auto.parallel
+    some = {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "required", "tools": [function("now"), function("now_in")]},
+    }
+    allowed = ToolUse.read(TOOLS, some)
+    assert allowed and [tool.name for tool in allowed.tools] == ["now", "now_in"] and allowed.required
+    assert allowed.parallel and len(allowed.given) == 3
     once = ToolUse.read(TOOLS, "auto", False)
     assert once and not once.parallel
 

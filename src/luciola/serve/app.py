@@ -27,7 +27,7 @@ from luciola.serve.completions import TextJob
 from luciola.serve.errors import ApiError, answer, of_validation, shutting_down
 from luciola.serve.guard import LEFT
 from luciola.serve.metrics import CONTENT_TYPE
-from luciola.serve.prompts import chat_prompt, tools_of
+from luciola.serve.prompts import chat_prompt, check_known, tools_of
 from luciola.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -141,6 +141,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         ),
     )
 
+    @app.get("/models", include_in_schema=False)
     @app.get("/v1/models", tags=["models"], responses=FAULTS)
     async def list_models() -> replies.ModelList:
         """The model that is served."""
@@ -159,6 +160,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
         return {200: {"model": reply, "content": {"text/event-stream": {"itemSchema": event}}}, **FAULTS}
 
+    @app.post("/chat/completions", include_in_schema=False, response_model=None)
     @app.post(
         "/v1/chat/completions",
         tags=["completions"],
@@ -170,6 +172,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         return await _answer(request, partial(ChatJob, service, body), bool(body.stream))
 
+    @app.post("/completions", include_in_schema=False, response_model=None)
     @app.post(
         "/v1/completions",
         tags=["completions"],
@@ -253,19 +256,19 @@ def _note(request: Request, job: ChatJob | TextJob) -> None:
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/tokenize", include_in_schema=False, response_model=None)
     @app.post("/tokenize", tags=["tokens"], response_model=None, responses={200: {"model": replies.Tokens}, **FAULTS})
     async def tokenize(body: TokenizeRequest) -> Response:
         """The token ids of a text, or of a conversation as the model would read it."""
         service.check_model(body.model)
         return Response(await asyncio.to_thread(_tokens, service, body), media_type="application/json")
 
+    @app.post("/v1/detokenize", include_in_schema=False)
     @app.post("/detokenize", tags=["tokens"], responses=FAULTS)
     async def detokenize(body: DetokenizeRequest) -> replies.Text:
         """The text of token ids."""
         service.check_model(body.model)
-        beyond = [token for token in body.tokens if token >= service.vocab_size]
-        if beyond:
-            raise ApiError(f"tokens has {beyond[0]}, outside the vocabulary of {service.vocab_size}", param="tokens")
+        check_known(service, body.tokens, "tokens")
         text = await asyncio.to_thread(service.tokenizer.decode, body.tokens, False)
         return replies.Text(prompt=text, content=text)
 

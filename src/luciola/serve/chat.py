@@ -28,7 +28,7 @@ from luciola.serve.replies import (
     TokenLogprob,
     Usage,
 )
-from luciola.serve.sampling import grammar_of, params_of, schema_of
+from luciola.serve.sampling import grammar_of, most_tokens, params_of, schema_of, structured_of
 from luciola.serve.service import Service
 from luciola.serve.tool_calls import CallPiece, SpecialTokenFilter
 from luciola.serve.usage import numbers_of, prompt_logprobs, usage_of
@@ -65,19 +65,21 @@ class ChatJob:
         service.check_room(prompt.ids, "messages")
         if grammar is not None and prompt.thinks:
             grammar = grammar.after(END_THINK)
-        asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+        asked = most_tokens(request, None)
+        if asked == 0:
+            raise ApiError("a reply has at least 1 token: max_completion_tokens cannot be 0", param=_zero(request))
         if request.top_logprobs and not request.logprobs:
             raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
         if request.stream and request.prompt_logprobs is not None:
             raise ApiError("prompt_logprobs cannot be streamed; leave stream out", param="prompt_logprobs")
         params = params_of(
             request,
-            service.settings,
+            service,
             max_tokens=service.max_tokens(asked, prompt.ids),
             logprobs=bool(request.logprobs),
             top_logprobs=request.top_logprobs if request.logprobs else None,
             grammar=grammar,
-            thinking_budget=request.thinking_token_budget if prompt.thinks else None,
+            thinking_budget=_budget(request) if prompt.thinks else None,
         )
         if self.tools is not None and service.tool_prompts.special:
             params = replace(params, skip_special_tokens=False)
@@ -85,11 +87,9 @@ class ChatJob:
 
     def answer(self) -> dict[str, Any] | None:
         """The schema of an answer beside calls."""
-        if self.request.structured_outputs is not None:
-            raise ApiError(
-                "structured_outputs cannot be had beside tools that may be called; use response_format",
-                param="structured_outputs",
-            )
+        field, wanted = structured_of(self.request)
+        if wanted is not None:
+            raise ApiError(f"{field} cannot be had beside tools that may be called; use response_format", param=field)
         schema = schema_of(self.request)
         return schema if isinstance(schema, dict) else None
 
@@ -167,7 +167,8 @@ class Choice:
         request, service = job.request, job.service
         self.completion: Completion | None = None
         self._request, self._index, self._service = request, index, service
-        separate = service.tokenizer.thinks and request.separate_reasoning is not False
+        apart = request.separate_reasoning is not False and request.reasoning_format != "none"
+        separate = service.tokenizer.thinks and apart
         self._splitter = ReasoningSplitter(job.prompt.inside and separate, separate)
         self._thinking, self._content = "", ""
         tools, form = job.tools, service.tool_prompts.form
@@ -266,3 +267,14 @@ class Choice:
         for token, logprob, top in zip(delta.token_ids, delta.logprobs, tops, strict=True):
             if token not in self._service.engine.eos_token_ids or self._request.ignore_eos:  # no part of the reply
                 self._tokens.append(self._service.texts.entry(token, logprob, top))
+
+
+def _budget(request: ChatRequest) -> int | None:
+    if request.thinking_token_budget is None and request.thinking is not None:
+        return request.thinking.budget_tokens
+    return request.thinking_token_budget
+
+
+def _zero(request: ChatRequest) -> str:
+    """The field that asks for no token."""
+    return next(name for name in ("max_completion_tokens", "max_tokens", "n_predict") if getattr(request, name) == 0)

@@ -11,10 +11,10 @@ from luciola import SamplingParams
 from luciola.engine.grammar import Grammar
 from luciola.engine.sequence import Completion, Delta
 from luciola.serve.errors import ApiError
-from luciola.serve.prompts import encoded
+from luciola.serve.prompts import check_known, encoded
 from luciola.serve.protocol import MAX_CHOICES, CompletionRequest
 from luciola.serve.replies import TextChoice, TextLogprobs, TextReply, Usage
-from luciola.serve.sampling import grammar_of, params_of
+from luciola.serve.sampling import grammar_of, most_tokens, params_of
 from luciola.serve.service import Service
 from luciola.serve.tokens import finite
 from luciola.serve.usage import numbers_of, prompt_logprobs, usage_of
@@ -51,6 +51,7 @@ class TextJob:
             ids = encoded(self.service, prompt, name, begin=self.request.add_special_tokens is not False)
         else:
             ids = prompt
+            check_known(self.service, ids, name)
         self.service.check_room(ids, name)
         return ids
 
@@ -60,13 +61,13 @@ class TextJob:
 
     def _params(self, ids: list[int], grammar: Grammar | None) -> SamplingParams:
         request = self.request
-        asked = DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens
+        asked = most_tokens(request, DEFAULT_TOKENS)
         if asked == 0 and not request.echo:
             raise ApiError("max_tokens=0 goes with echo: true, which scores the prompt alone", param="max_tokens")
         chosen = {"prompt_logprobs": max(request.logprobs or 0, request.prompt_logprobs or 0)} if self.scores else {}
         return params_of(
             request,
-            self.service.settings,
+            self.service,
             max_tokens=max(1, self.service.max_tokens(asked, ids)),
             logprobs=request.logprobs is not None,
             top_logprobs=request.logprobs,
@@ -111,7 +112,7 @@ class TextJob:
         """Of all completions."""
         done = [choice.completion for choice in self.choices if choice.completion is not None]
         usage = usage_of(self.prompts, done)
-        if self.request.max_tokens == 0:
+        if most_tokens(self.request, DEFAULT_TOKENS) == 0:
             usage.completion_tokens, usage.total_tokens = 0, usage.prompt_tokens
         return usage
 
@@ -133,7 +134,7 @@ class TextInTheMaking:
         self.completion: Completion | None = None
         self._job, self._prompt = job, job.prompts[prompt]
         self._number = prompt * job.params[0].n + index
-        self._silent = job.request.max_tokens == 0  # a token is drawn all the same, and thrown away
+        self._silent = most_tokens(job.request, DEFAULT_TOKENS) == 0  # a token is drawn all the same, and thrown away
         self._text = ""
         self._ids: list[int] = []
         self._logprobs: list[float] = []

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
-from luciola.serve.protocol import ChatRequest, CompletionRequest
+from luciola.serve.protocol import UNSUPPORTED, ChatRequest, CompletionRequest
 from luciola.serve.replies import ErrorBody, ErrorReply
 from luciola.text.untrusted import printable, shortened
 
@@ -64,7 +64,7 @@ async def answer(request: Request, error: Exception) -> Response:
     return error.response()
 
 
-def naming(error: ValueError, field: str) -> ApiError:
+def naming(error: ValueError, field: str | None) -> ApiError:
     """The error of a request whose sentence begins with the field at fault; `field`: where it begins otherwise."""
     place = re.match(r"[a-z_]+(\[\d+\]|\.[a-z_]+)*", str(error))
     first = re.split(r"[.\[]", place[0])[0] if place else ""
@@ -100,8 +100,9 @@ def of_validation(faults: Sequence[Mapping[str, Any]]) -> ApiError:
     """One sentence about the first of pydantic's faults, which names the field."""
     first = max(faults, key=_meant)
     field = _field(first["loc"][1:])  # the first part says that it was in the body
-    if first["type"] == "none_required":
-        return ApiError(f"{field} is not supported here; leave it out", param=field)
+    known = field.partition("[")[0]
+    if known in UNSUPPORTED:
+        return ApiError(f"{known} is {UNSUPPORTED[known]}; leave it out", param=known)
     message = printable(first["msg"].removeprefix("Value error, "), 400)
     what = message[:1].lower() + message[1:]
     return ApiError(f"{field or 'the body'}: {what}{_instead(first)}", param=field or None)
@@ -143,4 +144,7 @@ def _is_branch(part: str, before: Any) -> bool:
 
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_BRANCHES = ("str", "int", "bool", "dict", "none", "constrained-str", "constrained-int", "NamedTool", "TextPart")
+_BRANCHES = (
+    "str", "int", "bool", "dict", "none", "constrained-str", "constrained-int", "NamedTool", "AllowedChoice",
+    "TextPart", "RefusalPart",
+)  # fmt: skip

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from luciola.serve.errors import ApiError, naming
-from luciola.serve.protocol import AssistantMessage, Content, Conversation, Message, Templated
+from luciola.serve.protocol import AssistantMessage, Conversation, Message, RefusalPart, Templated, TextPart
 from luciola.serve.service import Service
 from luciola.serve.tools import ToolUse
 from luciola.text.chat import END_THINK, THINK
 from luciola.text.tokenizer import Tokenizer
+from luciola.text.untrusted import shortened
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,13 @@ def encoded(service: Service, text: str, where: str, begin: bool = False) -> lis
         return service.tokenizer.encode(text, begin=begin)
     except ValueError as error:
         raise ApiError(str(error), param=where) from error
+
+
+def check_known(service: Service, ids: Iterable[int], field: str) -> None:
+    """Raises ApiError for a token id that the model does not have."""
+    beyond = next((token for token in ids if token >= service.vocab_size), None)
+    if beyond is not None:
+        raise ApiError(f"{field} has {beyond}, outside the vocabulary of {service.vocab_size}", param=field)
 
 
 def tools_of(request: Conversation) -> ToolUse | None:
@@ -129,11 +137,11 @@ def as_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return found
 
 
-def flat(content: Content | None) -> str:
+def flat(content: str | Sequence[TextPart | RefusalPart] | None) -> str:
     """A message's text, also where it comes in parts."""
     if content is None or isinstance(content, str):
         return content or ""
-    return "".join(part.text for part in content)
+    return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
 
 
 def _reasoning(message: AssistantMessage) -> str:
@@ -153,12 +161,16 @@ def _with_beginning(text: str, last: AssistantMessage) -> str:
 
 def _switch(request: Templated) -> bool | None:
     """Whether the request wants thinking; None: it says nothing of it."""
+    given = request.chat_template_kwargs or {}
+    switches = {name: given[name] for name in ("thinking", "enable_thinking") if given.get(name) is not None}
+    for name, wanted in switches.items():
+        if not isinstance(wanted, bool):
+            field = f"chat_template_kwargs.{name}"
+            raise ApiError(f"{field} must be true or false, not {shortened(wanted)}", param=field)
     if request.thinking is not None:
         return request.thinking.type == "enabled"
-    for name in ("thinking", "enable_thinking"):
-        wanted = (request.chat_template_kwargs or {}).get(name)
-        if isinstance(wanted, bool):
-            return wanted
+    if switches:
+        return bool(next(iter(switches.values())))
     return None if request.reasoning_effort is None else request.reasoning_effort != "none"
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MOST = 2**53 - 1  # whole numbers beyond are not the same in every reader of JSON
 MOST_SEED = 2**63 - 1
@@ -36,6 +36,8 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, le=MOST)]
 Text = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
+Choices = Annotated[list[Text], Field(min_length=1, max_length=10_000, fail_fast=True)]
+Nothing = Annotated[list[Any], Field(max_length=0)]
 Biases = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,18}$")], Annotated[Finite, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIASES, fail_fast=True),
@@ -51,6 +53,7 @@ class Asked(BaseModel):
 
 class StreamOptions(Asked):
     include_usage: bool | None = Field(None, description="a last chunk with the usage, before [DONE]")
+    continuous_usage_stats: Literal[False] | None = Field(None, description="not supported")
 
 
 class JsonSchema(Asked):
@@ -72,12 +75,23 @@ class StructuredOutputs(Asked):
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: Annotated[list[Text], Field(min_length=1, max_length=10_000, fail_fast=True)] | None = None
+    choice: Choices | None = None
     grammar: str | None = Field(None, description="a grammar in Lark's notation")
 
 
 class Sampling(Asked):
     """What both kinds of completions have in common."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, given: Any) -> Any:
+        """With 1 for 1.0, which is the same number in JSON."""
+        if not isinstance(given, dict):
+            return given
+        return {
+            name: int(value) if isinstance(value, float) and value.is_integer() else value
+            for name, value in given.items()
+        }
 
     model: str | None = Field(None, description="the name that /v1/models lists; may be left out")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
@@ -85,7 +99,7 @@ class Sampling(Asked):
     top_p: Finite | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MOST, description="0 or -1: all tokens")
     min_p: Finite | None = Field(None, ge=0, le=1)
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop: str | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     seed: int | None = Field(None, ge=-MOST_SEED, le=MOST_SEED)
     frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
@@ -102,16 +116,34 @@ class Sampling(Asked):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    # Other servers' names for parts of structured_outputs: vLLM's older ones, SGLang's and llama.cpp's.
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = Field(None, description="in Lark's notation")
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    n_predict: int | None = Field(None, ge=-1, le=MOST, description="llama.cpp's name of max_tokens")
     # Known, and not to be had.
-    best_of: None = Field(None, description="not supported")
-    suffix: None = Field(None, description="not supported")
-    use_beam_search: bool | None = Field(None, description="true is not supported")
+    best_of: Literal[1] | None = Field(None, description="not supported beyond 1")
+    suffix: Literal[""] | None = Field(None, description="not supported")
+    use_beam_search: Literal[False] | None = Field(None, description="not supported")
+    include_stop_str_in_output: Literal[False] | None = Field(None, description="not supported")
+    bad_words: Nothing | None = Field(None, description="not supported; logit_bias takes token ids")
+    allowed_token_ids: Nothing | None = Field(None, description="not supported; structured_outputs bind the text")
+    ebnf: None = Field(None, description="not supported; structured_outputs.grammar takes Lark's notation")
+    grammar: None = Field(None, description="not supported; structured_outputs.grammar takes Lark's notation")
     user: str | None = Field(None, description="taken and passed over")
 
 
 class TextPart(Asked):
     type: Literal["text"]
     text: str
+
+
+class RefusalPart(Asked):
+    type: Literal["refusal"]
+    refusal: str
 
 
 class FunctionCall(Asked):
@@ -141,7 +173,7 @@ class UserMessage(Asked):
 
 class AssistantMessage(Asked):
     role: Literal["assistant"]
-    content: Content | None = None
+    content: str | Annotated[list[TextPart | RefusalPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = Field(None, description="another name of reasoning_content")
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
@@ -183,15 +215,26 @@ class NamedTool(Asked):
     function: FunctionName
 
 
+class AllowedTools(Asked):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class AllowedChoice(Asked):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class Thinking(Asked):
     type: Literal["enabled", "disabled"]
+    budget_tokens: int | None = Field(None, ge=0, le=MOST, description="another name of thinking_token_budget")
 
 
 class Conversation(Asked):
     """What the chat template sees, besides the messages."""
 
     tools: Tools | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="further names for the chat template")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
@@ -207,15 +250,20 @@ class Templated(Conversation):
 class ChatRequest(Templated, Sampling):
     """POST /v1/chat/completions"""
 
-    max_tokens: int | None = Field(None, ge=1, le=MOST, description="older name of max_completion_tokens")
-    max_completion_tokens: int | None = Field(None, ge=1, le=MOST, description="longest reply, thinking included")
+    max_tokens: int | None = Field(None, ge=-1, le=MOST, description="older name of max_completion_tokens")
+    max_completion_tokens: int | None = Field(
+        None, ge=-1, le=MOST, description="longest reply, thinking included; -1: what the context holds"
+    )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
     thinking_token_budget: int | None = Field(None, ge=0, le=MOST, description="tokens after which the thinking ends")
     include_reasoning: bool | None = Field(None, description="false: the thinking is left out of the reply")
     separate_reasoning: bool | None = Field(None, description="false: the thinking is part of the content")
-    functions: None = Field(None, description="not supported: use tools")
-    function_call: None = Field(None, description="not supported: use tool_choice")
+    reasoning_format: Literal["none", "auto", "deepseek"] | None = Field(
+        None, description='llama.cpp\'s switch; "none" is separate_reasoning: false'
+    )
+    functions: None = Field(None, description="not supported; use tools")
+    function_call: None = Field(None, description="not supported; use tool_choice")
     audio: None = Field(None, description="not supported")
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
 
@@ -229,7 +277,9 @@ class CompletionRequest(Sampling):
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
         | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
     )
-    max_tokens: int | None = Field(None, ge=0, le=MOST, description="0 with echo: the prompt alone; default 16")
+    max_tokens: int | None = Field(
+        None, ge=-1, le=MOST, description="default 16; 0 with echo: the prompt alone; -1: what the context holds"
+    )
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP, description="likeliest tokens reported of each place")
     echo: bool | None = Field(None, description="the prompt is part of the text")
     add_special_tokens: bool | None = Field(None, description="false: no bos token before a prompt given as text")
@@ -258,3 +308,11 @@ class ControlRequest(Asked):
 
     id: str
     action: Literal["reasoning_end"]
+
+
+UNSUPPORTED = {
+    place + name: field.description
+    for place, model in (("", ChatRequest), ("", CompletionRequest), ("stream_options.", StreamOptions))
+    for name, field in model.model_fields.items()
+    if (field.description or "").startswith("not supported")
+}

@@ -7,19 +7,26 @@ from typing import Any
 
 from luciola import SamplingParams
 from luciola.engine.grammar import Grammar
-from luciola.serve.errors import ApiError
+from luciola.serve.errors import ApiError, naming
+from luciola.serve.prompts import check_known
 from luciola.serve.protocol import ChatRequest, CompletionRequest, Sampling, StructuredOutputs
-from luciola.serve.service import Settings
+from luciola.serve.service import Service
+
+OTHER_NAMES = {  # of the parts of structured_outputs
+    "guided_json": "json", "json_schema": "json", "guided_regex": "regex", "regex": "regex", "guided_choice": "choice",
+    "guided_grammar": "grammar",
+}  # fmt: skip
 
 
-def params_of(request: ChatRequest | CompletionRequest, settings: Settings, **chosen: Any) -> SamplingParams:
+def params_of(request: ChatRequest | CompletionRequest, service: Service, **chosen: Any) -> SamplingParams:
     """The settings that both kinds of requests have; `chosen` are those that differ.
 
     Raises:
-        ApiError: `SamplingParams` refuses them.
+        ApiError: `SamplingParams` refuses them, or there is no such token.
     """
-    if request.use_beam_search:
-        raise ApiError("use_beam_search is not supported here; leave it out", param="use_beam_search")
+    biases = {int(token): bias for token, bias in (request.logit_bias or {}).items()}
+    check_known(service, biases, "logit_bias")
+    check_known(service, request.stop_token_ids or (), "stop_token_ids")
     given: dict[str, Any] = {
         "n": request.n,
         "temperature": request.temperature,
@@ -27,7 +34,7 @@ def params_of(request: ChatRequest | CompletionRequest, settings: Settings, **ch
         "top_k": None if request.top_k is None else max(request.top_k, 0),
         "min_p": request.min_p,
         "seed": request.seed,
-        "stop": request.stop,
+        "stop": request.stop or None,
         "stop_token_ids": request.stop_token_ids,
         "frequency_penalty": request.frequency_penalty,
         "presence_penalty": request.presence_penalty,
@@ -36,13 +43,14 @@ def params_of(request: ChatRequest | CompletionRequest, settings: Settings, **ch
         "ignore_eos": request.ignore_eos,
         "skip_special_tokens": request.skip_special_tokens,
         "prompt_logprobs": request.prompt_logprobs,
-        "logit_bias": {int(token): bias for token, bias in (request.logit_bias or {}).items()} or None,
+        "logit_bias": biases or None,
     }
+    settings = service.settings
     defaults = {"temperature": settings.temperature, "top_p": settings.top_p}
     try:
         return SamplingParams(**defaults | {k: v for k, v in (given | chosen).items() if v is not None})
     except ValueError as error:
-        raise ApiError(str(error), param=_named(str(error))) from error
+        raise naming(error, None) from error
 
 
 def grammar_of(request: Sampling) -> Grammar | None:
@@ -52,16 +60,39 @@ def grammar_of(request: Sampling) -> Grammar | None:
         ApiError: both are given, or what is given cannot be used.
     """
     schema = schema_of(request)
-    wanted = request.structured_outputs
+    field, wanted = structured_of(request)
     if wanted is not None and schema is not None:
-        raise ApiError("response_format and structured_outputs cannot be had together", param="structured_outputs")
-    field = "structured_outputs" if wanted is not None else "response_format"
+        raise ApiError(f"response_format and {field} cannot be had together", param=field)
     try:
         if wanted is not None:
             return _structured(wanted)
         return None if schema is None else Grammar.json(schema)
     except ValueError as error:
+        field = field or "response_format"
         raise ApiError(f"{field}: {error}", param=field) from error
+
+
+def structured_of(request: Sampling) -> tuple[str, StructuredOutputs | None]:
+    """What the text must follow, other than by `response_format`, and the field that says so; "" and None: nothing.
+
+    Raises:
+        ApiError: several fields do.
+    """
+    asked = {name: {part: value} for name, part in OTHER_NAMES.items() if (value := getattr(request, name)) is not None}
+    given = [*asked, *(["structured_outputs"] if request.structured_outputs is not None else [])]
+    if len(given) > 1:
+        raise ApiError(f"{' and '.join(given)} cannot be had together; give one", param=given[0])
+    if not given:
+        return "", None
+    return given[0], request.structured_outputs or StructuredOutputs.model_validate(asked[given[0]])
+
+
+def most_tokens(request: ChatRequest | CompletionRequest, default: int | None) -> int | None:
+    """The longest completion that the request asks for, by any of the names; None: what the context holds."""
+    names = ("max_completion_tokens", "max_tokens", "n_predict")
+    given = (getattr(request, name, None) for name in names)
+    asked = next((value for value in given if value is not None), default)
+    return None if asked == -1 else asked
 
 
 def schema_of(request: Sampling) -> dict[str, Any] | bool | None:
@@ -97,9 +128,3 @@ def _structured(wanted: StructuredOutputs) -> Grammar:
     if wanted.grammar is not None:
         return Grammar.lark(wanted.grammar)
     return Grammar.json()
-
-
-def _named(sentence: str) -> str | None:
-    """The setting that a sentence of SamplingParams begins with."""
-    found = re.match(r"[a-z_]+", sentence)
-    return found[0] if found and found[0] in Sampling.model_fields else None

@@ -54,21 +54,23 @@ class ToolUse:
                     f"tools[{place}].function.name '{tool.name}' is taken already; give each its own name."
                 )
             known[tool.name] = tool
-        name = _named(tool_choice)
-        if not known and (name or tool_choice == "required"):
+        names, required = _chosen(tool_choice)
+        if not known and (names or required):
             raise ValueError("tools is empty, but tool_choice asks for a call; give the functions in tools.")
-        if name and name not in known:
-            raise ValueError(
-                f"tool_choice names '{printable(name, 80)}', which is not in tools; there are: "
-                f"{printable(', '.join(known))}."
-            )
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"tool_choice names '{printable(name, 80)}', which is not in tools; there are: "
+                    f"{printable(', '.join(known))}."
+                )
         if not known or tool_choice == "none":
             return None
+        one = isinstance(tool_choice, Mapping) and tool_choice["type"] == "function"  # named alone: one call of it
         return cls(
-            tools=(known[name],) if name else tuple(known.values()),
+            tools=tuple(known[name] for name in names or known),
             given=tuple(_as_shown(tool) for tool in known.values()),
-            required=bool(name) or tool_choice == "required",
-            parallel=parallel_tool_calls is not False and not name,  # one function named is one call
+            required=required,
+            parallel=parallel_tool_calls is not False and not one,
         )
 
     def grammar(self, form: CallFormat, tokenizer: Tokenizer, answer: Mapping[str, Any] | None = None) -> Grammar:
@@ -117,18 +119,33 @@ def _tool(entry: object, field: str) -> Tool:
     return Tool(name, description or "", {"type": "object", **parameters}, bool(strict))
 
 
-def _named(tool_choice: object) -> str:
-    """The function that `tool_choice` names, "" if it names none."""
-    if tool_choice in (None, "none", "auto", "required"):
-        return ""
-    function = tool_choice.get("function") if isinstance(tool_choice, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(tool_choice, Mapping) or tool_choice.get("type") != "function" or not isinstance(name, str):
+def _chosen(tool_choice: object) -> tuple[tuple[str, ...], bool]:
+    """The functions that `tool_choice` names, none if any will do, and whether one must be called."""
+    if tool_choice is None or (isinstance(tool_choice, str) and tool_choice in ("none", "auto", "required")):
+        return (), tool_choice == "required"
+    kind = tool_choice.get("type") if isinstance(tool_choice, Mapping) else None
+    names: tuple[str, ...]
+    if isinstance(tool_choice, Mapping) and kind == "function":
+        names, required = (_name(tool_choice),), True
+    else:
+        allowed = tool_choice.get("allowed_tools") if isinstance(tool_choice, Mapping) else None
+        tools = allowed.get("tools") if isinstance(allowed, Mapping) and kind == "allowed_tools" else None
+        names = tuple(map(_name, tools)) if isinstance(tools, list | tuple) else ()
+        required = isinstance(allowed, Mapping) and allowed.get("mode") == "required"
+    if not names or not all(names):
         raise ValueError(
-            "tool_choice must be 'none', 'auto', 'required' or "
-            f'{{"type": "function", "function": {{"name": ...}}}}, not {shortened(tool_choice)}.'
+            "tool_choice must be 'none', 'auto', 'required', "
+            '{"type": "function", "function": {"name": ...}} or {"type": "allowed_tools", "allowed_tools": '
+            f'{{"mode": ..., "tools": [...]}}}}, not {shortened(tool_choice)}.'
         )
-    return name
+    return tuple(dict.fromkeys(names)), required
+
+
+def _name(tool: object) -> str:
+    """The name in {"type": "function", "function": {"name": ...}}, "" if there is none."""
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return name if isinstance(name, str) else ""
 
 
 def _as_shown(tool: Tool) -> dict[str, Any]:
