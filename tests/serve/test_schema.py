@@ -20,7 +20,9 @@ def test_made_up_requests(writer: Any, hosting: Any, tmp_path: Path) -> None:
             "--seed", "1", "--generation-database", "none", "--exclude-checks", "positive_data_acceptance",
             "--request-timeout", "30", "--report", "ndjson", "--report-dir", str(tmp_path),
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900, env={**os.environ, "NO_COLOR": "1"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=900, cwd=tmp_path, env={**os.environ, "NO_COLOR": "1"}
+        )
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
         made = re.search(r"(\d+) generated", done.stdout)
         assert made and int(made[1]) >= 2000
