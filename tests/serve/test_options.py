@@ -53,3 +53,24 @@ def test_names_that_are_allowed_reach_the_guard(model: Path, ran: list[tuple[Any
     assert ran[0][1].allowed_hosts == ("a.example", "b")
     wrong = serve(model, "--allowed-host", "http://a.example")
     assert wrong.exit_code != 0 and "expected a name such as" in wrong.output
+
+
+@pytest.mark.parametrize(
+    ("options", "requests", "page"),
+    [
+        ((), (1.0, 1.0), (0.6, 0.95)),
+        (("--temperature", "0"), (0.0, 1.0), (0.0, 0.95)),
+        (("--top-p", "0.5", "--temperature", "1"), (1.0, 0.5), (1.0, 0.5)),
+    ],
+)
+def test_sampling_given_to_the_command_holds_for_the_page_too(
+    model: Path,
+    ran: list[tuple[Any, ...]],
+    options: tuple[str, ...],
+    requests: tuple[float, float],
+    page: tuple[float, float],
+) -> None:
+    assert serve(model, *options).exit_code == 0
+    settings = ran[0][0].state.service.settings
+    assert (settings.temperature, settings.top_p) == requests
+    assert (settings.page_temperature, settings.page_top_p) == page
