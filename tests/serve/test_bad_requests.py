@@ -46,7 +46,7 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
         "chat_template_kwargs.enable_thinking",
     ),
     (CHAT, {"messages": MESSAGES, "guided_regex": "("}, "guided_regex"),
-    (CHAT, {"messages": MESSAGES, "regex": "a", "guided_choice": ["b"]}, "guided_choice"),
+    (CHAT, {"messages": MESSAGES, "regex": "a", "guided_choice": ["b"]}, "regex"),
     (CHAT, {"messages": MESSAGES, "json_schema": {"type": "foo"}}, "json_schema"),
     (CHAT, {"messages": MESSAGES, "grammar": 'root ::= "a"'}, "grammar"),
     (CHAT, {"messages": MESSAGES, "ebnf": 'root ::= "a"'}, "ebnf"),

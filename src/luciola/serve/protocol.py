@@ -25,23 +25,27 @@ MAX_BIASES = 4096  # tokens with a bias
 MAX_TOKENS = 1 << 20  # token ids of a prompt, and characters of a text to tokenise
 
 
-def few_enough(given: Any) -> Any:
-    """The same; ValueError for too many pairs, which pydantic would count only after it has looked at them all."""
-    if isinstance(given, dict) and len(given) > MAX_BIASES:
-        raise ValueError(f"give at most {MAX_BIASES} tokens, not {len(given)}")
-    return given
+def at_most(most: int) -> BeforeValidator:
+    """Counts what is in a list or object, or the characters of a text, before pydantic looks at any of it."""
+
+    def count(given: Any) -> Any:
+        if isinstance(given, list | dict | str) and len(given) > most:
+            raise ValueError(f"this may have a length of {most} at most, not {len(given)}")
+        return given
+
+    return BeforeValidator(count)
 
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, le=MOST)]
 Text = Annotated[str, Field(min_length=1)]
-Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
+Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True), at_most(MAX_TOKENS)]
 Choices = Annotated[list[Text], Field(min_length=1, max_length=10_000, fail_fast=True)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 Biases = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,18}$")], Annotated[Finite, Field(ge=-100, le=100)]],
-    Field(max_length=MAX_BIASES, fail_fast=True),
-    BeforeValidator(few_enough),
+    Field(fail_fast=True),
+    at_most(MAX_BIASES),
 ]
 
 
@@ -157,7 +161,7 @@ class ToolCall(Asked):
     function: FunctionCall
 
 
-Content = str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+Content = str | Annotated[list[TextPart], Field(fail_fast=True), at_most(MAX_MESSAGES)]
 
 
 class SystemMessage(Asked):
@@ -173,10 +177,10 @@ class UserMessage(Asked):
 
 class AssistantMessage(Asked):
     role: Literal["assistant"]
-    content: str | Annotated[list[TextPart | RefusalPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    content: str | Annotated[list[TextPart | RefusalPart], Field(fail_fast=True), at_most(MAX_MESSAGES)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = Field(None, description="another name of reasoning_content")
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True), at_most(MAX_TOOLS)] | None = None
     prefix: bool | None = Field(None, description="the last message: the reply goes on from it")
 
 
@@ -188,7 +192,7 @@ class ToolMessage(Asked):
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True), at_most(MAX_MESSAGES)]
 
 
 class Function(Asked):
@@ -203,7 +207,7 @@ class Tool(Asked):
     function: Function
 
 
-Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+Tools = Annotated[list[Tool], Field(fail_fast=True), at_most(MAX_TOOLS)]
 
 
 class FunctionName(Asked):
@@ -217,7 +221,7 @@ class NamedTool(Asked):
 
 class AllowedTools(Asked):
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+    tools: Annotated[list[NamedTool], Field(min_length=1, fail_fast=True), at_most(MAX_TOOLS)]
 
 
 class AllowedChoice(Asked):
@@ -274,8 +278,8 @@ class CompletionRequest(Sampling):
     prompt: (
         Text
         | Tokens
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+        | Annotated[list[Text], Field(min_length=1, fail_fast=True), at_most(MAX_CHOICES)]
+        | Annotated[list[Tokens], Field(min_length=1, fail_fast=True), at_most(MAX_CHOICES)]
     )
     max_tokens: int | None = Field(
         None, ge=-1, le=MOST, description="default 16; 0 with echo: the prompt alone; -1: what the context holds"
@@ -289,8 +293,8 @@ class TokenizeRequest(Conversation):
     """POST /tokenize with a text (`prompt`, or llama.cpp's `content`) or with `messages`, read as for a reply."""
 
     model: str | None = None
-    prompt: Annotated[str, Field(max_length=MAX_TOKENS)] | None = None
-    content: Annotated[str, Field(max_length=MAX_TOKENS)] | None = None
+    prompt: Annotated[str, at_most(MAX_TOKENS)] | None = None
+    content: Annotated[str, at_most(MAX_TOKENS)] | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
@@ -300,7 +304,7 @@ class DetokenizeRequest(Asked):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True), at_most(MAX_TOKENS)]
 
 
 class ControlRequest(Asked):
