@@ -49,7 +49,7 @@ def serve(
     temperature: Annotated[
         float | None,
         typer.Option(
-            help="Sampling temperature unless asked otherwise; default: 1 for requests, 0.6 for the chat page.",
+            help="Sampling temperature where none is asked for; default: 1 for requests, 0.6 on the chat page.",
             min=0.0,
         ),
     ] = None,
