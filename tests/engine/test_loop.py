@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from luciola.engine.engine import Engine
+from luciola.engine.loop import Loop
 from luciola.engine.params import SamplingParams
 from luciola.engine.sampler import NotFiniteError
 from luciola.engine.sequence import Completion
@@ -374,3 +375,28 @@ def test_weights_are_quantised_once(lm: LanguageModel) -> None:
 def test_a_priority_is_a_whole_number(lm: LanguageModel, priority: Any) -> None:
     with pytest.raises(ValueError, match=r"priority=.* must be a whole number"):
         Engine(lm, dtype="model").generate([[3]], priority=priority)
+
+
+def test_what_another_thread_takes_in_at_the_last_moment_is_done_all_the_same() -> None:
+    stepping, go, left = threading.Event(), threading.Event(), ["first"]
+    done: list[str] = []
+
+    def step() -> bool:
+        if left:
+            done.append(left.pop(0))
+            stepping.set()
+            assert go.wait(5)
+        return bool(left)
+
+    loop = Loop(step)
+    loop.drive(lambda: None)
+    assert stepping.wait(5)
+    loop.drive(lambda: left.append("second"))  # the driver is at its last step, as it thinks
+    with loop._starting:
+        go.set()
+        while "second" not in left:  # the step is over, and the driver about to go
+            loop.ask(lambda: None)
+    deadline = time.monotonic() + 5
+    while not loop.idle and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert done == ["first", "second"]

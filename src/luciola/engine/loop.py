@@ -27,6 +27,7 @@ class Loop:
         self._driving, self._starting = threading.Lock(), threading.Lock()
         self._driver: threading.Thread | None = None
         self._closed = False
+        self._fresh = False  # something was taken in since the driver's last step began
         _loops.add(self)
 
     def ask(self, request: Callable[[], None]) -> None:
@@ -84,9 +85,11 @@ class Loop:
         while True:
             with self._driving:
                 self._take_in()
+                self._fresh = False
                 busy = self._step()
             with self._starting:
-                if self._closed or not (busy or not self._asked.empty()):
+                # Whoever asked for something else may have taken a request in meanwhile, without a step.
+                if self._closed or not (busy or self._fresh or not self._asked.empty()):
                     self._driver = None
                     return
 
@@ -103,6 +106,7 @@ class Loop:
 
     def _take_in(self) -> None:
         while not self._asked.empty():  # only who holds the lock takes anything out
+            self._fresh = True  # before it is out: the driver sees one or the other
             self._asked.get_nowait()()
 
 
