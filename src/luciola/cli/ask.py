@@ -89,6 +89,13 @@ Speculate = Annotated[
     ),
 ]
 
+Parity = Annotated[
+    bool, typer.Option("--parity", help="Exactly the logits of the full pass, bit for bit (float32; slower).")
+]
+MaxCachedTokens = Annotated[
+    int | None, typer.Option(help="Tokens that the cache has room for; left out: what fits into memory.", min=1)
+]
+
 _OPTIONS = {
     name: f"--{name.replace('_', '-')}"
     for name in (
@@ -181,12 +188,8 @@ def generate(
     quantize: Quantize = None,
     group_size: GroupSize = GROUP,
     speculate: Speculate = None,
-    parity: Annotated[
-        bool, typer.Option("--parity", help="Exactly the logits of the full pass, bit for bit (float32; slower).")
-    ] = False,
-    max_cached_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that the cache has room for; left out: what fits into memory.", min=1)
-    ] = None,
+    parity: Parity = False,
+    max_cached_tokens: MaxCachedTokens = None,
 ) -> None:
     """Continue a text.
 

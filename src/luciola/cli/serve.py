@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luciola.cli.ask import GROUP, Dtype, GroupSize, Model, Quantize, Speculate, one_of, opened, run_settings
+from luciola.cli.ask import (
+    GROUP,
+    Dtype,
+    GroupSize,
+    MaxCachedTokens,
+    Model,
+    Parity,
+    Quantize,
+    Speculate,
+    one_of,
+    opened,
+    run_settings,
+)
 
 if TYPE_CHECKING:
     from luciola import Engine, LanguageModel
@@ -83,15 +95,11 @@ def serve(
     quantize: Quantize = None,
     group_size: GroupSize = GROUP,
     speculate: Speculate = None,
-    parity: Annotated[
-        bool, typer.Option("--parity", help="Answers that no company changes in any bit (float32; slower).")
-    ] = False,
+    parity: Parity = False,
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep what was computed of prompts' beginnings.")
     ] = True,
-    max_cached_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that the cache has room for; left out: what fits into memory.", min=1)
-    ] = None,
+    max_cached_tokens: MaxCachedTokens = None,
 ) -> None:
     """Serve a model: OpenAI's API at /v1, a chat page at /, metrics at /metrics, the API's description at /docs.
 
