@@ -167,6 +167,16 @@ class Here:
     def engine(self) -> luciola.Engine:
         return self.service.engine
 
+    def left_amid(self, body: dict[str, Any], patience: float) -> None:
+        """Ask for a reply and leave it: a stream after twenty lines, another after so many seconds."""
+        timeout = httpx.Timeout(30, read=patience)
+        asked = self.client.stream("POST", "/v1/chat/completions", json=body, timeout=timeout)
+        with contextlib.suppress(httpx.ReadTimeout), asked as response:
+            for count, _ in enumerate(response.iter_lines()):
+                if count == 20:
+                    return
+            raise AssertionError("the reply was whole before anybody left")
+
     def until_free(self, seconds: float = 5.0) -> None:
         """Wait until no sequence holds any of the cache; fails if that does not come."""
         deadline = time.monotonic() + seconds

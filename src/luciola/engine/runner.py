@@ -264,7 +264,7 @@ class Runner:
                 histories.append(history and history.followed_by(sequence.drafts[:offset]) if offset else history)
             if sequence.grammar is not None or sequence.thinking is not None:
                 try:
-                    mask_V = _mask(sequence, logits_BV.shape[1], offset)
+                    mask_V = sequence.allowed_V(logits_BV.shape[1], offset)
                 except Exception as error:
                     sequence.error = error
                     continue
@@ -415,18 +415,6 @@ class Runner:
             "grammar_tokens": self.grammar_tokens,
             "grammar_seconds": self.grammar_seconds,
         }
-
-
-def _mask(sequence: Sequence, V: int, offset: int) -> Tensor | None:
-    """The tokens that may come next, (V,) bool; None: all. Behind drafts, none of which a grammar has, nothing is
-    forced yet."""
-    thinking = sequence.thinking
-    token = thinking.forced(sequence.grammar) if thinking is not None and offset == 0 else None
-    if token is not None:
-        forced_V = torch.zeros(V, dtype=torch.bool)
-        forced_V[token] = True
-        return forced_V
-    return None if sequence.grammar is None else sequence.grammar.allowed_V()
 
 
 def _stacked(routings: Many[Routing], work: Many[tuple[Sequence, int]] | Many[Piece]) -> Tensor | None:

@@ -164,6 +164,18 @@ class Sequence:
         """Whether nothing is to be done for it any more."""
         return self.finish is not None or self.error is not None
 
+    def allowed_V(self, V: int, offset: int) -> Tensor | None:
+        """The tokens that may come next, `offset` drafts further on, (V,) bool; None: all.
+
+        Behind drafts, none of which a sequence with a grammar has, nothing is forced yet.
+        """
+        token = self.thinking.forced(self.grammar) if self.thinking is not None and offset == 0 else None
+        if token is not None:
+            forced_V = torch.zeros(V, dtype=torch.bool)
+            forced_V[token] = True
+            return forced_V
+        return None if self.grammar is None else self.grammar.allowed_V()
+
     def completion(self, tokenizer: Tokenizer | None) -> Completion:
         """What it has come to."""
         params, tokens = self.params, self.tokens[self.prompt_length :]
