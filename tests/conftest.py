@@ -73,6 +73,42 @@ def steps_of() -> Callable[[Path], list[dict[str, Any]]]:
     return read
 
 
+@pytest.fixture(scope="session")
+def tiny() -> dict[str, Any]:
+    """A small model's configuration, all but the size of its vocabulary."""
+    return {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "kv_lora_rank": 8,
+        "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 6, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "initializer_range": 0.3,
+        "max_position_embeddings": 96,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def chain(tiny: dict[str, Any]) -> Callable[..., Any]:
+    """`chain(logits_VV, tokenizer)`: a LanguageModel whose next token depends on the last one alone, by these logits.
+
+    Attention and feed-forward write nothing; the embedding is the unit matrix, the head the table.
+    """
+    import torch
+
+    from luciola.model.language_model import LanguageModel
+
+    def make(logits_VV: torch.Tensor, tokenizer: Any = None, **config: Any) -> LanguageModel:
+        V = len(logits_VV)
+        shape = tiny | {"vocab_size": V, "hidden_size": V, "num_hidden_layers": 1} | config
+        made = LanguageModel.create(shape, tokenizer)
+        with torch.no_grad():
+            for name, p in made.model.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
+                    p.zero_()
+            made.model.embed_tokens.weight.copy_(torch.eye(V))
+            made.model.lm_head.weight.copy_(logits_VV.T / made.model.norm(torch.eye(V))[0, 0])
+        return made
+
+    return make
+
+
 STATEABLE = ["characters", "characters beyond ASCII", "bytes", "train_bpe", "smollm2"]
 STATEABLE += [f"sentencepiece, {prefix}, {added}" for prefix in ("prefix", "bare") for added in ("added", "plain")]
 

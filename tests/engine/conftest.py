@@ -1,50 +1,20 @@
-"""Models for the engine: a random one with experts, and chains whose every distribution is known in advance."""
+"""Models for the engine: a random one with experts, and one that writes a known text."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from luciola.model.language_model import LanguageModel
 from luciola.text.tokenizer import Tokenizer
 
-TINY: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "kv_lora_rank": 8,
-    "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 6, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "initializer_range": 0.3,
-    "max_position_embeddings": 96,
-}  # fmt: skip
-
 
 @pytest.fixture(scope="session")
-def lm() -> LanguageModel:
+def lm(tiny: dict[str, Any]) -> LanguageModel:
     """Random weights, so large that likely tokens are clearly ahead; ends a text now and then."""
     tokenizer = Tokenizer.characters("abcdefghijklmnop ")
-    return LanguageModel.create(TINY | {"vocab_size": tokenizer.vocab_size}, tokenizer)
-
-
-@pytest.fixture(scope="session")
-def chain() -> Callable[..., LanguageModel]:
-    """`chain(logits_VV, tokenizer)`: a model whose next token depends on the last one alone, with these logits.
-
-    Attention and feed-forward write nothing; the embedding is the unit matrix, the head the table.
-    """
-
-    def make(logits_VV: Tensor, tokenizer: Tokenizer | None = None, **config: Any) -> LanguageModel:
-        V = len(logits_VV)
-        shape = TINY | {"vocab_size": V, "hidden_size": V, "num_hidden_layers": 1} | config
-        made = LanguageModel.create(shape, tokenizer)
-        with torch.no_grad():
-            for name, p in made.model.named_parameters():
-                if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
-                    p.zero_()
-            made.model.embed_tokens.weight.copy_(torch.eye(V))
-            made.model.lm_head.weight.copy_(logits_VV.T / made.model.norm(torch.eye(V))[0, 0])
-        return made
-
-    return make
+    return LanguageModel.create(tiny | {"vocab_size": tokenizer.vocab_size}, tokenizer)
 
 
 @pytest.fixture(scope="session")

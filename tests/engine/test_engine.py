@@ -157,11 +157,27 @@ def test_nothing_is_recorded_that_was_not_asked_for(lm: LanguageModel) -> None:
     assert (out.logprobs, out.tempered_logprobs, out.routes) == (None, None, None)
 
 
+@pytest.mark.parametrize("together", [1, 7, 4096])
+@pytest.mark.parametrize("settings", [{}, {"parity": True}, {"chunk": 5}], ids=str)
+def test_the_load_of_experts_is_that_of_all_tokens_computed(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], together: int
+) -> None:
+    monkeypatch.setattr("luciola.engine.expert_load.WAITING", together)
+    engine = Engine(lm, dtype="model", prefix_cache=False, **settings)
+    params = [SamplingParams(max_tokens=4 + 3 * i, seed=i, routes=True, ignore_eos=True) for i in range(5)]
+    expected = torch.zeros(2, 6, dtype=torch.long)
+    for _ in range(2):  # the steps of the second time repeat those of the first
+        for (completion,) in engine.generate(prompts(3, 9, 1, 12, 5), params):
+            assert completion.routes is not None
+            for layer in (0, 1):
+                expected[layer] += completion.routes[:, layer].flatten().long().bincount(minlength=6)
+        assert engine.expert_load == {1: expected[0].tolist(), 2: expected[1].tolist()}
+
+
 def test_a_model_without_experts_has_no_routes() -> None:
-    out = Engine(LanguageModel.create(GQA), dtype="model").generate(
-        prompts(3), SamplingParams(max_tokens=4, routes=True)
-    )
-    assert out[0][0].routes is None
+    engine = Engine(LanguageModel.create(GQA), dtype="model")
+    assert engine.generate(prompts(3), SamplingParams(max_tokens=4, routes=True))[0][0].routes is None
+    assert engine.expert_load == {}
 
 
 ABC = Tokenizer.characters("abcdefghijkl")

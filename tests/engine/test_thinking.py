@@ -14,7 +14,7 @@ from luciola.engine.engine import Engine
 from luciola.engine.grammar import Grammar
 from luciola.engine.params import SamplingParams
 from luciola.engine.sequence import Completion, Delta
-from luciola.engine.thinking import Thinking, closing_tokens, thinking_tokens
+from luciola.engine.thinking import Thinking, closing_tokens, thinking_tokens, thought
 from luciola.model.language_model import LanguageModel
 from luciola.text.chat import END_THINK, THINK
 from luciola.text.tokenizer import Tokenizer
@@ -68,6 +68,39 @@ def test_draws_behind_the_tag_use_the_numbers_of_their_positions(chain: Chain, t
     same = [a == b for a, b in zip(free[after:], bound[after:], strict=True)]
     assert True in same
     assert all(same[same.index(True) :])
+
+
+@pytest.mark.parametrize("tokenizer", [ABC, SPELLED], ids=["one token", "letters"])
+@pytest.mark.parametrize(
+    ("prompt", "spent"),
+    [
+        ("<think>", 0),
+        ("<think>\n \n", 0),
+        ("<think>a", 1),
+        ("<think>\nabc", 4),
+        ("<think>ab</think>c <think>" + 100 * "ab", 200),
+        ("abc", 0),
+        ("a think>b", 0),
+    ],
+)
+def test_what_a_prompt_has_thought_is_counted_from_its_last_tag(tokenizer: Tokenizer, prompt: str, spent: int) -> None:
+    assert thought(tokenizer, tokenizer.encode(prompt)) == spent
+
+
+@pytest.mark.parametrize("tokenizer", [ABC, SPELLED], ids=["one token", "letters"])
+@pytest.mark.parametrize("already", [0, 3, 5, 9])
+def test_a_budget_counts_what_the_prompt_has_thought_already(chain: Chain, tokenizer: Tokenizer, already: int) -> None:
+    engine = Engine(random_chain(chain, tokenizer, bar="<"), dtype="model")
+    params = SamplingParams(max_tokens=30, seed=3, thinking_budget=5)
+
+    async def write() -> list[int]:
+        deltas = engine.stream_async("ab" + THINK + "k" * already, params, inside=True)
+        return [token async for delta in deltas for token in delta.token_ids]
+
+    tokens, tag = asyncio.run(write()), closing_tokens(tokenizer)
+    left = max(0, 5 - already)
+    assert tokens[left : left + len(tag)] == tag
+    assert not any(tokens[i : i + len(tag)] == tag for i in range(left))
 
 
 def test_a_budget_counts_from_where_the_model_opens_its_thinking(script: Callable[..., LanguageModel]) -> None:

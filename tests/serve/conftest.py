@@ -123,36 +123,6 @@ def small_server(tmp_path: Path) -> Iterator[Callable[..., Live]]:
 
 
 ALPHABET = "".join(chr(code) for code in range(32, 127)) + "\n"
-SHAPE: dict[str, Any] = {
-    "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "kv_lora_rank": 8,
-    "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "initializer_range": 0.3,
-}  # fmt: skip
-
-
-def written_by(pieces: Sequence[str], context: int = 4096, **tokenizer: Any) -> luciola.LanguageModel:
-    """A model that answers anything with these pieces, each a token of its own, and ends. It is sure of each token; led
-    elsewhere by a constraint, it begins again.
-
-    Attention and feed-forward write nothing, the embedding is the unit matrix and the head a table of successors.
-    """
-    assert len(set(pieces)) == len(pieces) and not any(piece in ALPHABET for piece in pieces)
-    tokens = Tokenizer.characters(ALPHABET, added_tokens=["<think>", "</think>", *pieces], **tokenizer)
-    vocab = tokens.vocab_size
-    shape = SHAPE | {"vocab_size": vocab, "hidden_size": vocab, "max_position_embeddings": context}
-    made = luciola.LanguageModel.create(shape, tokens)
-    ids = [tokens.token_id(piece) for piece in pieces]
-    logits_VV = torch.zeros(vocab, vocab)
-    logits_VV[:, ids[0]] = 20.0
-    for token, following in zip(ids, [*ids[1:], tokens.eos_token_ids[0]], strict=True):
-        logits_VV[token, ids[0]], logits_VV[token, following] = 0.0, 20.0
-    with torch.no_grad():
-        for name, parameter in made.model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
-                parameter.zero_()
-        made.model.embed_tokens.weight.copy_(torch.eye(vocab))
-        made.model.lm_head.weight.copy_(logits_VV.T / made.model.norm(torch.eye(vocab))[0, 0])
-    return made
 
 
 @dataclass
@@ -216,15 +186,21 @@ def hosted(
 
 
 @pytest.fixture(scope="session")
-def writer() -> Callable[..., luciola.LanguageModel]:
-    """See `written_by`."""
-    return written_by
+def writer(chain: Callable[..., luciola.LanguageModel]) -> Callable[..., luciola.LanguageModel]:
+    """`writer(pieces, context=4096, **tokenizer)`: a model that answers anything with these pieces, each a token of its
+    own, and ends. It is sure of each token; led elsewhere by a constraint, it begins again."""
 
+    def make(pieces: Sequence[str], context: int = 4096, **tokenizer: Any) -> luciola.LanguageModel:
+        assert len(set(pieces)) == len(pieces) and not any(piece in ALPHABET for piece in pieces)
+        tokens = Tokenizer.characters(ALPHABET, added_tokens=["<think>", "</think>", *pieces], **tokenizer)
+        ids = [tokens.token_id(piece) for piece in pieces]
+        logits_VV = torch.zeros(tokens.vocab_size, tokens.vocab_size)
+        logits_VV[:, ids[0]] = 20.0
+        for token, following in zip(ids, [*ids[1:], tokens.eos_token_ids[0]], strict=True):
+            logits_VV[token, ids[0]], logits_VV[token, following] = 0.0, 20.0
+        return chain(logits_VV, tokens, max_position_embeddings=context)
 
-@pytest.fixture(scope="session")
-def shape() -> dict[str, Any]:
-    """All of a small model's configuration but its vocabulary, its width and its context."""
-    return SHAPE
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -137,10 +137,10 @@ def test_metrics_count_what_was_served(here: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def spelled(shape: dict[str, Any]) -> luciola.LanguageModel:
+def spelled(tiny: dict[str, Any]) -> luciola.LanguageModel:
     """A model over bytes: every character beyond ASCII takes several tokens."""
     tokenizer = train_bpe(["Hi, hello"], 300)
-    shape = shape | {"vocab_size": tokenizer.vocab_size, "hidden_size": 16, "max_position_embeddings": 256}
+    shape = tiny | {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 256}
     return luciola.LanguageModel.create(shape, tokenizer)
 
 

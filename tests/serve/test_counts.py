@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from luciola.model.language_model import LanguageModel
 from luciola.serve.guard import ServerSettings
+from luciola.text.tokenizer import Tokenizer
 
 PIECES = ["<think>", "two ", "and ", "two", "</think>", "It ", "is ", "four"]
 QUESTION: dict[str, Any] = {"messages": [{"role": "user", "content": "2+2?"}], "temperature": 0}
@@ -212,3 +215,19 @@ def test_probes_may_ask_by_head(here: Any) -> None:
     for path in ("/", "/health", "/ready"):
         reply = here.client.head(path)
         assert reply.status_code == 200 and not reply.content
+
+
+def test_the_load_of_experts_by_layer(hosting: Any, tiny: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.characters("abc")
+    with hosting(LanguageModel.create(tiny | {"vocab_size": tokenizer.vocab_size}, tokenizer)) as server:
+        server.client.post("/v1/completions", json={"prompt": "abcab", "max_tokens": 7, "ignore_eos": True})
+        server.until_free()
+        text = server.client.get("/metrics").text
+    for layer in (1, 2):
+        rows = re.findall(
+            rf'^luciola:expert_load_bucket\{{layer="{layer}",le="(\S+)",model_name=".*"\}} (.*)$', text, re.M
+        )
+        assert [bound for bound, _ in rows] == ["0.0", "1.0", "2.0", "3.0", "4.0", "5.0", "+Inf"]
+        counts = [float(count) for _, count in rows]
+        assert counts == sorted(counts)
+        assert counts[-1] == counts[-2] == 2 * (5 + 7 - 1)  # the last token drawn is not computed

@@ -169,6 +169,12 @@ class Engine:
         return self._pool.free
 
     @property
+    def expert_load(self) -> dict[int, list[int]]:
+        """Of each layer with experts, how many tokens each expert was given since the engine was made."""
+        load = self._runner.expert_load
+        return dict(zip(load.layers, load.counts().tolist(), strict=True))
+
+    @property
     def stats(self) -> dict[str, int | float]:
         """Counts since the engine was made: steps, tokens of prompts that were computed and that the cache saved,
         generated tokens, tokens read in all, preemptions; drafts of speculation, their tokens, and how many of these

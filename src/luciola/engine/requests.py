@@ -14,7 +14,7 @@ from luciola.engine.sampler import History, UniformStream
 from luciola.engine.scheduler import PATIENCE
 from luciola.engine.sequence import Sequence
 from luciola.engine.stopping import StopTexts
-from luciola.engine.thinking import Thinking, closing_tokens, opens
+from luciola.engine.thinking import Thinking, closing_tokens, opens, thought
 from luciola.engine.writer import Writer
 from luciola.model.config import ModelConfig
 from luciola.text.tokenizer import Tokenizer
@@ -67,6 +67,7 @@ class Requests:
             if opened is None:
                 opened = self._tokenizer is not None and opens(self._tokenizer, ids)
             close = self._closing(p, stop_thinking)
+            spent = thought(self._tokenizer, ids) if inside and self._tokenizer is not None and close else 0
             grammar = None if p.grammar is None else self._compiler.start(p.grammar)
             rows = []
             for j in range(p.n):
@@ -83,7 +84,7 @@ class Requests:
                 row.grammar = None if grammar is None else grammar.fork()
                 row.opened = opened
                 if self._tokenizer is not None and close:
-                    row.thinking = Thinking(self._tokenizer, close, opened, p.thinking_budget, stop_thinking)
+                    row.thinking = Thinking(self._tokenizer, close, opened, spent, p.thinking_budget, stop_thinking)
                 row.history = History(ids) if p.needs_history else None
                 if self._tokenizer is not None and (p.stop or streamed or not p.skip_special_tokens):
                     row.writer = Writer(self._tokenizer, stops, p.skip_special_tokens)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from luciola.engine.cache import PagedCache, Piece, PromptCache
+from luciola.engine.expert_load import ExpertLoad
 from luciola.engine.params import SamplingParams
 from luciola.engine.sampler import History, NotFiniteError, NothingAllowedError, Sampled, Settings, sample, score
 from luciola.engine.scheduler import Scheduler
@@ -80,6 +81,7 @@ class Runner:
         self.grammar_tokens, self.grammar_seconds = 0, 0.0
         self._settings: tuple[list[Sequence], Settings] = ([], Settings.of([]))
         self.flat = Steps(model, cache)
+        self.expert_load = ExpertLoad(model)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -127,6 +129,8 @@ class Runner:
             states_BTD, routings = self.model.hidden(tokens_BT.to(self.device), cache=cache)
             if self.speculator is not None:
                 self.speculator.read(batch, states_BTD, cache)
+            lengths_B1 = torch.tensor([[piece.length] for piece in batch])
+            self.expert_load.add(routings, torch.arange(width) < lengths_B1)
             routes_BTLK = _stacked(routings, batch)
             kept: list[int] = []
             for row, (sequence, _, count) in enumerate(batch):
@@ -162,6 +166,7 @@ class Runner:
         states_ND, routings, logits_NV = self.model.decode(step, self.cache.pools, self.exact, logits=all_drawn)
         if self.speculator is not None and any(count > 1 for _, count in work):
             self.speculator.read_flat(self, work, states_ND)
+        self.expert_load.add(routings)
         routes_NLK = _stacked(routings, work)
         kept: list[int] = []
         place = 0

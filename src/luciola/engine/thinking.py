@@ -9,7 +9,8 @@ has begun only the rest is written.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 
 from luciola.engine.grammar import GrammarState
 from luciola.text.chat import END_THINK, THINK
@@ -24,6 +25,20 @@ def opens(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
     return tokenizer.thinks and tokenizer.decode(prompt[-TAIL:], False).rstrip().endswith(THINK)
 
 
+def thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> int:
+    """The tokens of a prompt behind its last `<think>`; 0 if that is not there or only blank space follows."""
+    if opens(tokenizer, prompt) or THINK not in tokenizer.decode(prompt, False):
+        return 0
+    # The shortest end of the prompt that has the tag, then the shortest beginning of that.
+    tail = _shortest(len(prompt), lambda n: THINK in tokenizer.decode(prompt[-n:], False))
+    return tail - _shortest(tail, lambda n: THINK in tokenizer.decode(prompt[-tail:][:n], False))
+
+
+def _shortest(most: int, enough: Callable[[int], bool]) -> int:
+    """The least of 1 to `most` that is enough; `most` is, and so is all above it."""
+    return 1 + bisect_left(range(1, most), True, key=enough)
+
+
 def thinking_tokens(tokenizer: Tokenizer, tokens: Sequence[int], text: str, opened: bool) -> int:
     """The tokens of a completion up to its first `</think>`, that included; all where thinking has begun and does not
     end; 0 where there is none. `text` is the text of all of them; special tokens may be missing there."""
@@ -35,14 +50,7 @@ def thinking_tokens(tokenizer: Tokenizer, tokens: Sequence[int], text: str, open
     if end is not None and end in tokens:
         return tokens.index(end) + 1
     if END_THINK in text:  # spelled in several tokens
-        low, high = 1, len(tokens)
-        while low < high:
-            middle = (low + high) // 2
-            if END_THINK in tokenizer.decode(tokens[:middle], False):
-                high = middle
-            else:
-                low = middle + 1
-        return low
+        return _shortest(len(tokens), lambda n: END_THINK in tokenizer.decode(tokens[:n], False))
     return len(tokens)
 
 
@@ -60,7 +68,8 @@ class Thinking:
 
     Args:
         closing: the tokens of `</think>`.
-        opened: the prompt ends with `<think>`.
+        opened: the prompt ends in the midst of thinking.
+        spent: tokens of thinking that the prompt has already.
         budget: tokens of thinking after which it is ended; None: no bound.
         stop: set by whoever wants it to end at the next token.
 
@@ -73,6 +82,7 @@ class Thinking:
         tokenizer: Tokenizer,
         closing: Sequence[int],
         opened: bool,
+        spent: int = 0,
         budget: int | None = None,
         stop: threading.Event | None = None,
     ) -> None:
@@ -82,7 +92,7 @@ class Thinking:
         self._inside = opened
         self._text = ""  # while it is open whether the text begins with thinking, all of it; then what may be a tag
         self._last: list[int] = []
-        self._spent = 0
+        self._spent = spent
         self._rest: list[int] = []  # of the closing tag that is being written
 
     def forced(self, grammar: GrammarState | None = None) -> int | None:

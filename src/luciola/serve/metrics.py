@@ -4,7 +4,7 @@ replace."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -142,15 +142,22 @@ class _EngineCounts:
             counter.add_metric((self._name,), value)
             yield counter
         steps = HistogramMetricFamily("luciola:iteration_tokens_total", "tokens of a step", labels=("model_name",))
-        steps.add_metric((self._name,), *_cumulative(engine.step_sizes, stats["read_tokens"]))
+        bounds = [2**i - 1 for i in range(len(TOKENS))]
+        steps.add_metric((self._name,), _cumulative(bounds, engine.step_sizes), stats["read_tokens"])
         yield steps
+        what = "tokens by the expert that they were given to, whose number is the bound of its bucket"
+        load = HistogramMetricFamily("luciola:expert_load", what, labels=("model_name", "layer"))
+        for layer, counts in engine.expert_load.items():
+            numbers = sum(expert * count for expert, count in enumerate(counts))
+            load.add_metric((self._name, str(layer)), _cumulative(range(len(counts)), counts), numbers)
+        yield load
         info = InfoMetricFamily("luciola:cache_config", "the cache", labels=("model_name",))
         tokens = str(engine.max_cached_tokens)
         info.add_metric((self._name,), {"num_gpu_blocks": str(blocks), "cached_tokens": tokens})
         yield info
 
 
-def _cumulative(sizes: Sequence[int], total: float) -> tuple[list[tuple[str, float]], float]:
-    """A histogram's buckets, each with all that are smaller, and its sum, of the engine's `step_sizes`."""
-    sums = list(accumulate(sizes))
-    return [*((str(2.0**i - 1), float(sums[i])) for i in range(1, len(TOKENS))), ("+Inf", float(sums[-1]))], total
+def _cumulative(bounds: Iterable[int], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """A histogram's buckets, each with all that are smaller; what lies beyond the bounds comes last."""
+    sums = list(accumulate(counts))
+    return [*((str(float(bound)), float(sums[i])) for i, bound in enumerate(bounds)), ("+Inf", float(sums[-1]))]
