@@ -119,9 +119,13 @@ def _report(path: Path) -> str:
         parts.append(_side_by_side(path / "heldout.jsonl"))
     parts.append(aligned(figures(summary)))
     place = shlex.quote(str(path))
-    steps = [("talk to it", f"luciola chat {place}"), ("its curves", f"{place}/curves.png")]
+    steps = [
+        ("talk to it", f"luciola chat {place}"),
+        ("the same in a browser", f"luciola serve {place}"),
+        ("its curves", f"{place}/curves.png"),
+    ]
     if before and after:
-        steps.insert(1, ("measure it", f"luciola evaluate {place}"))
+        steps.insert(2, ("measure it", f"luciola evaluate {place}"))
         steps.append(("every held-out answer", f"{place}/heldout.jsonl"))
     steps.append(("the model, in Hugging Face layout", f"{place}/model"))
     parts.append("What next:\n" + aligned(steps, indent="  "))
