@@ -1,11 +1,7 @@
-"""Foreign clients, as they are: OpenAI's library and the `llm` program, against a scripted model."""
+"""OpenAI's library, as it is, against a scripted model: all that can be asked for in a single reply."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -34,6 +30,8 @@ def client(here: Any) -> Iterator[openai.OpenAI]:
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "luciola"
+    with pytest.raises(openai.NotFoundError, match="gpt-9"):
+        client.models.retrieve("gpt-9")
 
 
 def test_a_chat(client: openai.OpenAI) -> None:
@@ -77,6 +75,146 @@ def test_every_setting_goes_through(client: openai.OpenAI) -> None:
     assert [choice.message.content for choice in reply.choices] == ["Take an ", "Take an "]
     logprobs = reply.choices[0].logprobs
     assert logprobs is not None and logprobs.content is not None and len(logprobs.content[0].top_logprobs) == 2
+
+
+def test_the_longest_reply_by_both_names(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "messages": QUESTION, "temperature": 0}
+    cut: Any
+    for cut in (
+        client.chat.completions.create(**{name: 7}, **asked) for name in ("max_tokens", "max_completion_tokens")
+    ):
+        assert cut.choices[0].finish_reason == "length" and cut.usage.completion_tokens == 7
+        assert (
+            cut.choices[0].message.content == "Take an " and cut.choices[0].message.reasoning_content == "Rain today."
+        )
+
+
+def test_a_seed_makes_the_same_replies_again_and_another_makes_others(client: openai.OpenAI) -> None:
+    def replies(seed: int) -> tuple[list[str | None], list[str]]:
+        asked: Any = {"model": "tiny", "n": 3, "seed": seed, "temperature": 50, "max_tokens": 20}
+        chat = client.chat.completions.create(messages=QUESTION, **asked).choices
+        return [choice.message.content for choice in chat], [
+            choice.text for choice in client.completions.create(prompt="a", **asked).choices
+        ]
+
+    found = [replies(seed) for seed in range(4)]
+    assert [replies(seed) for seed in range(4)] == found
+    for kind in (0, 1):
+        assert len({text for both in found for text in both[kind]}) == 4 * 3
+
+
+@pytest.mark.parametrize(
+    ("penalties", "expected"),
+    [({}, "aaaaaa"), ({"presence_penalty": 1.5}, "abaaaa"), ({"frequency_penalty": 1.5}, "ababab")],
+)
+def test_biases_and_penalties(here: Any, client: openai.OpenAI, penalties: dict[str, float], expected: str) -> None:
+    """The penalties are for what the reply has already, and not for what the question has."""
+    bias = {str(here.service.tokenizer.token_id(text)): value for text, value in (("a", 100), ("b", 99))}
+    asked: Any = {"model": "tiny", "temperature": 0, "max_tokens": 6, "logit_bias": bias, **penalties}
+    reply = client.chat.completions.create(messages=[{"role": "user", "content": "aaa"}], **asked)
+    assert reply.choices[0].message.content == expected
+    assert client.completions.create(prompt="aaa", **asked).choices[0].text == expected
+    never = {str(here.service.tokenizer.token_id("umbrella")): -100}
+    without = client.chat.completions.create(
+        model="tiny",
+        messages=QUESTION,
+        temperature=0,
+        logit_bias=never,
+        max_tokens=30,  # type: ignore[arg-type]
+    )
+    assert (without.choices[0].message.content or "").startswith("Take an ")
+    assert "umbrella" not in (without.choices[0].message.content or "")
+
+
+def test_a_chat_is_a_completion_of_the_tokens_it_reads(here: Any, client: openai.OpenAI) -> None:
+    asked: Any = {
+        "model": "tiny", "seed": 3, "temperature": 4, "max_tokens": 20,
+        "extra_body": {"return_token_ids": True, "prompt_logprobs": 1},
+    }  # fmt: skip
+    chat: Any = client.chat.completions.create(messages=QUESTION, **asked)
+    assert here.service.tokenizer.decode(chat.prompt_token_ids).count(QUESTION[0]["content"]) == 1
+    text: Any = client.completions.create(prompt=chat.prompt_token_ids, **asked).choices[0]
+    assert text.token_ids == chat.choices[0].token_ids and text.prompt_token_ids == chat.prompt_token_ids
+    assert text.text == here.service.tokenizer.decode(text.token_ids)
+    # The log-probabilities of the prompt are the same as by an echo.
+    scores = client.completions.create(
+        model="tiny", prompt=chat.prompt_token_ids, echo=True, max_tokens=0, logprobs=1
+    ).choices[0].logprobs  # fmt: skip
+    assert scores is not None and scores.token_logprobs is not None
+    assert scores.token_logprobs[0] is chat.prompt_logprobs[0] is text.prompt_logprobs[0] is None
+    for places in (chat.prompt_logprobs, text.prompt_logprobs):
+        told = [
+            place[str(token)]["logprob"] for token, place in zip(chat.prompt_token_ids, places, strict=True) if place
+        ]
+        assert told == pytest.approx(scores.token_logprobs[1:], abs=1e-4)
+    with pytest.raises(openai.BadRequestError, match="cannot be streamed") as caught:
+        client.chat.completions.create(messages=QUESTION, stream=True, **asked)
+    assert caught.value.param == "prompt_logprobs"
+
+
+ANSWER = ["Sure: ", '{"rainy": ', "true}", " Bye!"]
+NEVER = {"type": "object", "properties": {"rainy": {"const": False}}, "required": ["rainy"],
+         "additionalProperties": False}  # fmt: skip
+
+
+def test_the_three_forms_of_a_response(writer: Any, hosting: Any) -> None:
+    with (
+        hosting(writer(ANSWER)) as server,
+        openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client,
+    ):
+        bias = {str(server.service.tokenizer.token_id(ANSWER[1])): 10}  # where "Sure" is not allowed
+        for form, meant in (
+            ({"type": "text"}, None),
+            ({"type": "json_object"}, {"rainy": True}),
+            ({"type": "json_schema", "json_schema": {"name": "weather", "schema": NEVER}}, {"rainy": False}),
+        ):
+            asked: Any = {
+                "model": "tiny", "messages": QUESTION, "temperature": 0, "logit_bias": bias, "response_format": form,
+                "max_tokens": 100, "reasoning_effort": "none",
+            }  # fmt: skip
+            content = client.chat.completions.create(**asked).choices[0].message.content or ""
+            assert content == "".join(ANSWER) if meant is None else json.loads(content) == meant
+            stream = client.chat.completions.create(stream=True, **asked)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == content
+        asked["response_format"] = {"type": "json_schema", "json_schema": {"name": "weather"}}
+        with pytest.raises(openai.BadRequestError, match=r"needs json_schema\.schema"):
+            client.chat.completions.create(**asked)
+
+
+TEMPLATE = """\
+{%- for message in messages %}
+    {{- '[' + message.role + ']' }}
+    {%- if message.reasoning_content %}{{ '(' + message.reasoning_content + ')' }}{% endif %}
+    {{- message.content or '' }}
+    {%- for call in message.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}
+{%- endfor %}{{ '[assistant]' }}"""
+
+
+def test_the_thinking_of_earlier_turns_is_left_out_but_where_they_called_tools(writer: Any, hosting: Any) -> None:
+    call = ["<think>", "I look.", "</think>", '<tool_call>\n{"name": "now", "arguments": {}}', "\n</tool_call>"]
+    tools: Any = [{"type": "function", "function": {"name": "now"}}]
+    with (
+        hosting(writer(call, chat_template=TEMPLATE)) as server,
+        openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client,
+    ):
+        asked: Any = {"model": "tiny", "temperature": 0, "extra_body": {"return_token_ids": True}}
+        calls = client.chat.completions.create(messages=QUESTION, tools=tools, **asked).choices[0].message
+        says = client.chat.completions.create(messages=QUESTION, **asked).choices[0].message
+        assert calls.tool_calls and not says.tool_calls
+        for message in (calls, says):
+            assert message.to_dict()["reasoning_content"] == message.to_dict()["reasoning"] == "I look."
+        result = {"role": "tool", "tool_call_id": calls.tool_calls[0].id, "content": "noon"}
+        for only in ({"reasoning_content"}, {"reasoning"}, {"reasoning_content", "reasoning"}):
+            left_out = {"reasoning_content", "reasoning"} - only
+            given = [{k: v for k, v in m.to_dict().items() if k not in left_out} for m in (calls, says)]
+            history = [*QUESTION, given[0], result, given[1], *QUESTION]
+            reply: Any = client.chat.completions.create(messages=history, max_tokens=1, **asked)
+            read = server.service.tokenizer.decode(reply.prompt_token_ids, False)
+            question = "[user]" + QUESTION[0]["content"]
+            assert read == (
+                question + '[assistant](I look.){"name": "now", "arguments": {}}[tool]noon'
+                "[assistant]" + (says.content or "") + question + "[assistant]"
+            )
 
 
 def test_structured_output_as_a_class(client: openai.OpenAI) -> None:
@@ -134,39 +272,3 @@ def test_errors_are_the_librarys_own(here: Any, client: openai.OpenAI) -> None:
         pytest.raises(openai.AuthenticationError),
     ):
         stranger.models.list()
-
-
-def test_closing_a_stream_ends_the_request(writer: Any, hosting: Any) -> None:
-    with (
-        hosting(writer(PIECES, context=1 << 15)) as server,
-        openai.OpenAI(base_url=server.url + "/v1", api_key="none") as client,
-    ):
-        stream = client.chat.completions.create(
-            model="tiny", messages=QUESTION, stream=True, extra_body={"ignore_eos": True}
-        )
-        next(iter(stream))
-        stream.close()
-        server.until_free(2.0)
-        assert server.engine.stats["generated_tokens"] < 1 << 14
-
-
-@pytest.mark.parametrize("streams", [True, False])
-def test_the_program_llm(here: Any, tmp_path: Path, streams: bool) -> None:
-    (tmp_path / "extra-openai-models.yaml").write_text(
-        f"- model_id: firefly\n  model_name: tiny\n  api_base: {here.url}/v1\n  api_key_name: firefly\n"
-    )
-    (tmp_path / "keys.json").write_text(json.dumps({"firefly": KEY}))
-    command = [
-        sys.executable,
-        "-m",
-        "llm",
-        "-m",
-        "firefly",
-        "What should I take?",
-        *([] if streams else ["--no-stream"]),
-    ]
-    # Plugins that happen to be installed are none of our business.
-    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "LLM_LOAD_PLUGINS": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("Take an umbrella…")
