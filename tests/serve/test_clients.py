@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from datetime import date
+from typing import Any, Literal
+from uuid import UUID
 
 import openai
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from luciola.serve.guard import ServerSettings
 
@@ -41,17 +43,6 @@ def test_a_chat(client: openai.OpenAI) -> None:
     assert reply.usage is not None and reply.usage.completion_tokens == len(PIECES) + 1
     assert reply.usage.completion_tokens_details is not None
     assert reply.usage.completion_tokens_details.reasoning_tokens == 5
-
-
-def test_a_stream_with_usage(client: openai.OpenAI) -> None:
-    stream = client.chat.completions.create(
-        model="tiny", messages=QUESTION, stream=True, stream_options={"include_usage": True}, temperature=0
-    )
-    text, usage = "", None
-    for chunk in stream:
-        text += "".join(choice.delta.content or "" for choice in chunk.choices)
-        usage = chunk.usage or usage
-    assert text == "Take an umbrella…" and usage is not None and usage.total_tokens > usage.completion_tokens
 
 
 def test_every_setting_goes_through(client: openai.OpenAI) -> None:
@@ -217,19 +208,44 @@ def test_the_thinking_of_earlier_turns_is_left_out_but_where_they_called_tools(w
             )
 
 
-def test_structured_output_as_a_class(client: openai.OpenAI) -> None:
-    class Weather(BaseModel):
-        rainy: bool
+class Place(BaseModel):
+    latitude: int = Field(ge=-90, le=90, description="in degrees")
+    name: Literal["home", "away"] | None = None
 
-    reply = client.chat.completions.parse(
-        model="tiny", messages=QUESTION, response_format=Weather, max_tokens=400, temperature=0
-    )
-    parsed = reply.choices[0].message.parsed
-    assert isinstance(parsed, Weather)
-    anything = client.chat.completions.create(
-        model="tiny", messages=QUESTION, response_format={"type": "json_object"}, max_tokens=60, temperature=0, seed=3
-    )
-    assert (anything.choices[0].message.content or "{").lstrip().startswith("{")
+
+class Journey(BaseModel):
+    """What pydantic knows: choices, ranges, patterns, dates, classes within classes and within themselves."""
+
+    goal: Place
+    stops: list[Place] = Field(min_length=1, max_length=2)
+    day: date
+    key: UUID
+    code: str = Field(pattern="^[a-c]{2,4}$")
+    price: float = Field(ge=0, le=10)
+    then: "Journey | None"
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_noise_fits_the_class_that_is_asked_for(here: Any, client: openai.OpenAI, called: bool) -> None:
+    token_id = here.service.tokenizer.token_id
+    bias = {
+        str(token_id(text)): value for text, value in {'"': 4, "}": 4, "]": 4, ",": 4, " ": -100, "\n": -100}.items()
+    }
+    asked: Any = {"response_format": Journey}
+    if called:
+        asked = {"tools": [openai.pydantic_function_tool(Journey)], "tool_choice": "required"}
+    asked |= {"messages": QUESTION, "logit_bias": bias, "temperature": 2, "n": 2, "max_tokens": 2500}
+    whole = client.chat.completions.parse(model="tiny", seed=1, **asked)
+    with client.chat.completions.stream(model="tiny", seed=1, **asked) as stream:
+        grown = stream.get_final_completion()
+    found: list[list[Any]] = [
+        [call.function.parsed_arguments for choice in reply.choices for call in choice.message.tool_calls or []]
+        if called
+        else [choice.message.parsed for choice in reply.choices]
+        for reply in (whole, grown)
+    ]
+    assert found[0] == found[1] and {type(one) for one in found[0]} == {Journey}
+    assert len({one.model_dump_json() for one in found[0]}) == len(found[0]) >= 2
 
 
 def test_a_conversation_with_a_tool(client: openai.OpenAI) -> None:
@@ -261,6 +277,8 @@ def test_text_completions(client: openai.OpenAI) -> None:
 def test_errors_are_the_librarys_own(here: Any, client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="does not exist here"):
         client.chat.completions.create(model="gpt-9", messages=QUESTION)
+    with pytest.raises(openai.NotFoundError, match="nothing at /v1/embeddings"):
+        client.embeddings.create(model="tiny", input="text")
     with pytest.raises(openai.BadRequestError, match="temperature") as caught:
         client.chat.completions.create(model="tiny", messages=QUESTION, temperature=-1)
     assert caught.value.param == "temperature"
