@@ -48,6 +48,7 @@ def test_each_of_many_gets_what_it_would_get_alone(here: Any) -> None:
             with here.engine._loop.held():
                 tasks = [asyncio.create_task(said(client, seed % 2 == 0, seed=seed)) for seed in range(16)]
                 while here.service._waiting < 16:
+                    assert not any(task.done() for task in tasks)
                     await asyncio.sleep(0.005)
             together = await asyncio.gather(*tasks)
             assert together == [await said(client, seed % 3 == 0, seed=seed) for seed in range(16)]
@@ -82,6 +83,7 @@ def test_who_is_cancelled_ends_and_disturbs_nobody(here: Any, stream: bool) -> N
             before = here.engine.stats["generated_tokens"]
             leaving = [asyncio.create_task(endless(client)) for _ in range(6)]
             while here.engine.stats["running"] < 6:
+                assert not any(task.done() for task in leaving)
                 await asyncio.sleep(0.005)
             staying = [asyncio.create_task(said(client, stream, seed=1)) for _ in range(6)]
             await asyncio.sleep(0.02)
@@ -113,7 +115,7 @@ def test_who_waits_no_longer_ends_the_request(here: Any, client: openai.OpenAI) 
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.3).chat.completions.create(**ENDLESS)
     here.until_free(2.0)
-    assert 0 < here.engine.stats["generated_tokens"] - before < 1 << 14
+    assert here.engine.stats["generated_tokens"] - before < 1 << 14
 
 
 def test_a_full_queue_is_a_rate_limit_that_the_library_waits_out(writer: Any, hosting: Any) -> None:
@@ -139,7 +141,8 @@ def test_a_full_queue_is_a_rate_limit_that_the_library_waits_out(writer: Any, ho
         for thread in threads:
             thread.join()
         assert caught.value.code == "queue_full" and caught.value.response.headers["retry-after"] == "1"
-        assert [reply.retries_taken for reply in replies] == [0, 1] and time.monotonic() - refused > 0.5
+        first, second = replies
+        assert first.retries_taken == 0 and second.retries_taken > 0 and time.monotonic() - refused > 0.5
         assert {reply.parse().choices[0].message.content for reply in replies} == {"Take an umbrella…"}
 
 
