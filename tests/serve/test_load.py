@@ -80,6 +80,7 @@ def test_all_kinds_of_requests_are_among_them(load: ModuleType) -> None:
     asked = load.requests()
     assert len({json.dumps(one.body) for one in asked}) == len(asked) == load.DISTINCT
     names = {name for one in asked for name in one.body}
-    assert names >= {"messages", "prompt", "stop", "n", "response_format", "thinking_token_budget", "ignore_eos"}
+    assert names >= {"messages", "prompt", "stop", "n", "thinking_token_budget", "ignore_eos"}
+    assert names >= {"response_format", "structured_outputs"}
     lengths = [one.body["max_tokens"] for one in asked]
     assert min(lengths) == 1 and 150 < max(lengths) <= 200

@@ -133,7 +133,7 @@ def test_a_conversation_without_calls_is_left_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     "calls",
-    [3, [3], [{}], [{"function": {"name": "f", "arguments": "{"}}], [{"function": {"name": "f", "arguments": "3"}}]],
+    [3, [3], [{}], [{"function": {"name": "f", "arguments": "[1"}}], [{"function": {"name": "f", "arguments": "3"}}]],
 )
 def test_calls_of_the_history_that_are_none_are_refused(calls: object) -> None:
     prompts = ToolPrompts.of(Tokenizer.characters("ab"))

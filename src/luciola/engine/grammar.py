@@ -41,6 +41,9 @@ WHITESPACE = r"[ \t]|\n[ \t]{0,40}"
 # llguidance's own, in a schema's key "x-guidance".
 OPTIONS = {"whitespace_pattern": WHITESPACE, "coerce_one_of": True}
 
+DATA = ("const", "enum", "default", "examples")  # keywords of a schema whose values are no schemas
+LOOKAROUND = re.compile(r"\(\?<?[=!]|\\[1-9]|\(\?P=|\\k<")
+
 
 class DeadEndError(ValueError):
     """No token can continue a constrained text that is not complete either."""
@@ -59,11 +62,12 @@ class Grammar:
     trigger: str | None = None
 
     @classmethod
-    def json(cls, schema: dict[str, Any] | str | bool | None = None) -> Grammar:
+    def json(cls, schema: dict[str, Any] | str | bool | None = None, lenient: bool = False) -> Grammar:
         """JSON texts that fit `schema`: a JSON schema (draft 2020-12), the same as text, True for any value, or None
         for any object. Properties come in the schema's order. Where the schema says `oneOf`, any of the branches may
         match, as if it said `anyOf`: that no second one does is not enforced. Branches that differ in a constant, such
-        as pydantic's discriminated unions, exclude each other anyway.
+        as pydantic's discriminated unions, exclude each other anyway. `lenient` leaves aside what cannot be kept, such
+        as `uniqueItems`, instead of refusing the schema.
 
         Raises:
             ValueError: not a JSON schema, one with a keyword that cannot be kept, one that nothing fits, or one that is
@@ -82,7 +86,7 @@ class Grammar:
             raise ValueError("schema is false, which nothing fits; give true for any value.")
         if not isinstance(schema, dict):
             raise ValueError(f"schema must be an object, true or None, not {shortened(schema)}.")
-        return cls._checked("schema", f"start: {json_rule(schema)}")
+        return cls._checked("schema", f"start: {json_rule(schema, lenient)}")
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
@@ -151,9 +155,24 @@ def json_rule(schema: Mapping[str, Any], lenient: bool = False) -> str:
     if "x-guidance" in schema:
         raise ValueError("schema has the key 'x-guidance', which would change what counts as JSON; take it out.")
     try:
+        if lenient:
+            schema = _without_lookaround(schema)
         return "%json " + json.dumps({**schema, "x-guidance": OPTIONS | {"lenient": lenient}}, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"schema cannot be written as JSON: {printable(str(error))}.") from error
+
+
+def _without_lookaround(schema: Any) -> Any:
+    """The schema without the patterns that look around or refer back, which no automaton keeps."""
+    if isinstance(schema, list):
+        return [_without_lookaround(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: part if key in DATA else _without_lookaround(part)
+        for key, part in schema.items()
+        if not (key == "pattern" and isinstance(part, str) and LOOKAROUND.search(part))
+    }
 
 
 def _must_be_text(what: str, value: object) -> None:

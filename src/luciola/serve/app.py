@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from functools import partial
@@ -85,7 +86,8 @@ class _StrictJson(Request):
 
     async def json(self) -> Any:
         try:
-            return from_json(await self.body(), allow_inf_nan=False)
+            body = (await self.body()).removeprefix(codecs.BOM_UTF8)  # which some programs of Windows send
+            return from_json(body, allow_inf_nan=False)
         except ValueError as error:
             raise HTTPException(400, f"the body is not valid JSON: {error}") from error
 
@@ -194,6 +196,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
 
 async def _answer(request: Request, make: Callable[[], ChatJob | TextJob], streams: bool) -> Response:
     """Have the job made and its reply sent. What goes wrong before the first token has a status of its own."""
+    failure: ApiError | None = None
     try:
         job = await asyncio.to_thread(make)
         try:
@@ -201,8 +204,11 @@ async def _answer(request: Request, make: Callable[[], ChatJob | TextJob], strea
                 return Response(await _while_connected(request, job.whole()), media_type="application/json")
             chunks = job.chunks()
             first = await _while_connected(request, anext(chunks))
+        except ApiError as error:
+            failure = error
+            raise
         finally:
-            _note(request, job)
+            _note(request, job, failure)
     except ClientDisconnect:
         return Response(status_code=LEFT)
     events = _events(request, job, first, chunks)
@@ -213,6 +219,7 @@ async def _events(
     request: Request, job: ChatJob | TextJob, first: bytes, chunks: AsyncGenerator[bytes, None]
 ) -> AsyncIterator[bytes]:
     """Server-sent events. An error amid the stream is an event, too, and the last one."""
+    failure: ApiError | None = None
     async with aclosing(chunks):
         try:
             yield b"data: " + first + b"\n\n"
@@ -220,10 +227,11 @@ async def _events(
                 yield b"data: " + chunk + b"\n\n"
             yield b"data: [DONE]\n\n"
         except ApiError as error:
+            failure = error
             request.app.state.failed(error.status)
             yield b"data: " + error.body() + b"\n\n"
         finally:
-            _note(request, job)
+            _note(request, job, failure)
 
 
 async def _while_connected(request: Request, work: Awaitable[Result]) -> Result:
@@ -250,9 +258,10 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _note(request: Request, job: ChatJob | TextJob) -> None:
-    """Numbers for the access log."""
-    request.scope.setdefault("state", {}).setdefault("log", {}).update(job.numbers())
+def _note(request: Request, job: ChatJob | TextJob, failure: ApiError | None) -> None:
+    """For the access log: numbers, and the error that has ended the reply, of which a stream's status says nothing."""
+    noted = request.scope.setdefault("state", {}).setdefault("log", {})
+    noted |= job.numbers() | ({} if failure is None else {"finish": "error", "error": failure.status})
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from luciola import SamplingParams
 from luciola.engine.sequence import Completion, Delta
+from luciola.engine.thinking import thinking_tokens
 from luciola.serve.errors import ApiError, naming
 from luciola.serve.prompts import Prompt, chat_prompt, tools_of
 from luciola.serve.protocol import ChatRequest
@@ -28,7 +29,7 @@ from luciola.serve.replies import (
     TokenLogprob,
     Usage,
 )
-from luciola.serve.sampling import grammar_of, most_tokens, params_of, schema_of, structured_of
+from luciola.serve.sampling import grammar_of, most_tokens, params_of, schema_of, strict, structured_of
 from luciola.serve.service import Service
 from luciola.serve.tool_calls import CallPiece, SpecialTokenFilter
 from luciola.serve.usage import numbers_of, prompt_logprobs, usage_of
@@ -58,7 +59,8 @@ class ChatJob:
             if self.tools is None:
                 grammar = grammar_of(request)
             else:
-                grammar = self.tools.grammar(service.tool_prompts.form, service.tokenizer, self.answer())
+                form, tokenizer = service.tool_prompts.form, service.tokenizer
+                grammar = self.tools.grammar(form, tokenizer, self.answer(), strict(request))
         except ValueError as error:
             raise naming(error, "tools") from error
         prompt = chat_prompt(service, request, self.tools, grammar is not None)
@@ -176,6 +178,9 @@ class Choice:
         unasked = not job.params.skip_special_tokens and request.skip_special_tokens is not False
         special = service.tool_prompts.special if unasked else ()
         self._filter = SpecialTokenFilter(special, form)
+        self._opened = job.prompt.inside
+        # All so far where thinking is not to be told, until it is over: its tokens are not told of, either.
+        self._hidden: Delta | None = Delta(index, "", []) if separate and request.include_reasoning is False else None
         self._tokens: list[TokenLogprob] = []  # not sent yet
         self._ids: list[int] = []  # likewise
         self._begun = False
@@ -187,13 +192,15 @@ class Choice:
             self.completion = delta.completion
             for rest in (self._splitter.push(self._filter.end()), self._splitter.end()):
                 thinking, content = thinking + rest[0], content + rest[1]
+        self._note_tokens(delta)
+        if self._hidden is not None:
+            self._hide(delta, over=bool(content) or delta.completion is not None)
         pieces: list[CallPiece] = []
         if self._parser is not None:
             content, pieces = self._parser.push(content)
             if delta.completion is not None:
                 last, more = self._parser.end()
                 content, pieces = content + last, [*pieces, *more]
-        self._note_tokens(delta)
         if self._request.include_reasoning is False:
             thinking = ""
         self._thinking += thinking
@@ -254,9 +261,19 @@ class Choice:
 
     def _finish(self) -> FinishReason:
         assert self.completion is not None
-        if self._parser is not None and self._parser.calls and self.completion.finish_reason == "stop":
+        if self._parser is not None and self._parser.whole and self.completion.finish_reason == "stop":
             return "tool_calls"
         return self.completion.finish_reason
+
+    def _hide(self, delta: Delta, over: bool) -> None:
+        """Forget what is likely of the thinking's tokens, once it is known which these are."""
+        assert self._hidden is not None
+        self._hidden.text += delta.text
+        self._hidden.token_ids += delta.token_ids
+        if over:
+            tokens, text = self._hidden.token_ids, self._hidden.text
+            self._tokens = self._tokens[thinking_tokens(self._service.tokenizer, tokens, text, self._opened) :]
+            self._hidden = None
 
     def _note_tokens(self, delta: Delta) -> None:
         if self._request.return_token_ids:

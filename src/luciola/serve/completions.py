@@ -16,7 +16,7 @@ from luciola.serve.protocol import MAX_CHOICES, CompletionRequest
 from luciola.serve.replies import TextChoice, TextLogprobs, TextReply, Usage
 from luciola.serve.sampling import grammar_of, most_tokens, params_of
 from luciola.serve.service import Service
-from luciola.serve.tokens import finite
+from luciola.serve.tokens import TokenTexts, finite
 from luciola.serve.usage import numbers_of, prompt_logprobs, usage_of
 
 DEFAULT_TOKENS = 16  # OpenAI's
@@ -213,7 +213,7 @@ class TextInTheMaking:
         return TextLogprobs(
             tokens=texts.texts(ids),
             token_logprobs=known,
-            top_logprobs=[None if top is None else texts.table(top) for top in tops] if wanted else None,
+            top_logprobs=[_with_own(texts, *place) for place in zip(ids, known, tops, strict=True)] if wanted else None,
             text_offset=offsets,
         )
 
@@ -228,6 +228,13 @@ class TextInTheMaking:
             offsets.append(max(0, place))
             place += length
         return offsets
+
+
+def _with_own(
+    texts: TokenTexts, token: int, logprob: float | None, top: dict[int, float] | None
+) -> dict[str, float] | None:
+    """The likeliest tokens of a place, and the one that stands there, as OpenAI lists them."""
+    return None if top is None or logprob is None else texts.table({token: logprob, **top})
 
 
 def _prompts(given: str | list[int] | list[str] | list[list[int]]) -> list[tuple[str, str | list[int]]]:

@@ -139,7 +139,10 @@ class Guard:
         except asyncio.CancelledError:
             if not self.draining:
                 raise
-            await reply.cut_short(shutting_down())
+            error = shutting_down()
+            if "finish" in state["log"]:
+                state["log"] |= {"finish": "error", "error": error.status}
+            await reply.cut_short(error)
         except Exception as error:
             _errors.error("%s %r failed", scope["method"], scope["path"][:256], exc_info=error)
             await reply.cut_short(ApiError("the server failed at this request; its log says why", 500))
@@ -170,6 +173,8 @@ class Guard:
         if encodings and (encodings != ["chunked"] or scope["http_version"] == "1.0"):
             # A proxy in front may have understood another length of the body than we do.
             raise ApiError("the only Transfer-Encoding known here is chunked", 400)
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise ApiError("bodies are not unpacked here; send them without Content-Encoding", 415)
         if not self._digests and hosts and not self._is_own_name(hosts[0]):
             raise ApiError(
                 "this server answers to IP addresses and to its machine's own names only, since a web page can have "

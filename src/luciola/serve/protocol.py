@@ -54,6 +54,17 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, given: Any) -> Any:
+        """With 1 for 1.0, which is the same number in JSON."""
+        if not isinstance(given, dict):
+            return given
+        return {
+            name: int(value) if isinstance(value, float) and value.is_integer() else value
+            for name, value in given.items()
+        }
+
 
 class StreamOptions(Asked):
     include_usage: bool | None = Field(None, description="a last chunk with the usage, before [DONE]")
@@ -86,17 +97,6 @@ class StructuredOutputs(Asked):
 class Sampling(Asked):
     """What both kinds of completions have in common."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _whole(cls, given: Any) -> Any:
-        """With 1 for 1.0, which is the same number in JSON."""
-        if not isinstance(given, dict):
-            return given
-        return {
-            name: int(value) if isinstance(value, float) and value.is_integer() else value
-            for name, value in given.items()
-        }
-
     model: str | None = Field(None, description="the name that /v1/models lists; may be left out")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: Finite | None = Field(None, ge=0, description="0: always the likeliest token")
@@ -109,6 +109,7 @@ class Sampling(Asked):
     frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
     presence_penalty: Finite | None = Field(None, ge=-2, le=2)
     repetition_penalty: Finite | None = Field(None, ge=0.01, le=1e6)
+    repeat_penalty: Finite | None = Field(None, ge=0.01, le=1e6, description="llama.cpp's name of repetition_penalty")
     logit_bias: Biases | None = Field(None, description="token id -> what is added to its logit")
     min_tokens: int | None = Field(None, ge=0, le=MOST)
     ignore_eos: bool | None = None
@@ -135,6 +136,14 @@ class Sampling(Asked):
     include_stop_str_in_output: Literal[False] | None = Field(None, description="not supported")
     bad_words: Nothing | None = Field(None, description="not supported; logit_bias takes token ids")
     allowed_token_ids: Nothing | None = Field(None, description="not supported; structured_outputs bind the text")
+    length_penalty: Literal[1] | None = Field(None, description="not supported; it belongs to beam search")
+    truncate_prompt_tokens: None = Field(None, description="not supported; send the prompt that is to be read")
+    return_routed_experts: Literal[False] | None = Field(None, description="not supported")
+    typical_p: Literal[1] | None = Field(None, description="not supported; use top_p or min_p")
+    mirostat: Literal[0] | None = Field(None, description="not supported; use top_p or min_p")
+    dry_multiplier: Literal[0] | None = Field(None, description="not supported; use repetition_penalty")
+    xtc_probability: Literal[0] | None = Field(None, description="not supported")
+    n_probs: Literal[0] | None = Field(None, description="not supported; use logprobs")
     ebnf: None = Field(None, description="not supported; structured_outputs.grammar takes Lark's notation")
     grammar: None = Field(None, description="not supported; structured_outputs.grammar takes Lark's notation")
     user: str | None = Field(None, description="taken and passed over")
@@ -152,7 +161,7 @@ class RefusalPart(Asked):
 
 class FunctionCall(Asked):
     name: str
-    arguments: str | dict[str, Any]
+    arguments: str | dict[str, Any] | None = None
 
 
 class ToolCall(Asked):
@@ -266,6 +275,8 @@ class ChatRequest(Templated, Sampling):
     reasoning_format: Literal["none", "auto", "deepseek"] | None = Field(
         None, description='llama.cpp\'s switch; "none" is separate_reasoning: false'
     )
+    stream_reasoning: Literal[True] | None = Field(None, description="not supported; thinking is streamed as it comes")
+    chat_template: None = Field(None, description="not supported; the model's own is used")
     functions: None = Field(None, description="not supported; use tools")
     function_call: None = Field(None, description="not supported; use tool_choice")
     audio: None = Field(None, description="not supported")

@@ -38,7 +38,7 @@ def params_of(request: ChatRequest | CompletionRequest, service: Service, **chos
         "stop_token_ids": request.stop_token_ids,
         "frequency_penalty": request.frequency_penalty,
         "presence_penalty": request.presence_penalty,
-        "repetition_penalty": request.repetition_penalty,
+        "repetition_penalty": request.repetition_penalty or request.repeat_penalty,
         "min_tokens": request.min_tokens,
         "ignore_eos": request.ignore_eos,
         "skip_special_tokens": request.skip_special_tokens,
@@ -66,10 +66,16 @@ def grammar_of(request: Sampling) -> Grammar | None:
     try:
         if wanted is not None:
             return _structured(wanted)
-        return None if schema is None else Grammar.json(schema)
+        return None if schema is None else Grammar.json(schema, lenient=not strict(request))
     except ValueError as error:
         field = field or "response_format"
         raise ApiError(f"{field}: {error}", param=field) from error
+
+
+def strict(request: Sampling) -> bool:
+    """Whether the schema of `response_format` is to be kept in every point, or is refused."""
+    form = request.response_format
+    return form is not None and form.json_schema is not None and form.json_schema.strict is True
 
 
 def structured_of(request: Sampling) -> tuple[str, StructuredOutputs | None]:

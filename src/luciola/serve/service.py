@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from luciola import Engine, LanguageModel, SamplingParams
 from luciola.engine.sequence import Delta
+from luciola.model.quant_layers import is_quantised
 from luciola.serve.errors import ApiError, overloaded, shutting_down, unknown_model
 from luciola.serve.metrics import Metrics
 from luciola.serve.tokens import TokenTexts
@@ -70,7 +71,7 @@ class Service:
         self.texts = TokenTexts(lm.tokenizer)
         self.metrics = Metrics(engine, settings.name)
         self.created = int(time.time())
-        self.fingerprint = f"luciola-{engine.dtype}".replace("torch.", "")
+        self.fingerprint = f"luciola-{_precision(engine)}"
         self._waiting = 0  # completions that have been taken in and have no token yet
         self._thinking: dict[str, threading.Event] = {}
 
@@ -183,3 +184,11 @@ class Service:
                 log.exception("a request failed")
                 error = ApiError(f"the request failed: {type(error).__name__}", 500)
             news.put_nowait(error)
+
+
+def _precision(engine: Engine) -> str:
+    """In what form the weights are computed with."""
+    bits = min((choice.bits for choice in engine.quantization.choices), default=32) if engine.quantization else 32
+    if bits <= 8:
+        return f"int{bits}"
+    return "quantized" if is_quantised(engine.model) else str(engine.dtype).removeprefix("torch.")

@@ -80,6 +80,11 @@ class ToolCallParser:
         self._said = False  # whether some content has been given out
         self._pieces: list[CallPiece] = []
 
+    @property
+    def whole(self) -> bool:
+        """Whether there are calls, and the last one is complete."""
+        return bool(self.calls) and self._step != self._arguments
+
     def push(self, text: str) -> tuple[str, list[CallPiece]]:
         """Add a piece of the completion; the content and the pieces of calls that are certain now."""
         self._held += text

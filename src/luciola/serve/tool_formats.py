@@ -133,6 +133,7 @@ def call_grammar(
     required: bool,
     parallel: bool,
     answer: Mapping[str, Any] | None = None,
+    strict: bool = False,
 ) -> Grammar:
     """The completions in which every call is one of a tool in `tools`, with arguments that fit its schema.
 
@@ -140,6 +141,7 @@ def call_grammar(
         required: whether there are only calls, one at least; else there may be text alone, or text and then calls.
         parallel: whether there may be several calls.
         answer: the JSON schema of a completion without calls, which has no text in front of calls then; None: any text.
+        strict: whether that schema is refused if it has keywords that cannot be enforced.
 
     Raises:
         ValueError: a schema that cannot be enforced; the sentence names the tool.
@@ -153,7 +155,7 @@ def call_grammar(
     if required:
         rules = [f"start: {only_calls}"]
     elif answer is not None:
-        rules = [f"start: answer | {only_calls}", f"answer: {json_rule(answer)}"]
+        rules = [f"start: answer | {only_calls}", f"answer: {json_rule(answer, lenient=not strict)}"]
     elif not form.anywhere:
         rules = [f"start: TEXT | {only_calls}", rf"TEXT: /\s*([^\s{re.escape(form.marker)}](?s:.*))?/"]
     elif form.marker in special:

@@ -12,11 +12,15 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic_core import from_json
+
 from luciola.serve.tool_formats import CallFormat, recognised, special_names
 from luciola.text.tokenizer import TOOL_USE, Tokenizer
+from luciola.text.untrusted import shortened
 
 _PROBE = "probe_function"
 _PROBE_TOOL = {
@@ -181,14 +185,15 @@ def _calls(calls: object, field: str) -> list[tuple[str, str, dict[str, Any]]]:
             raise ValueError(f"{field}[{place}] must be an object with id, type and function, whose name is text.")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except (ValueError, RecursionError):
-                arguments = None
-        elif arguments is None:
+            with suppress(ValueError):  # a call that a limit of tokens has cut short keeps what is whole of it
+                arguments = from_json(arguments or "{}", allow_partial=True)
+        if arguments is None:
             arguments = {}
         if not isinstance(arguments, dict):
-            raise ValueError(f"{field}[{place}].function.arguments must be a JSON object, written as text.")
+            given = shortened(arguments)
+            raise ValueError(
+                f"{field}[{place}].function.arguments must be a JSON object, written as text, not {given}."
+            )
         read.append((str(call.get("id") or f"call_{place}"), name, arguments))
     return read
 

@@ -73,16 +73,27 @@ class ToolUse:
             parallel=parallel_tool_calls is not False and not one,
         )
 
-    def grammar(self, form: CallFormat, tokenizer: Tokenizer, answer: Mapping[str, Any] | None = None) -> Grammar:
+    def grammar(
+        self, form: CallFormat, tokenizer: Tokenizer, answer: Mapping[str, Any] | None = None, strict: bool = False
+    ) -> Grammar:
         """Completions that use the tools so; give it `.after("</think>")` for a model that thinks first.
 
         Args:
             answer: the JSON schema that a completion without calls must fit; None: any text.
+            strict: whether that schema is refused if it has keywords that cannot be enforced.
 
         Raises:
             ValueError: a schema that cannot be enforced; the sentence names the tool.
         """
-        return call_grammar(form, self.tools, tokenizer, required=self.required, parallel=self.parallel, answer=answer)
+        return call_grammar(
+            form,
+            self.tools,
+            tokenizer,
+            required=self.required,
+            parallel=self.parallel,
+            answer=answer,
+            strict=strict,
+        )
 
     def parser(self, form: CallFormat, *, enforced: bool = True, answers: bool = False) -> ToolCallParser:
         """Finds the calls in one completion; `enforced` if `grammar` is in force there, `answers` if with a schema for
