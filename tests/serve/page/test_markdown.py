@@ -52,6 +52,44 @@ MARKDOWN = {
 }
 
 
+# However the sub-list is moved in: models use two spaces, four and tabs.
+NESTED = (
+    "- a\n    - b\n    - c\n- d",
+    "* a\n    * b\n    * c\n* d",
+    "*   a\n    *   b\n    *   c\n*   d",
+    "*   a\n  * b\n  * c\n*   d",
+    "- a\n      - b\n      - c\n- d",
+    "- a\n\t- b\n\t- c\n- d",
+    "- a\n\n    - b\n    - c\n- d",
+    "  - a\n    - b\n    - c\n  - d",
+    "    - a\n      - b\n      - c\n    - d",
+    "- a\n    - b\n  - c\n- d",
+    "- a\n   - b\n   - c\n - d",
+)
+LISTS = {
+    **dict.fromkeys(NESTED, "<ul><li>a<ul><li>b</li><li>c</li></ul></li><li>d</li></ul>"),
+    "- **Fruits**\n    - Apple": "<ul><li><strong>Fruits</strong><ul><li>Apple</li></ul></li></ul>",
+    "- a\n    - b\n        - c\n    - d": "<ul><li>a<ul><li>b<ul><li>c</li></ul></li><li>d</li></ul></li></ul>",
+    "1. a\n  - b\n    - c\n  - d": "<ol><li>a<ul><li>b<ul><li>c</li></ul></li><li>d</li></ul></li></ol>",
+    "1. a\n      - b\n      - c\n2. d": "<ol><li>a<ul><li>b</li><li>c</li></ul></li><li>d</li></ol>",
+    "1. a\n        1. b": "<ol><li>a<ol><li>b</li></ol></li></ol>",
+    "text:\n* a\n    1. b": "<p>text:</p><ul><li>a<ol><li>b</li></ol></li></ul>",
+    "Steps:\n  - one\n  - two": "<p>Steps:</p><ul><li>one</li><li>two</li></ul>",
+    "Steps:\n    - one\n    - two": "<p>Steps:</p><ul><li>one</li><li>two</li></ul>",
+    "   * one\n   * two": "<ul><li>one</li><li>two</li></ul>",
+    "  1. one\n  2. two": "<ol><li>one</li><li>two</li></ol>",
+    " 9. a\n10. b": '<ol start="9"><li>a</li><li>b</li></ol>',
+    "10. a\n\n   b\n\n11. c": '<ol start="10"><li><p>a</p><p>b</p></li><li><p>c</p></li></ol>',
+    "-\n  a\n- b": "<ul><li>a</li><li>b</li></ul>",
+    "- a\n- b\n\ntext": "<ul><li>a</li><li>b</li></ul><p>text</p>",
+    "text\n-": "<p>text<br>-</p>",
+}
+
+
+def test_lists_nest_as_they_are_moved_in(page: Any) -> None:
+    assert {text: html(page, text) for text in LISTS} == LISTS
+
+
 def test_markdown(page: Any) -> None:
     assert {text: html(page, text) for text in MARKDOWN} == MARKDOWN
 
@@ -68,6 +106,7 @@ def test_code_tables_and_tasks(page: Any) -> None:
 
 GROWING = [
     *MARKDOWN,
+    *LISTS,
     "intro\n\n- a\n\n  b\n\n- c\n\n```py\nfor x in y:\n\n    pass\n```\nend",
     "| a | b |\n|---|---|\n| 1 | 2 |\n\nx\n===\n\n> q\n\n$$\nx^2\n$$\n\n1. x\n\n   ```\n   y\n   ```\n2. z",
     "```\ncode\n``` \n~~~js\nlet a = 1 // b\n~~~\ntext <answer>*4*</answer>",

@@ -12,7 +12,7 @@ const FENCE = /^ {0,3}(`{3,}(?!.*`)|~{3,})(.*)$/;
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t]|$)/;
 const RULE = /^ {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
 const QUOTE = /^ {0,3}> ?/;
-const ITEM = /^( {0,3})([-*+•]|\d{1,9}[.)])(?: {1,4}(?=\S)|[ \t]+|$)/;
+const ITEM = /^([ \t]*)([-*+•]|\d{1,9}[.)])(?: {1,4}(?=\S)|[ \t]+|$)/; // however far in: models nest by four spaces, by two, by tabs
 const DELIMITERS = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
 const MATHS = /^ {0,3}(\$\$|\\\[|\\begin\{(?:equation|align|alignat|gather|multline|eqnarray)\*?\})/;
 
@@ -87,6 +87,7 @@ function quote(lines, at) {
   return { kind: "quote", lines: inside, end };
 }
 
+/** A list. More lenient than CommonMark: whatever stands two columns further in than an item's mark belongs to the item. */
 function list(lines, at) {
   const first = ITEM.exec(lines[at]);
   if (!first) return null;
@@ -94,23 +95,24 @@ function list(lines, at) {
   const items = [];
   let loose = false;
   let end = at;
-  let width = 0; // from which column on a line belongs to the current item
+  let mark = 0; // the column of the current item's mark
+  let margin = 0; // what is cut off before the item's lines
   for (; end < lines.length; end += 1) {
-    const line = lines[end].replace(/^\t+/, (tabs) => "    ".repeat(tabs.length));
+    const line = untabbed(lines[end]);
     const item = ITEM.exec(line);
     const inside = items.at(-1);
-    if (item && item[2].slice(-1) === sort && indent(line) < Math.max(2, width) && !RULE.test(line)) {
-      if (inside && blank(lines[end - 1])) loose = true;
-      width = item[0].length;
-      items.push([line.slice(item[0].length)]);
-    } else if (!inside) {
-      return null;
-    } else if (blank(line)) {
+    if (blank(line)) {
       inside.push("");
-    } else if (indent(line) >= width || (indent(line) >= 2 && (item || /^\s+([-*+]|\d{1,9}[.)]) /.test(line)))) {
-      if (blank(lines[end - 1]) && !ITEM.test(line.trimStart())) loose = true;
-      inside.push(line.slice(Math.min(indent(line), width)));
-    } else if (!blank(lines[end - 1]) && !interrupts(lines, end) && !DELIMITERS.test(line)) {
+    } else if (inside && indent(line) >= mark + 2) {
+      if (blank(lines[end - 1]) && !item) loose = true;
+      margin = Math.min(margin, indent(line));
+      inside.push(line.slice(margin));
+    } else if (item && item[2].slice(-1) === sort && !RULE.test(line)) {
+      if (inside && blank(lines[end - 1])) loose = true;
+      mark = indent(line);
+      margin = Math.max(item[0].length, mark + 2);
+      items.push([line.slice(item[0].length)]);
+    } else if (inside && !blank(lines[end - 1]) && !interrupts(lines, end) && !DELIMITERS.test(line)) {
       inside.push(line.trimStart());
     } else {
       break;
@@ -119,6 +121,15 @@ function list(lines, at) {
   while (end > at && blank(lines[end - 1])) end -= 1;
   const ordered = /\d/.test(first[2]);
   return { kind: "list", items, loose, ordered, from: ordered ? parseInt(first[2], 10) : 1, end };
+}
+
+/** The line with the tabs before its text as spaces. */
+function untabbed(line) {
+  const space = line.slice(0, indent(line));
+  if (!space.includes("\t")) return line;
+  let columns = 0;
+  for (const c of space) columns += c === "\t" ? 4 - (columns % 4) : 1;
+  return " ".repeat(columns) + line.slice(space.length);
 }
 
 /** Maths on lines of its own; it must close before a blank line, or else it is text. */
@@ -186,7 +197,7 @@ function cells(line) {
 function paragraph(lines, at) {
   let end = at + 1;
   for (; end < lines.length && !blank(lines[end]); end += 1) {
-    const under = /^ {0,3}(?:(=+)|(-+))[ \t]*$/.exec(lines[end]);
+    const under = /^ {0,3}(?:(=+)|(--+))[ \t]*$/.exec(lines[end]); // a single "-" is a list about to begin
     if (under) return { kind: "heading", level: under[1] ? 1 : 2, text: joined(lines, at, end), end: end + 1 };
     if (interrupts(lines, end) || table(lines, end)) break;
   }
