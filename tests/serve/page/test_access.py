@@ -195,6 +195,23 @@ def test_nothing_hangs_over_a_narrow_screen(page: Any, server: Scripted, width: 
         press(page, ESCAPE)
 
 
+def test_long_maths_within_a_line_can_be_scrolled_to_its_end(page: Any, server: Scripted) -> None:
+    metrics = {"width": 340, "height": 640, "deviceScaleFactor": 1, "mobile": True}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    long = "+".join(f"a_{{{i}}}" for i in range(30))
+    server.replies = [Reply(f"In a line ${long}$, and $x$.\n\nOf its own $${long}$$ too.\n\n- so \\({long}\\)!")]
+    page.ask("?")
+    assert page.js("return document.getElementById('scroll').scrollWidth") == 340
+    ends = """return [...document.querySelectorAll('math')].map((math) => {
+      const box = math.parentElement; box.scrollLeft = 1e6;
+      const right = (element) => element.getBoundingClientRect().right;
+      const last = right([...math.querySelectorAll('msub')].at(-1) ?? math);
+      const whole = box.scrollHeight - box.clientHeight < 2; // nothing of it is cut off above or below
+      return [box.scrollLeft > 300, last <= Math.min(right(box), innerWidth) + 1, whole];
+    })"""
+    assert page.js(ends) == [[True, True, True], [False, True, True], [True, True, True], [True, True, True]]
+
+
 # Every visible text against the colours behind it, as the browser mixes them.
 CONTRAST = """
 const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });

@@ -149,6 +149,7 @@ MATHS = {
     "<mtr><mtd><mi>c</mi></mtd><mtd><mi>d</mi></mtd></mtr></mtable><mo>)</mo>",
     r"\left(\frac{a}{b}\right.": "<mo>(</mo><mfrac><mi>a</mi><mi>b</mi></mfrac>",
     r"\boxed{42}": "<mpadded><mn>42</mn></mpadded>",
+    r"\text{a \$5 \& $b$}": "<mtext>a $5 &amp; b</mtext>",
     r"\text{if } x": "<mtext>if&nbsp;</mtext><mi>x</mi>",
     r"\mathbb{R}\mathbf{x}": "<mi>ℝ</mi><mi>𝐱</mi>",
     r"\hat{x}": "<mover><mi>x</mi><mo>^</mo></mover>",

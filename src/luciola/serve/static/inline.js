@@ -89,21 +89,24 @@ class Inline {
     const end = this.find(closing, start);
     if (end <= start) return false;
     this.at = end + closing.length;
-    this.element(display ? maths(this.text.slice(start, end), true) : this.together(maths(this.text.slice(start, end), false)));
+    this.formula(this.text.slice(start, end), display);
     return true;
   }
 
-  /** Maths with the punctuation that follows it: no line may begin with that. */
-  together(formula) {
+  /** Maths in a box that scrolls sideways where the line is too short for it. The punctuation that follows maths within
+   * a line is put in too: no line may begin with that. */
+  formula(tex, display) {
+    const whole = document.createElement("span");
+    whole.className = display ? "display" : "formula";
+    whole.append(maths(tex, display));
     const after = /[.,;:!?)\]’”]{1,3}/y;
     after.lastIndex = this.at;
-    const marks = after.exec(this.text)?.[0];
-    if (!marks) return formula;
-    const whole = document.createElement("span");
-    whole.className = "together";
-    whole.append(formula, marks);
-    this.at += marks.length;
-    return whole;
+    const marks = display ? null : after.exec(this.text)?.[0];
+    if (marks) {
+      whole.append(marks);
+      this.at += marks.length;
+    }
+    this.element(whole);
   }
 
   backslash() {
@@ -135,7 +138,7 @@ class Inline {
     if (!tex || /^\s|\s$/.test(tex) || /[\p{L}\d]/u.test(text[at - 1] ?? "")) return false;
     if (/^\d[\d.,]*\s+\p{L}{2,}/u.test(tex) && !/[\\^_=]/.test(tex)) return false;
     this.at = found.lastIndex;
-    this.element(this.together(maths(tex, false)));
+    this.formula(tex, false);
     return true;
   }
 

@@ -1,7 +1,7 @@
 // The list of conversations: open, rename, delete with undo, search; export and import.
 
 import { iconButton } from "./icons.js";
-import { adopt, toMarkdown } from "./tree.js";
+import { readExport, toMarkdown } from "./tree.js";
 
 const byId = (id) => document.getElementById(id);
 
@@ -98,9 +98,7 @@ export function connectTransfer({ current, all, add, say }) {
     const [file] = byId("file").files;
     if (!file) return;
     try {
-      const { conversations } = JSON.parse(await file.text());
-      if (!Array.isArray(conversations)) throw new Error("it has no list named conversations");
-      const list = conversations.map(adopt);
+      const list = readExport(await file.text());
       await add(list);
       say(`Imported ${list.length} conversation${list.length === 1 ? "" : "s"}`);
     } catch (error) {
