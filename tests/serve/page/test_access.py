@@ -114,6 +114,61 @@ def test_the_focus_is_never_lost(page: Any, server: Scripted) -> None:
     assert page.driver.switch_to.active_element.accessible_name == "Next version (1 of 2)"
 
 
+def test_the_focus_stays_in_the_list_of_conversations(page: Any, server: Scripted) -> None:
+    for text in ("First", "Second", "Third", "Fourth"):
+        page.one("#new").click()
+        page.ask(text)
+
+    def focused() -> str:
+        return str(page.js("return document.activeElement.getAttribute('aria-label') ?? document.activeElement.title"))
+
+    def focus(name: str) -> None:
+        page.js("arguments[0].focus()", page.button(name, "#conversations"))
+
+    focus("Delete “Third”")
+    press(page, ENTER)
+    page.until(lambda: "Deleted" in page.text("#toast span"))
+    assert focused() == "Second", "what follows the deleted one"
+    focus("Rename “First”")
+    for end, title in ((ESCAPE, "First"), (ENTER, "Firsta")):
+        press(page, ENTER)
+        press(page, end if end == ESCAPE else "\ue014")  # to the end of the old name
+        if end == ENTER:
+            press(page, "a")
+            press(page, ENTER)
+        page.until(lambda title=title: focused() == f"Rename “{title}”")
+    focus("Delete “Firsta”")
+    press(page, ENTER)
+    page.until(lambda: focused() == "Fourth")
+    # The last of the list is answered, and moves to the front while the other one has the focus.
+    page.click("Second", "#conversations")
+    server.replies = [Reply("word " * 40, delay=0.02)]
+    page.send("More")
+    page.until(lambda: page.all("#conversations .running"))
+    focus("Fourth")
+    page.js("window.__had = document.activeElement")
+    page.done()
+    page.until(lambda: not page.all("#conversations .running"))
+    assert page.js("return document.activeElement === window.__had && window.__had.textContent") == "Fourth"
+    page.js(  # as another tab tells it
+        """const opening = indexedDB.open('luciola', 1);
+        opening.onsuccess = () => {
+          const table = opening.result.transaction('conversations', 'readwrite').objectStore('conversations');
+          table.getAll().onsuccess = ({ target }) => {
+            const other = target.result.find((conversation) => conversation.title === 'Fourth');
+            const changed = { ...other, title: 'Elsewhere', updated: Date.now() + 1 };
+            table.put(changed).onsuccess = () => new BroadcastChannel('luciola').postMessage({ changed: other.id });
+          };
+        };"""
+    )
+    page.until(lambda: page.text("#conversations .open") == "Elsewhere")
+    assert page.js("return document.activeElement === window.__had && window.__had.textContent") == "Elsewhere"
+    page.js("document.querySelectorAll('#conversations li')[1].querySelector('[aria-label^=Delete]').focus()")
+    press(page, ENTER)
+    page.until(lambda: len(page.all("#conversations .open")) == 1)
+    assert page.driver.switch_to.active_element == page.one("#box"), "the open one was deleted"
+
+
 def test_the_focus_reaches_every_control_and_is_seen(page: Any, server: Scripted) -> None:
     full(page, server)
     page.js("document.activeElement.blur()")

@@ -146,6 +146,20 @@ def test_settings_belong_to_their_conversation(page: Any, server: Scripted) -> N
     assert server.asked[3]["temperature"] == 0.6 and server.asked[3]["messages"][0]["role"] == "user"
 
 
+def test_a_new_conversation_keeps_its_settings_over_a_reload(page: Any, server: Scripted) -> None:
+    page.click("Settings of this conversation")
+    page.one("#system").send_keys("Be brief.")
+    page.one("#set-temperature").send_keys("0.25")
+    page.click("Close", "#settings")
+    page.until(lambda: page.text("#conversations .open") == "New conversation")
+    page.js("return new Promise((done) => setTimeout(done, 500))")  # it is written after a while
+    page.open()
+    page.ask("Well?")
+    assert server.asked[0]["temperature"] == 0.25
+    assert server.asked[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert page.text("#conversations .open") == "Well?"
+
+
 def test_what_the_settings_allow_is_what_the_server_takes(page: Any, server: Scripted) -> None:
     page.click("Settings of this conversation")
     names = page.js("return [...document.querySelectorAll('#sampling input')].map((e) => e.id.slice(4))")
