@@ -423,6 +423,44 @@ def test_the_scroll_follows_the_answer_until_the_reader_looks_back(page: Any, se
     assert page.js(left) < 100
 
 
+def test_a_long_conversation_is_drawn_from_its_end_and_never_anew(page: Any, server: Scripted) -> None:
+    nodes: dict[str, Any] = {}
+    for i in range(300):
+        node = {"role": "assistant" if i % 2 else "user", "content": f"message {i}.\n\n" + "- item\n" * (i % 7)}
+        nodes[f"m{i}"] = node | {"id": f"m{i}", "parent": f"m{i - 1}" if i else "root", "created": i, "finish": "stop"}
+    load(page, {"conversations": [{"id": "x", "title": "Long", "nodes": nodes}]})
+    page.until(lambda: page.text(".message:last-child").startswith("message 299"))
+    page.one("#new").click()
+    at_once, shift = page.driver.execute_async_script(
+        """const [done] = arguments, scroller = document.getElementById('scroll');
+        const messages = document.getElementById('messages').children;
+        document.querySelector('#conversations .open').click();
+        const [drawn, last] = [messages.length, messages[messages.length - 1]];
+        const below = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
+        if (below > 1) return done([`${below} from the end`, 0]);
+        scroller.scrollTop -= 200; // as someone who reads back
+        const before = last.getBoundingClientRect().top;
+        (function look() {
+          if (messages.length < 300) return setTimeout(look, 20);
+          requestAnimationFrame(() => setTimeout(() => done([drawn, last.getBoundingClientRect().top - before])));
+        })();"""
+    )
+    assert at_once == 30 and abs(shift) < 2, "what is read stays where it is"
+    number = "Number(/message (\\d+)[.]/.exec(e.textContent)[1])"
+    numbers = f"return [...document.querySelectorAll('.message')].map((e) => {number})"
+    assert page.js(numbers) == list(range(300))
+    page.js(
+        """window.__touched = 0;
+        const watch = new MutationObserver((all) => (window.__touched += all.length));
+        const deep = { subtree: true, childList: true, attributes: true, characterData: true };
+        for (const message of document.querySelectorAll('.message')) watch.observe(message, deep);"""
+    )
+    page.send("One more")
+    page.until(lambda: len(page.all(".message")) == 302)
+    page.done()
+    assert page.js("return window.__touched") == 0
+
+
 def test_messages_and_code_can_be_copied(page: Any, server: Scripted) -> None:
     server.replies = [Reply("<answer>Take *this*:</answer>\n\n```py\nx = 1\nprint(x)\n```")]
     page.ask("Code?")

@@ -34,31 +34,31 @@ function titleFrom(text) {
   return letters.length > 60 ? letters.slice(0, 59).join("") + "…" : line;
 }
 
-export function children(conversation, parent) {
-  return Object.values(conversation.nodes)
-    .filter((node) => node.parent === parent)
-    .sort((a, b) => a.created - b.created || (a.id < b.id ? -1 : 1));
-}
-
-/** The messages on show, first to last. */
-export function path(conversation) {
+/** By a message's id, or ROOT: the messages that follow it, oldest first. */
+export function versions(conversation) {
   const below = new Map();
   for (const node of Object.values(conversation.nodes)) {
     if (!below.has(node.parent)) below.set(node.parent, []);
     below.get(node.parent).push(node);
   }
+  for (const siblings of below.values()) siblings.sort((a, b) => a.created - b.created || (a.id < b.id ? -1 : 1));
+  return below;
+}
+
+/** The messages on show, first to last. Every message follows one other, and ROOT none: no way from there leads in a circle. */
+export function path(conversation) {
+  const below = versions(conversation);
   const shown = [];
-  for (let at = ROOT; below.has(at) && shown.length <= Object.keys(conversation.nodes).length; at = shown.at(-1).id) {
-    const options = below.get(at);
-    const newest = options.reduce((a, b) => (b.created >= a.created ? b : a));
-    shown.push(options.find((node) => node.id === conversation.chosen[at]) ?? newest);
+  for (let at = ROOT; below.has(at); at = shown.at(-1).id) {
+    const siblings = below.get(at);
+    shown.push(siblings.find((node) => node.id === conversation.chosen[at]) ?? siblings.at(-1));
   }
   return shown;
 }
 
 /** Shows the sibling `step` places after (or before) `node`. */
 export function turn(conversation, node, step) {
-  const siblings = children(conversation, node.parent);
+  const siblings = versions(conversation).get(node.parent);
   const next = siblings[siblings.findIndex((sibling) => sibling.id === node.id) + step];
   if (!next) return;
   conversation.chosen[node.parent] = next.id;
