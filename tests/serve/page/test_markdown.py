@@ -42,6 +42,13 @@ MARKDOWN = {
     '<a href="http://y.example/">http://y.example</a></p>',
     "see (http://x.example/a).": '<p>see (<a href="http://x.example/a">http://x.example/a</a>).</p>',
     "**[a](https://x.example)**": '<p><strong><a href="https://x.example/">a</a></strong></p>',
+    '[a][1], [B][], [b] and ![c][1]\n\n- [a][ 1]\n\n[1]: http://x.example\n[b]: <http://y.example> "Y"': "<p>"
+    '<a href="http://x.example/">a</a>, <a href="http://y.example/">B</a>, <a href="http://y.example/">b</a> and '
+    '<a href="http://x.example/">🖼 c</a></p><ul><li><a href="http://x.example/">a</a></li></ul>'
+    '<p hidden="">[1]: http://x.example</p><p hidden="">[b]: &lt;http://y.example&gt; "Y"</p>',
+    "[a][1] [1]\n\n[1]: javascript:x": "<p>[a][1] [1]</p><p>[1]: javascript:x</p>",
+    "x[1] and [a][2]\n\n> [2]: http://x.example": "<p>x[1] and [a][2]</p><blockquote><p>[2]: http://x.example</p>"
+    "</blockquote>",
     "[a](javascript:x)": "<p>[a](javascript:x)</p>",
     "a <b>c</b> &lt;d&gt; &amp;": "<p>a &lt;b&gt;c&lt;/b&gt; &lt;d&gt; &amp;</p>",
     "<answer>42</answer>": "<p>42</p>",
@@ -118,7 +125,7 @@ def test_an_answer_that_grows_ends_as_if_it_had_come_at_once(page: Any) -> None:
     rng = random.Random(3)
     for text in GROWING:
         whole = html(page, text)
-        assert html(page, text, list(range(len(text)))) == whole
+        assert html(page, text, list(range(len(text) + 1))) == whole
         for _ in range(3):
             parts = rng.sample(GROWING, 3)
             long = "\n\n".join(parts)
@@ -175,6 +182,7 @@ def test_maths(page: Any) -> None:
 
 def test_maths_is_found_in_every_usual_dress(page: Any) -> None:
     dresses = ["$x+1$", "$$x+1$$", r"\(x+1\)", r"\[x+1\]", "$$\nx+1\n$$", "\\[\nx+1\n\\]", "so $x+1$, or", "- $x+1$"]
+    dresses += ["$`x+1`$", "```math\nx+1\n```", "- a\n  ```math\n  x+1\n  ```"]
     for text in dresses:
         assert html(page, text).count("<math") == 1 and "x+1" not in html(page, text), text
 
