@@ -114,6 +114,61 @@ def test_the_focus_is_never_lost(page: Any, server: Scripted) -> None:
     assert page.driver.switch_to.active_element.accessible_name == "Next version (1 of 2)"
 
 
+def test_the_focus_stays_in_the_list_of_conversations(page: Any, server: Scripted) -> None:
+    for text in ("First", "Second", "Third", "Fourth"):
+        page.one("#new").click()
+        page.ask(text)
+
+    def focused() -> str:
+        return str(page.js("return document.activeElement.getAttribute('aria-label') ?? document.activeElement.title"))
+
+    def focus(name: str) -> None:
+        page.js("arguments[0].focus()", page.button(name, "#conversations"))
+
+    focus("Delete “Third”")
+    press(page, ENTER)
+    page.until(lambda: "Deleted" in page.text("#toast span"))
+    assert focused() == "Second", "what follows the deleted one"
+    focus("Rename “First”")
+    for end, title in ((ESCAPE, "First"), (ENTER, "Firsta")):
+        press(page, ENTER)
+        press(page, end if end == ESCAPE else "\ue014")  # to the end of the old name
+        if end == ENTER:
+            press(page, "a")
+            press(page, ENTER)
+        page.until(lambda title=title: focused() == f"Rename “{title}”")
+    focus("Delete “Firsta”")
+    press(page, ENTER)
+    page.until(lambda: focused() == "Fourth")
+    # The last of the list is answered, and moves to the front while the other one has the focus.
+    page.click("Second", "#conversations")
+    server.replies = [Reply("word " * 40, delay=0.02)]
+    page.send("More")
+    page.until(lambda: page.all("#conversations .running"))
+    focus("Fourth")
+    page.js("window.__had = document.activeElement")
+    page.done()
+    page.until(lambda: not page.all("#conversations .running"))
+    assert page.js("return document.activeElement === window.__had && window.__had.textContent") == "Fourth"
+    page.js(  # as another tab tells it
+        """const opening = indexedDB.open('luciola', 1);
+        opening.onsuccess = () => {
+          const table = opening.result.transaction('conversations', 'readwrite').objectStore('conversations');
+          table.getAll().onsuccess = ({ target }) => {
+            const other = target.result.find((conversation) => conversation.title === 'Fourth');
+            const changed = { ...other, title: 'Elsewhere', updated: Date.now() + 1 };
+            table.put(changed).onsuccess = () => new BroadcastChannel('luciola').postMessage({ changed: other.id });
+          };
+        };"""
+    )
+    page.until(lambda: page.text("#conversations .open") == "Elsewhere")
+    assert page.js("return document.activeElement === window.__had && window.__had.textContent") == "Elsewhere"
+    page.js("document.querySelectorAll('#conversations li')[1].querySelector('[aria-label^=Delete]').focus()")
+    press(page, ENTER)
+    page.until(lambda: len(page.all("#conversations .open")) == 1)
+    assert page.driver.switch_to.active_element == page.one("#box"), "the open one was deleted"
+
+
 def test_the_focus_reaches_every_control_and_is_seen(page: Any, server: Scripted) -> None:
     full(page, server)
     page.js("document.activeElement.blur()")
@@ -193,6 +248,23 @@ def test_nothing_hangs_over_a_narrow_screen(page: Any, server: Scripted, width: 
         page.js(f"document.getElementById('{dialog}').click()")
         assert page.js("return document.querySelector('dialog[open]').scrollWidth") <= width
         press(page, ESCAPE)
+
+
+def test_long_maths_within_a_line_can_be_scrolled_to_its_end(page: Any, server: Scripted) -> None:
+    metrics = {"width": 340, "height": 640, "deviceScaleFactor": 1, "mobile": True}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    long = "+".join(f"a_{{{i}}}" for i in range(30))
+    server.replies = [Reply(f"In a line ${long}$, and $x$.\n\nOf its own $${long}$$ too.\n\n- so \\({long}\\)!")]
+    page.ask("?")
+    assert page.js("return document.getElementById('scroll').scrollWidth") == 340
+    ends = """return [...document.querySelectorAll('math')].map((math) => {
+      const box = math.parentElement; box.scrollLeft = 1e6;
+      const right = (element) => element.getBoundingClientRect().right;
+      const last = right([...math.querySelectorAll('msub')].at(-1) ?? math);
+      const whole = box.scrollHeight - box.clientHeight < 2; // nothing of it is cut off above or below
+      return [box.scrollLeft > 300, last <= Math.min(right(box), innerWidth) + 1, whole];
+    })"""
+    assert page.js(ends) == [[True, True, True], [False, True, True], [True, True, True], [True, True, True]]
 
 
 # Every visible text against the colours behind it, as the browser mixes them.

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from scripted import Reply, Scripted
 
+from luciola.serve.protocol import ChatRequest
+
 
 def test_a_conversation_goes_to_the_server_as_it_stands_without_earlier_thinking(page: Any, server: Scripted) -> None:
     server.replies = [Reply("First **answer**.", "Secret thoughts."), Reply("Second answer.")]
@@ -144,6 +146,40 @@ def test_settings_belong_to_their_conversation(page: Any, server: Scripted) -> N
     assert server.asked[3]["temperature"] == 0.6 and server.asked[3]["messages"][0]["role"] == "user"
 
 
+def test_a_new_conversation_keeps_its_settings_over_a_reload(page: Any, server: Scripted) -> None:
+    page.click("Settings of this conversation")
+    page.one("#system").send_keys("Be brief.")
+    page.one("#set-temperature").send_keys("0.25")
+    page.click("Close", "#settings")
+    page.until(lambda: page.text("#conversations .open") == "New conversation")
+    page.js("return new Promise((done) => setTimeout(done, 500))")  # it is written after a while
+    page.open()
+    page.ask("Well?")
+    assert server.asked[0]["temperature"] == 0.25
+    assert server.asked[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert page.text("#conversations .open") == "Well?"
+
+
+def test_what_the_settings_allow_is_what_the_server_takes(page: Any, server: Scripted) -> None:
+    page.click("Settings of this conversation")
+    names = page.js("return [...document.querySelectorAll('#sampling input')].map((e) => e.id.slice(4))")
+    assert {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"} < set(names)
+    for end in ("min", "max"):
+        page.js(
+            """for (const input of document.querySelectorAll('#sampling input')) {
+            input.value = input[arguments[0]]; input.oninput(); }""",
+            end,
+        )
+        assert page.all("#sampling [aria-invalid=true]") == []
+        page.js("document.getElementById('settings').close()")
+        page.ask(end)
+        assert set(names) < server.asked[-1].keys()
+        ChatRequest.model_validate(server.asked[-1])
+    field = page.one("#set-top_p")
+    page.js("arguments[0].value = '0'; arguments[0].oninput()", field)
+    assert field.get_attribute("aria-invalid") == "true"
+
+
 def test_a_server_that_names_no_sampling_is_left_to_its_own(page: Any, server: Scripted) -> None:
     server.model = {}
     page.open()
@@ -248,6 +284,63 @@ def test_an_imported_file_sets_nothing_out_of_bounds_and_no_later_time(page: Any
     page.until(lambda: "cannot be imported" in page.text("#toast span"))
 
 
+def load(page: Any, content: Any) -> None:
+    """Imports a file of this content."""
+    path = Path(page.driver.downloads, "in.json")
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    page.one("#file").send_keys(str(path))
+
+
+def test_half_a_character_in_an_imported_file_does_not_spoil_the_requests(page: Any, server: Scripted) -> None:
+    nodes = {
+        "a": {"id": "a", "parent": "root", "role": "user", "content": "a\ud800"},
+        "b": {"id": "b", "parent": "a", "role": "assistant", "content": "b\udc00", "reasoning": "\ud800c"},
+    }
+    nodes["b"]["finish"] = "length"
+    load(page, {"conversations": [{"id": "x", "title": "t\ud800", "system": "\ud800 system", "nodes": nodes}]})
+    page.until(lambda: page.all(".user"))
+    page.click("Continue")
+    page.until(lambda: server.asked)
+    page.done()
+    assert server.asked[0]["messages"] == [
+        {"role": "system", "content": "\ufffd system"},
+        {"role": "user", "content": "a\ufffd"},
+        {"role": "assistant", "content": "b\ufffd", "reasoning_content": "\ufffdc"},
+    ]
+
+
+def test_a_file_that_is_no_export_is_refused_in_plain_words(page: Any, server: Scripted) -> None:
+    def conversation(**node: Any) -> dict[str, Any]:
+        return {"conversations": [{"id": "x", "nodes": {"a": node}}]}
+
+    wrong = {
+        "": "it is not JSON",
+        "{": "it is not JSON",
+        "null": "it has no list named conversations",
+        "7": "it has no list named conversations",
+        "[null]": "it has no list named conversations",
+        '{"conversations": {}}': "it has no list named conversations",
+        '{"conversations": [null]}': "conversation 1 has no id or no nodes",
+        '{"conversations": [{"id": "a", "nodes": {}}, {"id": 7, "nodes": {}}]}': "conversation 2 has no id or no nodes",
+        '{"conversations": [{"id": "a", "nodes": []}]}': "conversation 1 has no id or no nodes",
+        '{"conversations": [{"id": "a", "nodes": {"b": null}}]}': "conversation 1 has a message b without",
+        json.dumps(conversation(id="a", parent="root", role="user", content=["x"])): "a message a without",
+        json.dumps(conversation(id="a", parent=None, role="user", content="x")): "a message a without",
+        json.dumps(conversation(id="a", parent="root", role="tool", content="x")): "a message a without",
+    }
+    for text, words in wrong.items():
+        load(page, text)
+        page.until(lambda: page.text("#toast span"))
+        said = page.text("#toast span")
+        assert said.startswith("This file cannot be imported: ") and words in said, text
+        page.js("document.getElementById('toast').firstElementChild.textContent = ''")
+    assert page.all("#conversations .open") == []
+    odd = {"title": 7, "system": [], "sampling": [1], "chosen": "a", "created": "x"}
+    load(page, {"conversations": [{"id": "x", "nodes": {}, **odd}]})
+    page.until(lambda: page.text("#toast span") == "Imported 1 conversation")
+    assert page.ask("Well?") == "Hello."
+
+
 def test_figures_stand_under_the_answer_and_the_cache_below(page: Any, server: Scripted) -> None:
     server.replies = [Reply("one two three four five six seven eight nine ten", delay=0.03)]
     page.send("Count")
@@ -328,6 +421,44 @@ def test_the_scroll_follows_the_answer_until_the_reader_looks_back(page: Any, se
     page.click("Jump to the latest message")
     page.done(20)
     assert page.js(left) < 100
+
+
+def test_a_long_conversation_is_drawn_from_its_end_and_never_anew(page: Any, server: Scripted) -> None:
+    nodes: dict[str, Any] = {}
+    for i in range(300):
+        node = {"role": "assistant" if i % 2 else "user", "content": f"message {i}.\n\n" + "- item\n" * (i % 7)}
+        nodes[f"m{i}"] = node | {"id": f"m{i}", "parent": f"m{i - 1}" if i else "root", "created": i, "finish": "stop"}
+    load(page, {"conversations": [{"id": "x", "title": "Long", "nodes": nodes}]})
+    page.until(lambda: page.text(".message:last-child").startswith("message 299"))
+    page.one("#new").click()
+    at_once, shift = page.driver.execute_async_script(
+        """const [done] = arguments, scroller = document.getElementById('scroll');
+        const messages = document.getElementById('messages').children;
+        document.querySelector('#conversations .open').click();
+        const [drawn, last] = [messages.length, messages[messages.length - 1]];
+        const below = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
+        if (below > 1) return done([`${below} from the end`, 0]);
+        scroller.scrollTop -= 200; // as someone who reads back
+        const before = last.getBoundingClientRect().top;
+        (function look() {
+          if (messages.length < 300) return setTimeout(look, 20);
+          requestAnimationFrame(() => setTimeout(() => done([drawn, last.getBoundingClientRect().top - before])));
+        })();"""
+    )
+    assert at_once == 30 and abs(shift) < 2, "what is read stays where it is"
+    number = "Number(/message (\\d+)[.]/.exec(e.textContent)[1])"
+    numbers = f"return [...document.querySelectorAll('.message')].map((e) => {number})"
+    assert page.js(numbers) == list(range(300))
+    page.js(
+        """window.__touched = 0;
+        const watch = new MutationObserver((all) => (window.__touched += all.length));
+        const deep = { subtree: true, childList: true, attributes: true, characterData: true };
+        for (const message of document.querySelectorAll('.message')) watch.observe(message, deep);"""
+    )
+    page.send("One more")
+    page.until(lambda: len(page.all(".message")) == 302)
+    page.done()
+    assert page.js("return window.__touched") == 0
 
 
 def test_messages_and_code_can_be_copied(page: Any, server: Scripted) -> None:

@@ -42,6 +42,13 @@ MARKDOWN = {
     '<a href="http://y.example/">http://y.example</a></p>',
     "see (http://x.example/a).": '<p>see (<a href="http://x.example/a">http://x.example/a</a>).</p>',
     "**[a](https://x.example)**": '<p><strong><a href="https://x.example/">a</a></strong></p>',
+    '[a][1], [B][], [b] and ![c][1]\n\n- [a][ 1]\n\n[1]: http://x.example\n[b]: <http://y.example> "Y"': "<p>"
+    '<a href="http://x.example/">a</a>, <a href="http://y.example/">B</a>, <a href="http://y.example/">b</a> and '
+    '<a href="http://x.example/">🖼 c</a></p><ul><li><a href="http://x.example/">a</a></li></ul>'
+    '<p hidden="">[1]: http://x.example</p><p hidden="">[b]: &lt;http://y.example&gt; "Y"</p>',
+    "[a][1] [1]\n\n[1]: javascript:x": "<p>[a][1] [1]</p><p>[1]: javascript:x</p>",
+    "x[1] and [a][2]\n\n> [2]: http://x.example": "<p>x[1] and [a][2]</p><blockquote><p>[2]: http://x.example</p>"
+    "</blockquote>",
     "[a](javascript:x)": "<p>[a](javascript:x)</p>",
     "a <b>c</b> &lt;d&gt; &amp;": "<p>a &lt;b&gt;c&lt;/b&gt; &lt;d&gt; &amp;</p>",
     "<answer>42</answer>": "<p>42</p>",
@@ -50,6 +57,44 @@ MARKDOWN = {
     "from $20 per month to US$30": "<p>from $20 per month to US$30</p>",
     "$$ open": "<p>$$ open</p>",
 }
+
+
+# However the sub-list is moved in: models use two spaces, four and tabs.
+NESTED = (
+    "- a\n    - b\n    - c\n- d",
+    "* a\n    * b\n    * c\n* d",
+    "*   a\n    *   b\n    *   c\n*   d",
+    "*   a\n  * b\n  * c\n*   d",
+    "- a\n      - b\n      - c\n- d",
+    "- a\n\t- b\n\t- c\n- d",
+    "- a\n\n    - b\n    - c\n- d",
+    "  - a\n    - b\n    - c\n  - d",
+    "    - a\n      - b\n      - c\n    - d",
+    "- a\n    - b\n  - c\n- d",
+    "- a\n   - b\n   - c\n - d",
+)
+LISTS = {
+    **dict.fromkeys(NESTED, "<ul><li>a<ul><li>b</li><li>c</li></ul></li><li>d</li></ul>"),
+    "- **Fruits**\n    - Apple": "<ul><li><strong>Fruits</strong><ul><li>Apple</li></ul></li></ul>",
+    "- a\n    - b\n        - c\n    - d": "<ul><li>a<ul><li>b<ul><li>c</li></ul></li><li>d</li></ul></li></ul>",
+    "1. a\n  - b\n    - c\n  - d": "<ol><li>a<ul><li>b<ul><li>c</li></ul></li><li>d</li></ul></li></ol>",
+    "1. a\n      - b\n      - c\n2. d": "<ol><li>a<ul><li>b</li><li>c</li></ul></li><li>d</li></ol>",
+    "1. a\n        1. b": "<ol><li>a<ol><li>b</li></ol></li></ol>",
+    "text:\n* a\n    1. b": "<p>text:</p><ul><li>a<ol><li>b</li></ol></li></ul>",
+    "Steps:\n  - one\n  - two": "<p>Steps:</p><ul><li>one</li><li>two</li></ul>",
+    "Steps:\n    - one\n    - two": "<p>Steps:</p><ul><li>one</li><li>two</li></ul>",
+    "   * one\n   * two": "<ul><li>one</li><li>two</li></ul>",
+    "  1. one\n  2. two": "<ol><li>one</li><li>two</li></ol>",
+    " 9. a\n10. b": '<ol start="9"><li>a</li><li>b</li></ol>',
+    "10. a\n\n   b\n\n11. c": '<ol start="10"><li><p>a</p><p>b</p></li><li><p>c</p></li></ol>',
+    "-\n  a\n- b": "<ul><li>a</li><li>b</li></ul>",
+    "- a\n- b\n\ntext": "<ul><li>a</li><li>b</li></ul><p>text</p>",
+    "text\n-": "<p>text<br>-</p>",
+}
+
+
+def test_lists_nest_as_they_are_moved_in(page: Any) -> None:
+    assert {text: html(page, text) for text in LISTS} == LISTS
 
 
 def test_markdown(page: Any) -> None:
@@ -68,6 +113,7 @@ def test_code_tables_and_tasks(page: Any) -> None:
 
 GROWING = [
     *MARKDOWN,
+    *LISTS,
     "intro\n\n- a\n\n  b\n\n- c\n\n```py\nfor x in y:\n\n    pass\n```\nend",
     "| a | b |\n|---|---|\n| 1 | 2 |\n\nx\n===\n\n> q\n\n$$\nx^2\n$$\n\n1. x\n\n   ```\n   y\n   ```\n2. z",
     "```\ncode\n``` \n~~~js\nlet a = 1 // b\n~~~\ntext <answer>*4*</answer>",
@@ -79,7 +125,7 @@ def test_an_answer_that_grows_ends_as_if_it_had_come_at_once(page: Any) -> None:
     rng = random.Random(3)
     for text in GROWING:
         whole = html(page, text)
-        assert html(page, text, list(range(len(text)))) == whole
+        assert html(page, text, list(range(len(text) + 1))) == whole
         for _ in range(3):
             parts = rng.sample(GROWING, 3)
             long = "\n\n".join(parts)
@@ -110,6 +156,7 @@ MATHS = {
     "<mtr><mtd><mi>c</mi></mtd><mtd><mi>d</mi></mtd></mtr></mtable><mo>)</mo>",
     r"\left(\frac{a}{b}\right.": "<mo>(</mo><mfrac><mi>a</mi><mi>b</mi></mfrac>",
     r"\boxed{42}": "<mpadded><mn>42</mn></mpadded>",
+    r"\text{a \$5 \& $b$}": "<mtext>a $5 &amp; b</mtext>",
     r"\text{if } x": "<mtext>if&nbsp;</mtext><mi>x</mi>",
     r"\mathbb{R}\mathbf{x}": "<mi>ℝ</mi><mi>𝐱</mi>",
     r"\hat{x}": "<mover><mi>x</mi><mo>^</mo></mover>",
@@ -135,6 +182,7 @@ def test_maths(page: Any) -> None:
 
 def test_maths_is_found_in_every_usual_dress(page: Any) -> None:
     dresses = ["$x+1$", "$$x+1$$", r"\(x+1\)", r"\[x+1\]", "$$\nx+1\n$$", "\\[\nx+1\n\\]", "so $x+1$, or", "- $x+1$"]
+    dresses += ["$`x+1`$", "```math\nx+1\n```", "- a\n  ```math\n  x+1\n  ```"]
     for text in dresses:
         assert html(page, text).count("<math") == 1 and "x+1" not in html(page, text), text
 

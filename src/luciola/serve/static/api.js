@@ -1,5 +1,7 @@
 // The server's routes as the page uses them. Every fault becomes a Fault whose `kind` says what the page can do about it.
 
+import { wellFormed } from "./text.js";
+
 export class Fault extends Error {
   /** kind: "gone" (try again when /ready answers), "key", "busy" (wait `after` seconds), "length" or "request". */
   constructor(kind, message, after = 0) {
@@ -73,8 +75,9 @@ function seconds(header) {
   return Math.min(Math.max(wait || 2, 1), 120);
 }
 
-function post(route, body, signal) {
-  return call(route, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
+function post(route, content, signal) {
+  const body = JSON.stringify(content, (_, value) => (typeof value === "string" ? wellFormed(value) : value));
+  return call(route, { method: "POST", headers: { "Content-Type": "application/json" }, body, signal });
 }
 
 export async function models() {

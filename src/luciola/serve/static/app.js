@@ -17,7 +17,7 @@ const box = byId("box");
 
 const conversations = new Map();
 const running = new Map(); // conversation id -> Answer
-let current = newConversation(); // not in the list until something was said in it
+let current = newConversation(); // not in the list until something was said or set in it
 let server = { id: "", system: "", history: true, thinks: false, known: false };
 
 const thread = new Thread({ regenerate, resume, edit, turn, say });
@@ -65,6 +65,7 @@ export function startNew() {
 
 function rename(id, title) {
   const conversation = conversations.get(id);
+  if (!conversation) return drawSidebar(); // another tab deleted it meanwhile
   if (title && title !== conversation.title) {
     Object.assign(conversation, { title, named: true, updated: Date.now() });
     save(conversation);
@@ -80,10 +81,10 @@ async function remove(id) {
   if (current.id === id) startNew();
   drawSidebar();
   await store.remove(id);
-  say(`Deleted “${conversation.title}”`, () => {
+  say(`Deleted “${conversation.title || "New conversation"}”`, () => {
     conversations.set(id, conversation);
     save(conversation);
-    show(conversation);
+    open(id);
   });
 }
 
@@ -370,7 +371,10 @@ function connectControls() {
   byId("options").onclick = () => {
     showSettings(current, server, () => {
       current.updated = Date.now();
+      conversations.set(current.id, current); // also one without a message yet keeps what it was set to
+      store.lastOpen(current.id);
       save(current, false);
+      drawSidebar();
     });
     byId("settings").showModal();
   };
@@ -390,7 +394,11 @@ function connectControls() {
     all: () => [...conversations.values()],
     say,
     async add(list) {
-      for (const conversation of list) conversations.set(conversation.id, await store.put(conversation));
+      for (const conversation of list) {
+        const united = await store.put(conversation);
+        if (conversations.has(united.id)) absorb(conversations.get(united.id), united);
+        else conversations.set(united.id, united);
+      }
       if (list.length) show(conversations.get(list[0].id));
     },
   });

@@ -2,9 +2,9 @@
 // looks back at nothing, so while an answer grows only its last blocks can change (see markdown.js).
 
 import { codeBlock } from "./code.js";
-import { inline } from "./inline.js";
+import { inline, labelOf } from "./inline.js";
 import { maths } from "./maths.js";
-import { plain } from "./text.js";
+import { plain, safeAddress } from "./text.js";
 
 const DEPTH = 12; // quotes and lists nest no deeper; what does is shown as text
 
@@ -12,9 +12,11 @@ const FENCE = /^ {0,3}(`{3,}(?!.*`)|~{3,})(.*)$/;
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t]|$)/;
 const RULE = /^ {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
 const QUOTE = /^ {0,3}> ?/;
-const ITEM = /^( {0,3})([-*+•]|\d{1,9}[.)])(?: {1,4}(?=\S)|[ \t]+|$)/;
+const ITEM = /^([ \t]*)([-*+•]|\d{1,9}[.)])(?: {1,4}(?=\S)|[ \t]+|$)/; // however far in: models nest by four spaces, by two, by tabs
 const DELIMITERS = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
 const MATHS = /^ {0,3}(\$\$|\\\[|\\begin\{(?:equation|align|alignat|gather|multline|eqnarray)\*?\})/;
+
+const DEFINITION = /^ {0,3}\[([^[\]]{1,200})\]:[ \t]*(<[^<>\s]+>|[^<>\s]+)(?:[ \t]+(?:"[^"]*"|'[^']*'|\([^()]*\)))?[ \t]*$/;
 
 const blank = (line) => line === undefined || !line.trim();
 const indent = (line) => line.length - line.trimStart().length;
@@ -28,7 +30,7 @@ export function split(lines) {
       continue;
     }
     const block = fence(lines, at) ?? heading(lines, at) ?? rule(lines, at) ?? quote(lines, at) ?? list(lines, at)
-      ?? display(lines, at) ?? indented(lines, at) ?? table(lines, at) ?? paragraph(lines, at);
+      ?? display(lines, at) ?? indented(lines, at) ?? table(lines, at) ?? definition(lines, at) ?? paragraph(lines, at);
     block.start = at;
     at = block.end;
     blocks.push(block);
@@ -58,7 +60,9 @@ function fence(lines, at) {
   };
   while (end < lines.length && !closes(lines[end])) end += 1;
   const code = lines.slice(at + 1, end).map((line) => line.slice(Math.min(margin, indent(line)))).join("\n");
-  return { kind: "code", language, code, closed: end < lines.length, end: end + 1 };
+  const closed = end < lines.length;
+  if (closed && language === "math") return { kind: "maths", tex: code, after: "", end: end + 1 };
+  return { kind: "code", language, code, closed, end: end + 1 };
 }
 
 function heading(lines, at) {
@@ -87,6 +91,7 @@ function quote(lines, at) {
   return { kind: "quote", lines: inside, end };
 }
 
+/** A list. More lenient than CommonMark: whatever stands two columns further in than an item's mark belongs to the item. */
 function list(lines, at) {
   const first = ITEM.exec(lines[at]);
   if (!first) return null;
@@ -94,23 +99,24 @@ function list(lines, at) {
   const items = [];
   let loose = false;
   let end = at;
-  let width = 0; // from which column on a line belongs to the current item
+  let mark = 0; // the column of the current item's mark
+  let margin = 0; // what is cut off before the item's lines
   for (; end < lines.length; end += 1) {
-    const line = lines[end].replace(/^\t+/, (tabs) => "    ".repeat(tabs.length));
+    const line = untabbed(lines[end]);
     const item = ITEM.exec(line);
     const inside = items.at(-1);
-    if (item && item[2].slice(-1) === sort && indent(line) < Math.max(2, width) && !RULE.test(line)) {
-      if (inside && blank(lines[end - 1])) loose = true;
-      width = item[0].length;
-      items.push([line.slice(item[0].length)]);
-    } else if (!inside) {
-      return null;
-    } else if (blank(line)) {
+    if (blank(line)) {
       inside.push("");
-    } else if (indent(line) >= width || (indent(line) >= 2 && (item || /^\s+([-*+]|\d{1,9}[.)]) /.test(line)))) {
-      if (blank(lines[end - 1]) && !ITEM.test(line.trimStart())) loose = true;
-      inside.push(line.slice(Math.min(indent(line), width)));
-    } else if (!blank(lines[end - 1]) && !interrupts(lines, end) && !DELIMITERS.test(line)) {
+    } else if (inside && indent(line) >= mark + 2) {
+      if (blank(lines[end - 1]) && !item) loose = true;
+      margin = Math.min(margin, indent(line));
+      inside.push(line.slice(margin));
+    } else if (item && item[2].slice(-1) === sort && !RULE.test(line)) {
+      if (inside && blank(lines[end - 1])) loose = true;
+      mark = indent(line);
+      margin = Math.max(item[0].length, mark + 2);
+      items.push([line.slice(item[0].length)]);
+    } else if (inside && !blank(lines[end - 1]) && !interrupts(lines, end) && !DELIMITERS.test(line)) {
       inside.push(line.trimStart());
     } else {
       break;
@@ -119,6 +125,15 @@ function list(lines, at) {
   while (end > at && blank(lines[end - 1])) end -= 1;
   const ordered = /\d/.test(first[2]);
   return { kind: "list", items, loose, ordered, from: ordered ? parseInt(first[2], 10) : 1, end };
+}
+
+/** The line with the tabs before its text as spaces. */
+function untabbed(line) {
+  const space = line.slice(0, indent(line));
+  if (!space.includes("\t")) return line;
+  let columns = 0;
+  for (const c of space) columns += c === "\t" ? 4 - (columns % 4) : 1;
+  return " ".repeat(columns) + line.slice(space.length);
 }
 
 /** Maths on lines of its own; it must close before a blank line, or else it is text. */
@@ -183,10 +198,17 @@ function cells(line) {
   return found;
 }
 
+/** The address of a label, for the text to refer to; it is not shown itself. */
+function definition(lines, at) {
+  const found = DEFINITION.exec(lines[at]);
+  const address = found && safeAddress(found[2].replace(/^<|>$/g, ""));
+  return address ? { kind: "definition", label: labelOf(found[1]), address, text: lines[at].trim(), end: at + 1 } : null;
+}
+
 function paragraph(lines, at) {
   let end = at + 1;
   for (; end < lines.length && !blank(lines[end]); end += 1) {
-    const under = /^ {0,3}(?:(=+)|(-+))[ \t]*$/.exec(lines[end]);
+    const under = /^ {0,3}(?:(=+)|(--+))[ \t]*$/.exec(lines[end]); // a single "-" is a list about to begin
     if (under) return { kind: "heading", level: under[1] ? 1 : 2, text: joined(lines, at, end), end: end + 1 };
     if (interrupts(lines, end) || table(lines, end)) break;
   }
@@ -203,18 +225,23 @@ function element(name, inside = []) {
   return made;
 }
 
-/** The DOM of one block. */
-export function build(block, depth = 0) {
-  const made = makers[block.kind](block, depth);
+/** The DOM of one block; `links` are the addresses that its text may refer to. */
+export function build(block, links, depth = 0) {
+  const made = makers[block.kind](block, links, depth);
   made.dir = block.kind === "code" || block.kind === "maths" ? "ltr" : "auto";
   return made;
 }
 
 const makers = {
-  paragraph: ({ text }) => element("p", [inline(text)]),
+  paragraph: ({ text }, links) => element("p", [inline(text, links)]),
+  definition: ({ text }, links, depth) => {
+    const made = element("p", [plain(text)]);
+    made.hidden = depth === 0; // those within lists and quotes are not read
+    return made;
+  },
   // An answer's headings stand below the page's own two levels.
-  heading: ({ level, text }) => {
-    const made = element(`h${Math.min(level + 2, 6)}`, [inline(text)]);
+  heading: ({ level, text }, links) => {
+    const made = element(`h${Math.min(level + 2, 6)}`, [inline(text, links)]);
     made.className = `level${level}`;
     return made;
   },
@@ -225,16 +252,16 @@ const makers = {
     made.className = "display";
     return made;
   },
-  quote: ({ lines }, depth) => element("blockquote", inner(lines, depth)),
-  list: ({ items, loose, ordered, from }, depth) => {
-    const made = element(ordered ? "ol" : "ul", items.map((lines) => listItem(lines, loose, depth)));
+  quote: ({ lines }, links, depth) => element("blockquote", inner(lines, links, depth)),
+  list: ({ items, loose, ordered, from }, links, depth) => {
+    const made = element(ordered ? "ol" : "ul", items.map((lines) => listItem(lines, loose, links, depth)));
     if (ordered && from !== 1) made.start = from;
     return made;
   },
-  table: ({ head, align, rows }) => {
+  table: ({ head, align, rows }, links) => {
     const row = (name, texts) =>
       element("tr", align.map((side, i) => {
-        const cell = element(name, [inline(texts[i] ?? "")]);
+        const cell = element(name, [inline(texts[i] ?? "", links)]);
         cell.className = side;
         cell.dir = "auto";
         return cell;
@@ -254,14 +281,14 @@ function unwrap(p) {
   p.remove();
 }
 
-function inner(lines, depth) {
+function inner(lines, links, depth) {
   if (depth >= DEPTH) return [element("p", [plain(lines.join("\n"))])];
-  return split(lines).map((block) => build(block, depth + 1));
+  return split(lines).map((block) => build(block, links, depth + 1));
 }
 
-function listItem(lines, loose, depth) {
+function listItem(lines, loose, links, depth) {
   const task = /^\[([ xX])\] /.exec(lines[0]);
-  const item = element("li", inner(task ? [lines[0].slice(4), ...lines.slice(1)] : lines, depth));
+  const item = element("li", inner(task ? [lines[0].slice(4), ...lines.slice(1)] : lines, links, depth));
   if (!loose) for (const p of [...item.children]) if (p.localName === "p") unwrap(p);
   if (task) {
     const box = element("input");

@@ -31,7 +31,7 @@ function arrow(character) {
 }
 
 const text = function () {
-  return mtext(this.raw().replace(/\\(?:[,;: ]|quad)/g, " ").replace(/\\([$%&#_{}])/g, "$1").replaceAll("$", ""));
+  return mtext(this.raw().replace(/\\(?:[,;: ]|quad)/g, " ").replace(/\\([$%&#_{}])|\$/g, (_, escaped = "") => escaped));
 };
 const nothing = () => null;
 const skipped = function () {

@@ -10,15 +10,22 @@ const PUNCTUATION = /[\p{P}\p{S}]/u;
 const CJK = /[\p{sc=Han}\p{sc=Hiragana}\p{sc=Katakana}\p{sc=Hangul}]/u;
 const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", hellip: "…", mdash: "—", ndash: "–", times: "×" };
 
-export function inline(text) {
-  return new Inline(text).fragment();
+/** `links`: by their labels (see `labelOf`) the addresses that the text may refer to. */
+export function inline(text, links) {
+  return new Inline(text, links).fragment();
+}
+
+/** A reference's label as it is compared. */
+export function labelOf(text) {
+  return text.trim().replace(/\s+/g, " ").toLowerCase();
 }
 
 // What was read so far is a doubly linked list of items (text, elements, runs of * or _ that may turn out to be
 // emphasis, opening brackets), because closing a pair replaces a stretch of items by one.
 class Inline {
-  constructor(text) {
+  constructor(text, links) {
     this.text = text;
+    this.links = links;
     this.at = 0;
     this.head = { height: 0 };
     this.last = this.head;
@@ -89,21 +96,24 @@ class Inline {
     const end = this.find(closing, start);
     if (end <= start) return false;
     this.at = end + closing.length;
-    this.element(display ? maths(this.text.slice(start, end), true) : this.together(maths(this.text.slice(start, end), false)));
+    this.formula(this.text.slice(start, end), display);
     return true;
   }
 
-  /** Maths with the punctuation that follows it: no line may begin with that. */
-  together(formula) {
+  /** Maths in a box that scrolls sideways where the line is too short for it. The punctuation that follows maths within
+   * a line is put in too: no line may begin with that. */
+  formula(tex, display) {
+    const whole = document.createElement("span");
+    whole.className = display ? "display" : "formula";
+    whole.append(maths(tex, display));
     const after = /[.,;:!?)\]’”]{1,3}/y;
     after.lastIndex = this.at;
-    const marks = after.exec(this.text)?.[0];
-    if (!marks) return formula;
-    const whole = document.createElement("span");
-    whole.className = "together";
-    whole.append(formula, marks);
-    this.at += marks.length;
-    return whole;
+    const marks = display ? null : after.exec(this.text)?.[0];
+    if (marks) {
+      whole.append(marks);
+      this.at += marks.length;
+    }
+    this.element(whole);
   }
 
   backslash() {
@@ -135,7 +145,7 @@ class Inline {
     if (!tex || /^\s|\s$/.test(tex) || /[\p{L}\d]/u.test(text[at - 1] ?? "")) return false;
     if (/^\d[\d.,]*\s+\p{L}{2,}/u.test(tex) && !/[\\^_=]/.test(tex)) return false;
     this.at = found.lastIndex;
-    this.element(this.together(maths(tex, false)));
+    this.formula(tex.replace(/^`(.+)`$/, "$1"), false); // in backticks: GitHub's way to write it
     return true;
   }
 
@@ -170,16 +180,14 @@ class Inline {
     const item = this.push({ bracket: image ? "![" : "[", run: this.lastRun, active: true });
     this.brackets.push(item);
     this.at += item.bracket.length;
+    item.from = this.at;
     return true;
   }
 
   close() {
     const opener = this.brackets.pop();
     if (!opener) return false;
-    const target = /\]\( ?(?:<([^<>\n]*)>|([^\s<>()]*(?:\([^\s<>()]*\)[^\s<>()]*)*))(?: {1,2}"[^"\n]*"| {1,2}'[^'\n]*')? ?\)/y;
-    target.lastIndex = this.at;
-    const found = opener.active && target.exec(this.text);
-    const address = found && safeAddress(found[1] ?? found[2]);
+    const { address, end } = (opener.active && (this.target() ?? this.reference(opener))) || {};
     if (!address) return false; // an address that is not harmless stays readable as text
     this.emphasise(opener.run);
     const anchor = link(address);
@@ -191,8 +199,26 @@ class Inline {
     if (!anchor.textContent.trim()) anchor.append(plain(address));
     for (const outer of this.brackets) outer.active = false; // links do not nest
     this.brackets.length = 0;
-    this.at = target.lastIndex;
+    this.at = end;
     return true;
+  }
+
+  /** The address in parentheses behind a closing bracket. */
+  target() {
+    const target = /\]\( ?(?:<([^<>\n]*)>|([^\s<>()]*(?:\([^\s<>()]*\)[^\s<>()]*)*))(?: {1,2}"[^"\n]*"| {1,2}'[^'\n]*')? ?\)/y;
+    target.lastIndex = this.at;
+    const found = target.exec(this.text);
+    return found && { address: safeAddress(found[1] ?? found[2]), end: target.lastIndex };
+  }
+
+  /** The address that [text][label], [label][] or [label] refers to. */
+  reference({ from }) {
+    if (!this.links?.size) return null;
+    const behind = /\](?:\[([^[\]\n]{0,200})\])?/y;
+    behind.lastIndex = this.at;
+    const [, label] = behind.exec(this.text);
+    const address = this.links.get(labelOf(label || this.text.slice(from, Math.min(this.at, from + 200))));
+    return address && { address, end: behind.lastIndex };
   }
 
   angle() {

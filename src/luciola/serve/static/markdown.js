@@ -7,12 +7,14 @@ export class Markdown {
   /** Draws into `element`, which belongs to this object. */
   constructor(element) {
     this.element = element;
+    this.live = false;
     this.clear();
   }
 
   clear() {
     this.text = "";
     this.blocks = []; // of each block: what `split` found, its `source`, its `offset` in the text, its `node`
+    this.links = new Map(); // label -> the address that the text defines for it, mostly at its end
     this.element.replaceChildren();
   }
 
@@ -20,7 +22,8 @@ export class Markdown {
   update(text, live = false) {
     text = text.replaceAll("\r", "");
     if (live) text = text.replace(/<\/?(?:a(?:n(?:s(?:w(?:e(?:r)?)?)?)?)?)?$/, "");
-    if (text === this.text) return;
+    if (text === this.text && live === this.live) return;
+    this.live = live;
     if (!text.startsWith(this.text)) this.clear();
     this.text = text;
     // The last block may grow; the one before it may, too, when the last is only the beginning of a line that will
@@ -35,8 +38,23 @@ export class Markdown {
       offset: starts[block.start],
       source: text.slice(starts[block.start], starts[Math.min(block.end, lines.length)]),
     }));
+    this.define([...this.blocks.slice(0, settled), ...(live ? fresh.slice(0, -1) : fresh)]); // half an address is none
     for (const [i, block] of fresh.entries()) this.place(settled + i, block);
     for (const { node } of this.blocks.splice(settled + fresh.length)) node.remove();
+  }
+
+  /** Takes the links' addresses from `blocks`. Where they changed, what may refer to them is drawn again. */
+  define(blocks) {
+    const links = new Map();
+    for (const { kind, label, address } of blocks) if (kind === "definition" && !links.has(label)) links.set(label, address);
+    if (String([...links]) === String([...this.links])) return;
+    this.links = links;
+    for (const block of this.blocks) {
+      if (["code", "definition"].includes(block.kind) || !block.source.includes("[")) continue;
+      const node = build(block, links);
+      block.node.replaceWith(node);
+      block.node = node;
+    }
   }
 
   place(i, block) {
@@ -53,7 +71,7 @@ export class Markdown {
       block.node = old.node;
       return;
     }
-    block.node = build(block);
+    block.node = build(block, this.links);
     if (old) old.node.replaceWith(block.node);
     else this.element.append(block.node);
   }

@@ -1,9 +1,9 @@
 // The panel of a conversation's system prompt and sampling settings.
 
-// The request's name, the label, what is allowed, a hint, and what holds where nothing is set and the server says nothing.
+// The request's name, the label, what is allowed (by the server, too: see protocol.py), a hint, and what holds where nothing is set and the server says nothing.
 const FIELDS = [
   ["temperature", "Temperature", { min: 0, max: 2, step: 0.05 }, "0 always takes the likeliest token"],
-  ["top_p", "Top-p", { min: 0, max: 1, step: 0.01 }, "from the likeliest tokens that together have this probability"],
+  ["top_p", "Top-p", { min: 0.01, max: 1, step: 0.01 }, "from the likeliest tokens that together have this probability"],
   ["top_k", "Top-k", { min: 0, max: 1000, step: 1 }, "from this many likeliest tokens; 0: from all", 0],
   ["min_p", "Min-p", { min: 0, max: 1, step: 0.01 }, "none below this share of the likeliest one's probability", 0],
   ["repetition_penalty", "Repetition penalty", { min: 0.5, max: 2, step: 0.05 }, "above 1 makes said tokens less likely", 1],

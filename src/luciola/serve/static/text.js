@@ -7,8 +7,12 @@ export function plain(text) {
 }
 
 export function visible(text) {
-  const whole = text.toWellFormed?.() ?? text;
-  return whole.replace(/[\u202a-\u202e\u2066-\u2069]/g, (c) => `⟨U+${c.charCodeAt(0).toString(16).toUpperCase()}⟩`);
+  return wellFormed(text).replace(/[\u202a-\u202e\u2066-\u2069]/g, (c) => `⟨U+${c.charCodeAt(0).toString(16).toUpperCase()}⟩`);
+}
+
+/** The text with the sign for what cannot be read in place of every half of a surrogate pair, which no UTF-8 can hold. */
+export function wellFormed(text) {
+  return text.replace(/\p{Surrogate}/gu, "\ufffd");
 }
 
 /** The address if following it is harmless, else null. */

@@ -34,31 +34,31 @@ function titleFrom(text) {
   return letters.length > 60 ? letters.slice(0, 59).join("") + "…" : line;
 }
 
-export function children(conversation, parent) {
-  return Object.values(conversation.nodes)
-    .filter((node) => node.parent === parent)
-    .sort((a, b) => a.created - b.created || (a.id < b.id ? -1 : 1));
-}
-
-/** The messages on show, first to last. */
-export function path(conversation) {
+/** By a message's id, or ROOT: the messages that follow it, oldest first. */
+export function versions(conversation) {
   const below = new Map();
   for (const node of Object.values(conversation.nodes)) {
     if (!below.has(node.parent)) below.set(node.parent, []);
     below.get(node.parent).push(node);
   }
+  for (const siblings of below.values()) siblings.sort((a, b) => a.created - b.created || (a.id < b.id ? -1 : 1));
+  return below;
+}
+
+/** The messages on show, first to last. Every message follows one other, and ROOT none: no way from there leads in a circle. */
+export function path(conversation) {
+  const below = versions(conversation);
   const shown = [];
-  for (let at = ROOT; below.has(at) && shown.length <= Object.keys(conversation.nodes).length; at = shown.at(-1).id) {
-    const options = below.get(at);
-    const newest = options.reduce((a, b) => (b.created >= a.created ? b : a));
-    shown.push(options.find((node) => node.id === conversation.chosen[at]) ?? newest);
+  for (let at = ROOT; below.has(at); at = shown.at(-1).id) {
+    const siblings = below.get(at);
+    shown.push(siblings.find((node) => node.id === conversation.chosen[at]) ?? siblings.at(-1));
   }
   return shown;
 }
 
 /** Shows the sibling `step` places after (or before) `node`. */
 export function turn(conversation, node, step) {
-  const siblings = children(conversation, node.parent);
+  const siblings = versions(conversation).get(node.parent);
   const next = siblings[siblings.findIndex((sibling) => sibling.id === node.id) + step];
   if (!next) return;
   conversation.chosen[node.parent] = next.id;
@@ -83,19 +83,32 @@ export function prompt(conversation, parent, history) {
   for (let at = conversation.nodes[parent]; at; at = conversation.nodes[at.parent]) above.unshift(at);
   const messages = (history ? above : above.slice(-1))
     .filter((node) => node.role === "user" || node.content)
-    .map(({ role, content }) => ({ role, content: content.toWellFormed?.() ?? content }));
+    .map(({ role, content }) => ({ role, content }));
   if (conversation.system) messages.unshift({ role: "system", content: conversation.system });
   return messages;
 }
 
-/** Checks one conversation of an imported file and keeps only the fields known here. Throws an Error that says why. */
-export function adopt(value) {
+/** The conversations of an exported file, of which only the fields known here are kept. Throws an Error that says what
+ * is wrong with it. */
+export function readExport(text) {
+  let file;
+  try {
+    file = JSON.parse(text);
+  } catch {
+    throw new Error("it is not JSON");
+  }
+  if (!Array.isArray(file?.conversations)) throw new Error("it has no list named conversations");
+  return file.conversations.map(adopt);
+}
+
+function adopt(value, index) {
+  const fault = (words) => new Error(`its conversation ${index + 1} has ${words}`);
   const text = (x) => typeof x === "string";
   const amount = (x) => Number.isFinite(x) && x >= 0;
   const now = Date.now();
   const time = (x, otherwise) => (amount(x) ? Math.min(x, now) : otherwise); // a later one would beat every change to come
   const record = (x) => x !== null && typeof x === "object" && !Array.isArray(x);
-  if (!record(value) || !text(value.id) || !record(value.nodes)) throw new Error("a conversation has no id or no nodes");
+  if (!record(value) || !text(value.id) || !record(value.nodes)) throw fault("no id or no nodes");
   const conversation = { ...newConversation(), id: value.id };
   for (const field of ["created", "updated"]) conversation[field] = time(value[field], now);
   if (text(value.title)) conversation.title = value.title;
@@ -106,7 +119,7 @@ export function adopt(value) {
   }
   for (const [id, node] of Object.entries(value.nodes)) {
     if (!record(node) || node.id !== id || !/^[\w-]{1,64}$/.test(id) || id === "__proto__" || id === ROOT || !text(node.parent) || !text(node.content) || !["user", "assistant"].includes(node.role)) {
-      throw new Error(`the message ${id.slice(0, 40)} lacks a parent, role or content`);
+      throw fault(`a message ${id.slice(0, 40)} without its id, a parent, a role or content`);
     }
     const kept = { id, parent: node.parent, role: node.role, content: node.content };
     for (const field of ["created", "updated"]) kept[field] = time(node[field], conversation.created);
