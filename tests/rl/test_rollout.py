@@ -12,6 +12,7 @@ from luciola.engine.engine import Completion, Engine
 from luciola.engine.params import SamplingParams
 from luciola.model.language_model import LanguageModel
 from luciola.recipe import GrpoRecipe
+from luciola.rl.credit import sequences
 from luciola.rl.rollout import Rollout, rollout
 from luciola.tasks.arithmetic import Arithmetic
 from luciola.tasks.base import Problem
@@ -24,14 +25,15 @@ R1 = "<think>x</think><answer>{}</answer>"
 class Scripted:
     """An engine that gives completion i of a call the i-th text, round and round."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.texts, self.params, self.asked = texts, [], []
+    def __init__(self, texts: Sequence[str], token_ids: Sequence[int] = (1, 2)) -> None:
+        self.texts, self.token_ids, self.params, self.asked = texts, [*token_ids], [], []
 
     def generate(self, prompts: list[list[int]], params: list[SamplingParams], **_: Any) -> list[list[Completion]]:
         self.params, self.asked = params, prompts
         numbers = iter(range(10_000))
         return [
-            [Completion(self.texts[next(numbers) % len(self.texts)], [1, 2], "stop", [0.0] * 2, [0.0] * 2)] * p.n
+            [Completion(self.texts[next(numbers) % len(self.texts)], self.token_ids, "stop", [0.0] * 2, [0.0] * 2)]
+            * p.n
             for p in params
         ]
 
@@ -122,6 +124,28 @@ def test_a_verifier_that_is_slow_to_fail_is_not_asked_to_the_end(lm: LanguageMod
 
 def test_exactly_five_percent_is_still_tolerated(lm: LanguageModel, recipe: Make) -> None:
     judged(lm, recipe(rollout={"prompts": 20, "group_size": 2}), ["crash"] + ["wrong"] * 19)
+
+
+def test_with_process_supervision_a_group_differs_where_its_steps_do(lm: LanguageModel, recipe: Make) -> None:
+    """Group 0: steps differ within each completion, whose rewards are equal; the others have one equal step each."""
+
+    class Steps(Arithmetic):
+        def grade_steps(self, problem: Problem, completion: str) -> list[tuple[int, float]]:
+            return [(1, 0.0), (2, 1.0)] if completion == "two" else [(2, 1.0)]
+
+    chosen = recipe(rollout={"prompts": 3, "group_size": 2}, objective={"supervision": "process", "refills": 1})
+    chosen = chosen.model_copy(update={"task": Steps()})
+    assert lm.tokenizer is not None
+    engine = Scripted(["two", "one", "one"], lm.tokenizer.encode("12"))
+    found = rollout(engine, lm.tokenizer, chosen, 0)  # type: ignore[arg-type]
+    assert found.spread().tolist() == [True, True, False]  # the second round began with "two" again
+    assert found.refilled == 1
+    samples = sequences(found, chosen)
+    assert [any(bool(s.advantages_T.any()) for s in samples[2 * p : 2 * p + 2]) for p in range(3)] == [
+        True, True, False,
+    ]  # fmt: skip
+    found.known_PG[1] = False
+    assert found.spread().tolist() == [True, False, False]
 
 
 def test_samples_to_read_come_from_several_groups(lm: LanguageModel, recipe: Make) -> None:

@@ -52,6 +52,17 @@ class Rollout:
     steps: list[list[list[tuple[int, float]]]] = field(default_factory=list)
     refilled: int = 0
 
+    def spread(self) -> Tensor:
+        """Whether what its advantages are made from differs within each group, (P,): rewards of completions, or with
+        process supervision of steps."""
+        if not self.steps:
+            return spread(self.rewards_PG, self.known_PG)
+        of_groups = [
+            {reward for steps, counts in zip(group, known, strict=True) if counts for _, reward in steps}
+            for group, known in zip(self.steps, self.known_PG.tolist(), strict=True)
+        ]
+        return torch.tensor([len(different) > 1 for different in of_groups])
+
     def metrics(self) -> dict[str, Any]:
         """Rewards, verdicts by kind, lengths."""
         flat = [c for group in self.completions for c in group]
@@ -94,7 +105,7 @@ class Rollout:
 def rollout(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int) -> Rollout:
     """Sample and judge the groups of step `step`, a pure function of the weights and (seed, step).
 
-    With dynamic sampling (DAPO) groups whose rewards are all equal are replaced by those of new problems, at most
+    With dynamic sampling (DAPO) groups without `spread` are replaced by those of new problems, at most
     `objective.refills` times; what is then still without a difference stays.
 
     Raises ValueError when the verifiers fail on more than 5 % of the completions, or give a reward that is no number.
@@ -102,11 +113,11 @@ def rollout(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int)
     most = recipe.rollout.prompts
     found = _round(engine, tokenizer, recipe, step, 0, most)
     for number in range(1, recipe.objective.refills + 1):
-        flat = (~spread(found.rewards_PG, found.known_PG)).nonzero().flatten().tolist()
+        flat = (~found.spread()).nonzero().flatten().tolist()
         if not flat:
             break
         new = _round(engine, tokenizer, recipe, step, number, len(flat))
-        useful = spread(new.rewards_PG, new.known_PG).nonzero().flatten().tolist()
+        useful = new.spread().nonzero().flatten().tolist()
         found = _replaced(found, flat, new, useful)
     return found
 
