@@ -22,9 +22,8 @@ from luciola.recipe import RewardSection
 from luciola.tasks.base import Problem
 from luciola.verify import own
 from luciola.verify.style import format_reward, language_reward, length_rewards, repetition_reward
-from luciola.verify.verdict import Verdict
+from luciola.verify.verdict import VERIFIER_FAILED, Verdict
 
-VERIFIER_FAILED = ("timeout", "crash")  # such a verdict says nothing about the answer
 TOO_MANY_FAILURES = 0.05  # share of verdicts beyond which rewards are not to be trusted
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from luciola.verify.pool import Pool, shared
-from luciola.verify.verdict import Verdict
+from luciola.verify.verdict import VERIFIER_FAILED, Verdict
 
 WORKER = Path(__file__).with_name("own_worker.py")
 SECONDS = 10.0
@@ -37,7 +37,7 @@ def call(name: str, prompt: str, completion: str, truth: str) -> Verdict:
     """The verdict that the function gives, "correct" with a number of its as the reward; "timeout" or "crash" where
     it fails."""
     verdict = _pool().check(name, prompt, completion, truth)
-    if verdict.kind not in ("timeout", "crash"):
+    if verdict.kind not in VERIFIER_FAILED:
         return verdict
     return Verdict(verdict.kind, 0.0, f"reward function {name}: {verdict.detail}")
 
