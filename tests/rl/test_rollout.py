@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -16,6 +17,8 @@ from luciola.rl.credit import sequences
 from luciola.rl.rollout import Rollout, rollout
 from luciola.tasks.arithmetic import Arithmetic
 from luciola.tasks.base import Problem
+from luciola.verify import own
+from luciola.verify.pool import Pool
 from luciola.verify.verdict import Verdict
 
 Make = Callable[..., GrpoRecipe]
@@ -168,6 +171,45 @@ def test_truncation_and_length_are_counted(lm: LanguageModel, recipe: Make) -> N
     assert metrics["completion/max_length"] == 3
     cut = sum(c.finish_reason == "length" for group in found.completions for c in group)
     assert metrics["completion/truncated"] == pytest.approx(cut / lengths.numel())
+
+
+def test_ones_own_functions_are_called_while_the_rest_is_sampled(
+    lm: LanguageModel, recipe: Make, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first completion waits for its function's note; were they called after the rollout, none would come."""
+    (workplace / "slow.py").write_text(
+        "import time\n"
+        "def noting(prompt, completion, truth):\n"
+        "    open('called', 'w').close()\n"
+        "    time.sleep(0.01 * (len(completion) % 3))\n"
+        "    return len(prompt) + 100 * len(completion) + 1_000 * (sum(map(ord, completion)) % 997)\n"
+    )
+    pool = Pool(size=2, seconds=20, memory_mb=own.MEMORY_MB, program=own.WORKER)
+    monkeypatch.setattr(own, "_pool", lambda: pool)
+    chosen = recipe(rollout={"prompts": 4, "group_size": 2, "max_tokens": 12}, reward={"own": {"slow:noting": 1.0}})
+    engine, seen_early = Engine(lm, dtype="model"), []
+    whole = engine.generate
+
+    def watched(*args: Any, ended: Any, **named: Any) -> Any:
+        def noting(i: int, completion: Completion) -> None:
+            ended(i, completion)
+            end = time.monotonic() + 20
+            while engine.stats["running"] and not Path("called").exists() and time.monotonic() < end:
+                time.sleep(0.01)
+            if engine.stats["running"]:
+                seen_early.append(Path("called").exists())
+
+        return whole(*args, ended=noting, **named)
+
+    engine.generate = watched  # type: ignore[method-assign]
+    assert lm.tokenizer is not None
+    with pool:
+        found = rollout(engine, lm.tokenizer, chosen, 0)
+    assert seen_early and all(seen_early)
+    assert found.parts["slow:noting"].tolist() == [
+        [len(p.prompt) + 100 * len(c.text) + 1_000 * (sum(map(ord, c.text)) % 997) for c in group]
+        for p, group in zip(found.problems, found.completions, strict=True)
+    ]
 
 
 def test_what_has_ended_is_judged_while_the_rest_is_sampled(lm: LanguageModel, recipe: Make) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +19,9 @@ from luciola.engine.sampler import derived_seed
 from luciola.engine.sequence import Completion
 from luciola.recipe import GrpoRecipe, RolloutSection
 from luciola.rl.advantage import spread
-from luciola.rl.reward import refuse_failures, rewards
+from luciola.rl.reward import by_function, refuse_failures, rewards
 from luciola.tasks.base import GradesSteps, Problem, Task, encoded, stops_of
-from luciola.tasks.judge import Judging
+from luciola.tasks.judge import by_task
 from luciola.text.tokenizer import Tokenizer
 from luciola.text.untrusted import shortened
 from luciola.verify.verdict import Verdict
@@ -155,12 +156,20 @@ def _round(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int, 
         kept_tokens=objective.keep_sampling_mask,
     )
     began = time.perf_counter()
-    with Judging(task, problems) as judging:  # of what has ended, while the rest is sampled
-        completions = engine.generate(prompts, params, ended=lambda i, completion: judging.add(i, completion.text))
+    with ExitStack() as stack:
+        judging = stack.enter_context(by_task(task, problems))
+        calling = {name: stack.enter_context(by_function(name, problems)) for name in recipe.reward.own}
+
+        def ended(i: int, completion: Completion) -> None:
+            for each in (judging, *calling.values()):  # they may begin while the rest is sampled
+                each.add(i, completion.text)
+
+        completions = engine.generate(prompts, params, ended=ended)
         sampled = time.perf_counter()
-        each = judging.each([[c.text for c in group] for group in completions])
-        verdicts = refuse_failures(each, [len(group) for group in completions], step)
-    earned = rewards(recipe.reward, problems, completions, verdicts, step)
+        texts, sizes = [[c.text for c in group] for group in completions], [len(group) for group in completions]
+        verdicts = refuse_failures(judging.each(texts), sizes, step)
+        called = {name: refuse_failures(each.each(texts), sizes, step) for name, each in calling.items()}
+    earned = rewards(recipe.reward, completions, verdicts, called, step)
     _refuse_no_numbers(earned.total_PG, completions, step)
     steps = []
     if objective.supervision == "process":

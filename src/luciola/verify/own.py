@@ -9,8 +9,6 @@ or returns anything else gives the verdict "timeout" or "crash" and neither stop
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from luciola.verify.pool import Pool, shared
@@ -42,16 +40,9 @@ def call(name: str, prompt: str, completion: str, truth: str) -> Verdict:
     return Verdict(verdict.kind, 0.0, f"reward function {name}: {verdict.detail}")
 
 
-def calls(name: str, asked: Sequence[tuple[str, str, str]]) -> Generator[Verdict, None, None]:
-    """`call` for each (prompt, completion, truth), side by side; verdicts in their order, whoever ends first.
-
-    When the generator is closed, calls that have not begun are not made.
-    """
-    threads = ThreadPoolExecutor(_pool().size)  # no more: one that waits for a worker would have begun already
-    try:
-        yield from threads.map(lambda each: call(name, *each), asked)
-    finally:
-        threads.shutdown(cancel_futures=True)
+def workers() -> int:
+    """How many calls run at once."""
+    return _pool().size
 
 
 def _pool() -> Pool:
