@@ -1,5 +1,6 @@
 """`luciola court`: what it lists, and the exit code that tells a script."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from typer.testing import CliRunner, Result
 
 from luciola.cli import app
 from luciola.verify import court
-from luciola.verify.court import Case
+from luciola.verify.court import Case, Finding
 
 REWARDS = """
 import time
@@ -79,3 +80,33 @@ def test_a_call_that_hangs_or_fails_fails_the_command_and_pays_nothing(name: str
     assert result.stdout.count(outcome) == 3
     assert "paid 0 of 1 cheats and 0 of 1 honest answers" in result.stdout
     assert "; 3 of 3 calls hung or failed\n" in result.stdout
+
+
+def test_a_reward_that_always_hangs_is_given_up_after_five_calls_listed_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cases = [Case(f"case {i}", "2+2?", "\\boxed{5}", "4") for i in range(30)]
+    monkeypatch.setattr(court, "answer_cases", lambda: cases)
+    result = tried("hangs", "--seconds", "0.2")
+    assert result.exit_code == 1
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["outcome", *["timeout"] * 5]
+    assert "stopped after 5 of 30 calls" in result.stderr and "tried_rewards:hangs" in result.stderr
+    calls = iter([False, True, True, True, True] * 6)  # never five in a row
+    monkeypatch.setattr(court, "try_reward", lambda *_: (
+        Finding(case, "timeout" if next(calls) else "unpaid", 0.0) for case in cases
+    ))  # fmt: skip
+    assert "24 of 30 calls hung or failed" in tried("hangs").stdout
+
+
+def test_what_is_found_is_printed_before_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed: list[str] = []
+    monkeypatch.setattr("builtins.print", lambda *words, **_: printed.append(str(words)))
+
+    def findings(*_: object) -> Iterator[Finding]:
+        for i, case in enumerate(court.answer_cases()):
+            assert sum("crash" in words for words in printed) == i
+            yield Finding(case, "crash", 0.0, "it is broken")
+
+    monkeypatch.setattr(court, "try_reward", findings)
+    assert isinstance(tried("sound").exception, SystemExit)
+    assert sum("crash" in words for words in printed) == 3

@@ -14,8 +14,11 @@ from typer.testing import CliRunner, Result
 from luciola.cli import app
 from luciola.evaluate import run as evaluation
 from luciola.model.language_model import LanguageModel
+from luciola.tasks.arithmetic import Arithmetic
+from luciola.tasks.base import Problem
 from luciola.text.tokenizer import Tokenizer
 from luciola.verify import sandbox
+from luciola.verify.verdict import Verdict
 
 SHAPE: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -84,6 +87,53 @@ def test_killed_and_gone_on_with_the_numbers_are_the_same(model: str, monkeypatc
     result = evaluate(model, "arithmetic", *OPTIONS, "--seed", "5", "--output", "killed")
     assert result.exit_code == 1
     assert "holds an evaluation with other settings (seed = 0 there, 5 here)" in result.stderr
+
+
+def test_failures_of_the_verifier_are_warned_of(workplace: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "warning" not in evaluate(model, "arithmetic", *OPTIONS).stderr
+    asked = iter(range(3 * PROBLEMS))
+
+    def grade(self: Arithmetic, problem: Problem, completion: str) -> Verdict:
+        kinds: dict[int, Verdict] = {7: Verdict("timeout", 0.0, "too\nslow"), 9: Verdict("crash", 0.0, "broken")}
+        return kinds.get(next(asked), Verdict("wrong", 0.0))
+
+    monkeypatch.setattr(Arithmetic, "grade", grade)
+    monkeypatch.setattr(evaluation, "judge", lambda task, problems, completions: [
+        [task.grade(problem, text) for text in group] for problem, group in zip(problems, completions, strict=True)
+    ])  # fmt: skip
+    result = evaluate(model, "arithmetic", *OPTIONS, "--json")
+    assert result.exit_code == 0, result.output
+    (warning,) = (line for line in result.stderr.splitlines() if "warning" in line)
+    assert "arithmetic: the verifier failed on 2 of 120 completions, which count as not right" in warning
+    assert "first of all timeout: too" in warning
+    assert json.loads(result.stdout)["verdicts"]["crash"] == 1
+
+
+def test_a_damaged_folder_is_told_by_the_name_of_its_file(workplace: Path, model: str) -> None:
+    arguments = (model, "arithmetic", *OPTIONS, "--output", "found")
+    assert evaluate(*arguments).exit_code == 0
+    settings, kept = Path("found", "settings.json"), Path("found", "arithmetic.jsonl")
+    whole, lines = settings.read_text(), kept.read_text().splitlines(keepends=True)
+    for content in ("", "{", "[]"):
+        settings.write_text(content)
+        result = evaluate(*arguments)
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+        assert "found/settings.json is damaged" in result.stderr
+        assert "delete the folder or give another --output" in result.stderr
+    settings.write_text(whole)
+    record = json.loads(lines[3])
+    for change, said in (
+        ({"step": None}, "line 4 has no whole number as its step; delete the line to go on"),
+        ({"attempts": None}, "the record of step 3 is damaged; delete it and all later lines to go on"),
+        ({"seconds": "long"}, "the record of step 3 is damaged"),
+        ({"attempts": [{"text": "4"}] * 3}, "the record of step 3 is damaged"),
+    ):
+        kept.write_text("".join([*lines[:3], json.dumps(record | change) + "\n", *lines[4:]]))
+        result = evaluate(*arguments)
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+        assert "found/arithmetic.jsonl" in result.stderr and said in result.stderr
+    kept.write_text("".join([*lines[:3], "[]\n", *lines[4:]]))
+    assert "line 4 has no whole number as its step" in evaluate(*arguments).stderr
 
 
 def test_problems_that_do_not_fit_are_refused_before_any_is_asked(workplace: Path, model: str) -> None:

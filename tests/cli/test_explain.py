@@ -101,6 +101,21 @@ def test_a_tiny_loss_keeps_its_digits(loss: float, text: str) -> None:
     assert _signed(loss) == text
 
 
+def test_a_run_that_began_with_a_stored_model_is_explained_from_any_folder(
+    inside: Callable[..., Result], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, end = RECIPE.index("[base]"), RECIPE.index("[rollout]")
+    Path("second.toml").write_text(RECIPE[:start] + '[model]\npath = "runs/tiny"\n' + RECIPE[end:])
+    monkeypatch.setattr(hardware, "gemm_peak", lambda dtype: 1e12)
+    assert inside("grpo", "second.toml", "run.name=second").exit_code == 0
+    (workplace / "elsewhere").mkdir()
+    with monkeypatch.context() as moved:
+        moved.chdir(workplace / "elsewhere")
+        result = inside("explain", "loss", str(workplace / "runs" / "second"))
+        assert result.exit_code == 0, result.stderr
+    assert inside("grpo", "second.toml", "run.name=second", "--resume").exit_code == 0
+
+
 def test_json_holds_every_completion(inside: Callable[..., Result]) -> None:
     result = inside("explain", "loss", "runs/tiny", "--json")
     assert result.exit_code == 0, result.stderr

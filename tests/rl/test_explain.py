@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from luciola.cli.explain import _remarks
 from luciola.recipe import GrpoRecipe
 from luciola.recipe.objective import NAMES
 from luciola.rl.advantage import EPS
@@ -94,6 +96,33 @@ def test_advantages_follow_from_the_rewards_that_are_shown(recipe: Make) -> None
                 assert row.advantage == pytest.approx(expected, abs=1e-5)
                 if name == "grpo":
                     assert row.reward == pytest.approx(row.rewards["accuracy"] + 0.1 * row.rewards["format"])
+
+
+def test_process_supervision_shows_the_rewards_of_steps_and_counts_groups_by_them(recipe: Make) -> None:
+    found = explain_loss(trained(recipe, **SETTINGS["process"]))
+    assert found.equation["reward"].startswith("r = ")
+    for group in groups(found):
+        every = torch.tensor([reward for row in group for reward in row.steps], dtype=torch.double)
+        for row in group:
+            assert (row.reward, row.rewards) == (None, None)
+            assert row.mean == pytest.approx(float(every.mean()))
+            assert row.deviation == pytest.approx(float(every.std()))
+            credit = [(reward - row.mean) / (row.deviation + EPS) for reward in row.steps]
+            if len(credit) == 1:
+                assert row.advantage * credit[0] >= 0 and bool(row.advantage) == (abs(credit[0]) > 1e-9)
+    flat = [not any(row.advantage for row in group) for group in groups(found)]
+    assert found.groups_without_spread == pytest.approx(sum(flat) / P)
+    assert sum(flat) < P
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_the_remark_on_ratios_of_one_does_not_take_replayed_groups_for_new_ones(recipe: Make, cap: float) -> None:
+    still = {"optim": {"lr": 1e-9}, "objective": {"importance_cap": cap}}
+    found = explain_loss(trained(recipe, grpo={"steps": 4, "replay": 1.0}, **still))
+    assert sum(row.replayed for row in found.completions) == P * G
+    (remark,) = (line for line in _remarks(found) if line.startswith("Every ratio is 1"))
+    assert "these weights have sampled the new groups and " in remark
+    assert ("pi_old of the replayed ones is theirs too" if cap else "hardly moved since") in remark
 
 
 def test_later_optimiser_steps_show_ratios_that_left_one_and_what_the_clip_cuts(recipe: Make) -> None:

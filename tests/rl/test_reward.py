@@ -10,7 +10,7 @@ import torch
 
 from luciola.engine.sequence import Completion
 from luciola.recipe import RewardSection
-from luciola.rl.reward import refuse_failures, rewards
+from luciola.rl.reward import by_function, refuse_failures, rewards
 from luciola.tasks.base import Problem
 from luciola.verify import own
 from luciola.verify.pool import Pool
@@ -29,7 +29,7 @@ def text(prompt, completion, truth):
     if completion == "bad": return "1"
     return 1.0
 def hanging(prompt, completion, truth):
-    if completion == "bad": time.sleep(60)
+    if "bad" in completion: time.sleep(60)
     return 1.0
 def dying(prompt, completion, truth):
     if completion == "bad": os._exit(0)
@@ -50,7 +50,18 @@ def functions(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def earned(section: RewardSection, texts: list[str] = GROUP) -> Any:
     verdicts = [correct() if i == 0 else wrong() for i in range(len(texts))]
     completions = [Completion(text, [0] * (len(text) + 1), "stop") for text in texts]
-    return rewards(section, [Problem("p", "t", "k")], [completions], [verdicts], step=7)
+    return rewards(section, [completions], [verdicts], called(section, texts), step=7)
+
+
+def called(section: RewardSection, texts: list[str]) -> dict[str, list[list[Verdict]]]:
+    """What each function of the section says of one problem's completions, given as a rollout gives them."""
+    found = {}
+    for name in section.own:
+        with by_function(name, [Problem("p", "t", "k")]) as judging:
+            for text in texts:
+                judging.add(0, text)
+            found[name] = refuse_failures(judging.each([texts]), [len(texts)], 7)
+    return found
 
 
 def test_the_total_is_the_weighted_sum_of_the_logged_parts(functions: Any) -> None:
@@ -89,7 +100,7 @@ def test_a_function_that_always_hangs_stops_the_step_soon(functions: Any) -> Non
     with pytest.raises(
         ValueError, match=r"failed on 3 of the first 3 completions of step 8, which is over 5% of its 40"
     ):
-        earned(RewardSection(own={"mine:hanging": 1.0}), ["bad"] * 40)
+        earned(RewardSection(own={"mine:hanging": 1.0}), [f"bad {i}" for i in range(40)])
     assert time.monotonic() - began < 20
 
 
@@ -114,14 +125,15 @@ def test_failures_of_the_task_and_of_a_function_count_together(functions: Any) -
     texts = ["fine"] * 19 + ["bad"]
     completions = [Completion(text, [0], "stop") for text in texts]
     section = RewardSection(own={"mine:raising": 1.0})
+    of_function = called(section, texts)
     for failing, borne in ((19, True), (0, False)):
         verdicts = [wrong()] * 20
         verdicts[failing] = Verdict("crash", 0.0, "the task")
         if borne:
-            assert rewards(section, [Problem("p", "t", "k")], [completions], [verdicts], 0).known_PG.sum() == 19
+            assert rewards(section, [completions], [verdicts], of_function, 0).known_PG.sum() == 19
         else:
             with pytest.raises(ValueError, match="failed on 2 of the first 20"):
-                rewards(section, [Problem("p", "t", "k")], [completions], [verdicts], 0)
+                rewards(section, [completions], [verdicts], of_function, 0)
 
 
 def test_a_function_that_is_not_there_is_said_before_training(functions: Any) -> None:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -12,9 +13,12 @@ from luciola.engine.engine import Completion, Engine
 from luciola.engine.params import SamplingParams
 from luciola.model.language_model import LanguageModel
 from luciola.recipe import GrpoRecipe
+from luciola.rl.credit import sequences
 from luciola.rl.rollout import Rollout, rollout
 from luciola.tasks.arithmetic import Arithmetic
 from luciola.tasks.base import Problem
+from luciola.verify import own
+from luciola.verify.pool import Pool
 from luciola.verify.verdict import Verdict
 
 Make = Callable[..., GrpoRecipe]
@@ -24,14 +28,15 @@ R1 = "<think>x</think><answer>{}</answer>"
 class Scripted:
     """An engine that gives completion i of a call the i-th text, round and round."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.texts, self.params, self.asked = texts, [], []
+    def __init__(self, texts: Sequence[str], token_ids: Sequence[int] = (1, 2)) -> None:
+        self.texts, self.token_ids, self.params, self.asked = texts, [*token_ids], [], []
 
     def generate(self, prompts: list[list[int]], params: list[SamplingParams], **_: Any) -> list[list[Completion]]:
         self.params, self.asked = params, prompts
         numbers = iter(range(10_000))
         return [
-            [Completion(self.texts[next(numbers) % len(self.texts)], [1, 2], "stop", [0.0] * 2, [0.0] * 2)] * p.n
+            [Completion(self.texts[next(numbers) % len(self.texts)], self.token_ids, "stop", [0.0] * 2, [0.0] * 2)]
+            * p.n
             for p in params
         ]
 
@@ -124,6 +129,28 @@ def test_exactly_five_percent_is_still_tolerated(lm: LanguageModel, recipe: Make
     judged(lm, recipe(rollout={"prompts": 20, "group_size": 2}), ["crash"] + ["wrong"] * 19)
 
 
+def test_with_process_supervision_a_group_differs_where_its_steps_do(lm: LanguageModel, recipe: Make) -> None:
+    """Group 0: steps differ within each completion, whose rewards are equal; the others have one equal step each."""
+
+    class Steps(Arithmetic):
+        def grade_steps(self, problem: Problem, completion: str) -> list[tuple[int, float]]:
+            return [(1, 0.0), (2, 1.0)] if completion == "two" else [(2, 1.0)]
+
+    chosen = recipe(rollout={"prompts": 3, "group_size": 2}, objective={"supervision": "process", "refills": 1})
+    chosen = chosen.model_copy(update={"task": Steps()})
+    assert lm.tokenizer is not None
+    engine = Scripted(["two", "one", "one"], lm.tokenizer.encode("12"))
+    found = rollout(engine, lm.tokenizer, chosen, 0)  # type: ignore[arg-type]
+    assert found.spread().tolist() == [True, True, False]  # the second round began with "two" again
+    assert found.refilled == 1
+    samples = sequences(found, chosen)
+    assert [any(bool(s.advantages_T.any()) for s in samples[2 * p : 2 * p + 2]) for p in range(3)] == [
+        True, True, False,
+    ]  # fmt: skip
+    found.known_PG[1] = False
+    assert found.spread().tolist() == [True, False, False]
+
+
 def test_samples_to_read_come_from_several_groups(lm: LanguageModel, recipe: Make) -> None:
     found = judged(lm, recipe(rollout={"prompts": 5, "group_size": 3}), ["correct", "wrong", "no_answer"])
     samples = found.samples(groups=3, each=2)
@@ -144,6 +171,45 @@ def test_truncation_and_length_are_counted(lm: LanguageModel, recipe: Make) -> N
     assert metrics["completion/max_length"] == 3
     cut = sum(c.finish_reason == "length" for group in found.completions for c in group)
     assert metrics["completion/truncated"] == pytest.approx(cut / lengths.numel())
+
+
+def test_ones_own_functions_are_called_while_the_rest_is_sampled(
+    lm: LanguageModel, recipe: Make, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first completion waits for its function's note; were they called after the rollout, none would come."""
+    (workplace / "slow.py").write_text(
+        "import time\n"
+        "def noting(prompt, completion, truth):\n"
+        "    open('called', 'w').close()\n"
+        "    time.sleep(0.01 * (len(completion) % 3))\n"
+        "    return len(prompt) + 100 * len(completion) + 1_000 * (sum(map(ord, completion)) % 997)\n"
+    )
+    pool = Pool(size=2, seconds=20, memory_mb=own.MEMORY_MB, program=own.WORKER)
+    monkeypatch.setattr(own, "_pool", lambda: pool)
+    chosen = recipe(rollout={"prompts": 4, "group_size": 2, "max_tokens": 12}, reward={"own": {"slow:noting": 1.0}})
+    engine, seen_early = Engine(lm, dtype="model"), []
+    whole = engine.generate
+
+    def watched(*args: Any, ended: Any, **named: Any) -> Any:
+        def noting(i: int, completion: Completion) -> None:
+            ended(i, completion)
+            end = time.monotonic() + 20
+            while engine.stats["running"] and not Path("called").exists() and time.monotonic() < end:
+                time.sleep(0.01)
+            if engine.stats["running"]:
+                seen_early.append(Path("called").exists())
+
+        return whole(*args, ended=noting, **named)
+
+    engine.generate = watched  # type: ignore[method-assign]
+    assert lm.tokenizer is not None
+    with pool:
+        found = rollout(engine, lm.tokenizer, chosen, 0)
+    assert seen_early and all(seen_early)
+    assert found.parts["slow:noting"].tolist() == [
+        [len(p.prompt) + 100 * len(c.text) + 1_000 * (sum(map(ord, c.text)) % 997) for c in group]
+        for p, group in zip(found.problems, found.completions, strict=True)
+    ]
 
 
 def test_what_has_ended_is_judged_while_the_rest_is_sampled(lm: LanguageModel, recipe: Make) -> None:

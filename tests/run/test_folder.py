@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,40 @@ def test_resuming_what_was_never_started_starts_it(tmp_path: Path) -> None:
     with Run.create(recipe(tmp_path), "pretrain", resume=True) as run:
         assert (run.path / "recipe.toml").exists()
         assert run.checkpoints() == []
+
+
+def test_the_model_a_run_starts_from_is_kept_by_its_whole_path_and_may_move_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def from_stored(path: str, folder: str = "runs") -> PretrainRecipe:
+        return check(
+            PretrainRecipe, recipe(Path(folder)).model_dump() | {"model": {"path": path}, "tokenizer": None}, ""
+        )
+
+    def stored() -> str:
+        kept: str = tomllib.loads(Path("runs/try/recipe.toml").read_text())["model"]["path"]
+        return kept
+
+    (tmp_path / "here" / "models" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    begun(from_stored("models/base"))
+    assert stored() == str(tmp_path / "here" / "models" / "base")
+    for same in ("models/base", "./models//base", stored(), "../here/models/base"):
+        Run.create(from_stored(same), "pretrain", resume=True).close()
+    for other in ("models/other", "base2", str(tmp_path / "models" / "base")):
+        with pytest.raises(ValueError, match=f"other settings .model.path = {other} instead of "):
+            Run.create(from_stored(other), "pretrain", resume=True)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir(tmp_path)
+        Run.create(
+            from_stored(str(tmp_path / "here" / "models" / "base"), "here/runs"), "pretrain", resume=True
+        ).close()
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
+    Run.create(from_stored("models/base"), "pretrain", resume=True).close()
+    assert stored() == str(tmp_path / "there" / "models" / "base")
+    begun(from_stored("pypi:some-model", "others"))
+    assert 'path = "pypi:some-model"' in Path("others/try/recipe.toml").read_text()
 
 
 def test_a_run_resumes_with_its_own_settings_only(tmp_path: Path) -> None:

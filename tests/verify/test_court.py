@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from luciola.verify import court, own_worker
+from luciola.verify import court, own
 from luciola.verify.court import Case, Finding, try_reward
+from luciola.verify.pool import Pool
 from luciola.verify.reward_function import load
 
 REWARDS = """
@@ -24,6 +25,16 @@ def single(prompt, completion, truth):
     import numpy
     return numpy.float32(completion == truth)
 def text(prompt, completion, truth): return "1"
+def writes(prompt, completion, truth):
+    import tempfile
+    with tempfile.NamedTemporaryFile("w") as file: return float(file.write(completion))
+def reads(prompt, completion, truth):
+    import sys
+    return len(sys.stdin.read())
+def too_much(prompt, completion, truth): return len(bytearray(1 << 34))
+def says_crash(prompt, completion, truth):
+    from luciola.verify.verdict import Verdict
+    return Verdict("crash", 1.0, "no service")
 number = 3
 """
 CASES = [
@@ -72,15 +83,20 @@ def test_failures_are_told_apart_and_the_trial_goes_on() -> None:
     assert all(found[name].reward == 0 for name in ("hang", "leave", "raise", "exit", "nan"))
 
 
-@pytest.mark.parametrize("name", ["naive", "form", "verdict", "single", "text"])
-def test_the_court_and_the_trainer_read_a_reward_alike(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["naive", "form", "verdict", "single", "text", "writes", "reads", "too_much", "says_crash"]
+)
+def test_the_court_and_the_trainer_read_a_reward_alike(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     found = outcomes(name, CASES)
-    for case in CASES:
-        trainers = own_worker.check(f"court_rewards:{name}", case.prompt, case.completion, case.truth)
-        finding = found[case.name]
-        assert (finding.outcome == "crash") == (trainers["kind"] == "crash") == (name == "text")
-        assert finding.reward == trainers.get("reward", 0.0)
-        assert finding.detail.endswith(trainers["detail"])
+    with Pool(size=1, seconds=own.SECONDS, memory_mb=own.MEMORY_MB, program=own.WORKER) as pool:
+        monkeypatch.setattr(own, "_pool", lambda: pool)
+        for case in CASES:
+            trainers = own.call(f"court_rewards:{name}", case.prompt, case.completion, case.truth)
+            finding = found[case.name]
+            failed = name in ("text", "too_much", "says_crash")
+            assert (finding.outcome == "crash") == (trainers.kind == "crash") == failed
+            assert finding.reward == trainers.reward
+            assert finding.detail.removeprefix(trainers.kind).strip() in trainers.detail
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,24 @@ def too_many(prompt, completion, truth, more): return 1.0
 def named_only(*, prompt, completion, truth): return 1.0
 def with_default(prompt, completion, truth, weight=1.0): return weight
 def anything(*arguments): return float(len(arguments))
+def uses_files(prompt, completion, truth):
+    import tempfile
+    with open("rewards.log", "a") as log: log.write(completion + "\\n")
+    with tempfile.NamedTemporaryFile("w") as file: file.write(completion)
+    return 1.0
+def forks(prompt, completion, truth):
+    from multiprocessing import get_context
+    queue = get_context("fork").Queue()
+    child = get_context("fork").Process(target=queue.put, args=(0.5,))
+    child.start()
+    found = queue.get()
+    child.join()
+    return found
+def reads(prompt, completion, truth):
+    import sys
+    return len(sys.stdin.read()) + len(os.read(0, 1))
+def writes_much(prompt, completion, truth):
+    with open("much", "wb") as file: file.truncate(2 << 30)
 class Callable:
     def __call__(self, prompt, completion, truth): return 0.75
 instance = Callable()
@@ -49,9 +67,14 @@ number = 3
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rewards")
     (folder / "my_rewards.py").write_text(MODULE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pool(folder: Path) -> Iterator[Pool]:
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -127,6 +150,15 @@ def test_a_worker_killed_from_outside_is_a_crash_once(pool: Pool) -> None:
     assert (verdict.kind, verdict.reward) == ("crash", 0.0)
     assert time.monotonic() - began < 2.5  # the kill, not the time limit, ended it
     assert call("half") == Verdict("correct", 0.5)
+
+
+def test_files_and_processes_may_be_used_and_stdin_is_empty(pool: Pool, folder: Path) -> None:
+    assert call("uses_files", "one") == call("uses_files", "two") == Verdict("correct", 1.0)
+    assert (folder / "rewards.log").read_text() == "one\ntwo\n"
+    assert call("forks") == Verdict("correct", 0.5)
+    assert call("reads") == Verdict("correct", 0.0)
+    assert call("half") == Verdict("correct", 0.5)
+    assert "File too large" in call("writes_much").detail
 
 
 @pytest.mark.parametrize(

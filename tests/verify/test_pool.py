@@ -5,13 +5,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from luciola.verify import answer
 from luciola.verify import pool as pools
 from luciola.verify.pool import Pool
+from luciola.verify.verdict import Verdict
 
 HANG = "9^{9^{9^{9}}}"
 
@@ -123,3 +127,83 @@ def test_a_forked_child_uses_workers_of_its_own() -> None:
     finally:
         pools.shared().close()
         pools._of_process[here] = pools._of_process.pop(child)
+
+
+FORKS = """
+import os, sys, time
+from luciola.verify.serving import serve
+
+def check(how, note):
+    if how != "fine" and os.fork() == 0:
+        if how == "answers":
+            return {"kind": "wrong", "detail": "of the child"}
+        if how == "leaves":
+            os.setsid()
+        with open(note, "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(3600)
+    while how not in ("fine", "answers") and not os.path.exists(note):
+        time.sleep(0.01)
+    if how in ("hangs", "leaves"):
+        time.sleep(3600)
+    if how == "dies":
+        os._exit(7)
+    return {"kind": "correct", "detail": ""}
+
+serve(check, file_mb=1)
+"""
+
+
+def gone(pid: int, seconds: float = 5.0) -> bool:
+    """Whether a process is dead, or will be in a moment."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            os.kill(pid, 0)
+            if sys.platform == "linux" and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize(("how", "kind"), [("hangs", "timeout"), ("dies", "crash"), ("leaves", "timeout")])
+def test_a_forked_child_that_holds_the_pipe_delays_no_verdict(workplace: Path, how: str, kind: str) -> None:
+    (workplace / "forks.py").write_text(FORKS)
+    note = workplace / "pid"
+    with Pool(size=1, seconds=2, program=workplace / "forks.py") as pool:
+        pool.check("fine", str(note))  # it has started
+        began = time.monotonic()
+        verdict = pool.check(how, str(note))
+        took = time.monotonic() - began
+        child = int(note.read_text())
+        try:
+            assert (verdict.kind, took < 4) == (kind, True)
+            if how == "dies":
+                assert took < 2 and verdict.detail == "the worker process ended (status 7)"
+            if how != "leaves":  # which is in no group of ours
+                assert gone(child)
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        assert pool.check("fine", str(note)).kind == "correct"
+
+
+def test_a_forked_child_answers_nothing(workplace: Path) -> None:
+    (workplace / "forks.py").write_text(FORKS)
+    with Pool(size=1, seconds=5, program=workplace / "forks.py") as pool:
+        assert [pool.check(how, "") for how in ("answers", "fine", "fine")] == [Verdict("correct", 1.0)] * 3
+
+
+def test_a_pool_that_closes_ends_the_call_that_another_thread_waits_for(workplace: Path) -> None:
+    (workplace / "forks.py").write_text(FORKS)
+    note, verdicts = workplace / "pid", list[Verdict]()
+    with Pool(size=1, seconds=60, program=workplace / "forks.py") as pool:
+        thread = threading.Thread(target=lambda: verdicts.append(pool.check("hangs", str(note))))
+        thread.start()
+        while not note.exists() or not note.read_text():
+            time.sleep(0.01)
+    thread.join(5)
+    assert [verdict.kind for verdict in verdicts] == ["crash"]
+    assert gone(int(note.read_text()))

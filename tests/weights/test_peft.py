@@ -1,6 +1,7 @@
 """Adapters as files: what was trained comes back bit for bit, and what is damaged or foreign is refused."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ FAULTS: list[tuple[Callable[[Path], object], str]] = [
         lambda a: change(a, **{peft.BASE: "gone"}),
         "belongs to the base 'gone', which cannot be opened: gone does not exist",
     ),
-    (lambda a: change(a, **{peft.BASE: str(a)}), "is one its own base"),
+    (lambda a: change(a, r=2), r"lora_A of .* has the rank 3, and adapter_config.json says r = 2; put the r"),
     (lambda a: (a / peft.CONFIG).write_text("{"), "is not valid JSON"),
     (lambda a: (a / peft.WEIGHTS).unlink(), f"has adapter_config.json and no {peft.WEIGHTS}"),
     (lambda a: (a / peft.WEIGHTS).write_bytes(b"12345678901"), "is not a whole safetensors file"),
@@ -166,6 +167,23 @@ def test_what_is_damaged_or_foreign_is_refused(adapter: Path, damage: Callable[[
     damage(adapter)
     with pytest.raises(ValueError, match=said):
         luciola.load(adapter)
+
+
+def test_an_adapter_below_which_there_is_no_base_is_told_in_one_sentence(adapter: Path, tmp_path: Path) -> None:
+    copies = [tmp_path / f"copy{i}" for i in range(9)]
+    for copy, base in zip(copies, [*copies[1:], adapter], strict=True):
+        shutil.copytree(adapter, copy)
+        change(copy, **{peft.BASE: str(base)})
+    with pytest.raises(ValueError) as too_many:
+        luciola.load(copies[0])
+    change(copies[1], **{peft.BASE: str(copies[0])})
+    change(adapter, **{peft.BASE: str(adapter / ".." / "adapter")})
+    for folder in (adapter, copies[0]):
+        with pytest.raises(ValueError, match=f"the adapter .*{folder.name} is its own base.*; put the model") as ring:
+            luciola.load(folder)
+        assert str(ring.value).count(".json") == 1 and "cannot be opened" not in str(ring.value)
+    assert "copy0 lies on top of more than 7 others" in str(too_many.value)
+    assert "cannot be opened" not in str(too_many.value)
 
 
 def test_a_pickle_is_not_read(adapter: Path) -> None:

@@ -108,9 +108,11 @@ def _group(rows: list[CompletionTerms]) -> str:
         title += "   (replayed from an earlier step)"
     elif first.mean is not None:
         deviation = "" if first.deviation is None else f", deviation {first.deviation:.4f}"
-        title += f"   rewards: mean {first.mean:.4f}{deviation}"
+        of = "rewards" if first.steps is None else "rewards of steps"
+        title += f"   {of}: mean {first.mean:.4f}{deviation}"
     columns: dict[str, list[Any]] = {"completion": [_short(row.completion, SHOWN) for row in rows]}
     columns["verdict"] = [row.verdict for row in rows]
+    columns["steps"] = [None if row.steps is None else " ".join(map(figure, row.steps)) for row in rows]
     for name in first.rewards or ():
         columns[name] = [None if row.rewards is None else row.rewards[name] for row in rows]
     for name in ("reward", "advantage", "tokens", "weight", "ratio", "clipped", "kl", "masked", "importance"):
@@ -126,13 +128,19 @@ def _remarks(found: Explanation) -> list[str]:
     ratios = [row.ratio for row in found.completions if row.ratio is not None]
     remarks = []
     if ratios and "rho" in found.equation.get("ratio", "") and all(abs(ratio - 1) < 1e-4 for ratio in ratios):
+        who = "these weights have sampled the batch"
+        if any(row.replayed for row in found.completions):
+            capped = "importance" in found.equation
+            older = "pi_old of the replayed ones is theirs too" if capped else "hardly moved since the replayed ones"
+            who = f"these weights have sampled the new groups and {older}"
         remarks.append(
-            "Every ratio is 1, since these weights have sampled the batch: the loss is then minus a weighted mean of "
-            "the advantages,\nnear 0 however much is learnt. The gradient is not; rewards tell whether it helps."
+            f"Every ratio is 1, since {who}: the loss is then minus a weighted mean of the advantages,\n"
+            "near 0 however much is learnt. The gradient is not; rewards tell whether it helps."
         )
     if found.groups_without_spread:
         share = f"{found.groups_without_spread:.0%}"
-        remarks.append(f"In {share} of the groups all rewards are equal: there is no difference to learn from.")
+        of = " of steps" if any(row.steps is not None for row in found.completions) else ""
+        remarks.append(f"In {share} of the groups all rewards{of} are equal: there is no difference to learn from.")
     if any(row.ratio is None for row in found.completions if row.tokens) and found.objective != "dpo":
         remarks.append("Completions without a ratio have no advantage: the update leaves them out.")
     return remarks

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,10 @@ from luciola.cli.ask import (
     run_settings,
 )
 from luciola.cli.tables import aligned, evaluation, figure, figures
+from luciola.text.untrusted import printable
+
+if TYPE_CHECKING:
+    from luciola.evaluate.figures import Judged
 
 
 def evaluate(
@@ -119,6 +123,8 @@ def evaluate(
                 advance=advance,
                 **sampling,
             )
+    for name, result in results.items():
+        _warn_of_failures(name, result.judged)
     if output is not None:
         folder.finish(output, f"{model}: {', '.join(chosen)}", results)
     if as_json:
@@ -128,6 +134,20 @@ def evaluate(
     print("\n\n".join(_table(name if len(results) > 1 else "", result.figures) for name, result in results.items()))
     if output is not None:
         print(f"\nThe completions, to open in a browser: {output / 'samples.html'}")
+
+
+def _warn_of_failures(name: str, judged: Sequence[Judged]) -> None:
+    """Say on how many completions the verifier failed: the figures count them as not right."""
+    from luciola.verify.verdict import VERIFIER_FAILED
+
+    verdicts = [attempt.verdict for row in judged for attempt in row.attempts]
+    failed = [verdict for verdict in verdicts if verdict.kind in VERIFIER_FAILED]
+    if failed:
+        print(
+            f"warning: {name}: the verifier failed on {len(failed)} of {len(verdicts)} completions, which count as not "
+            f"right (first of all {failed[0].kind}: {printable(failed[0].detail, 200)})",
+            file=sys.stderr,
+        )
 
 
 def _table(name: str, result: Mapping[str, Any]) -> str:

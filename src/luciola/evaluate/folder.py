@@ -28,14 +28,22 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
     """Make the folder, or check that what it holds was begun with these settings.
 
     Raises:
-        ValueError: it was begun with others; the sentence names those that differ.
+        ValueError: it was begun with others, and the sentence names those that differ; or what it holds is damaged.
     """
     file, ours = folder / "settings.json", json.loads(json.dumps(settings, default=str))
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(file, json.dumps(ours, indent=2) + "\n")
         return
-    theirs = json.loads(file.read_text())
+    try:
+        theirs = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        theirs = None
+    if not isinstance(theirs, dict):
+        raise ValueError(
+            f"{file} is damaged: it holds no JSON object, so what {folder} was begun with is not known; delete the "
+            "folder or give another --output"
+        )
     changed = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
     if changed:
         listed = ", ".join(f"{name} = {theirs.get(name)} there, {ours.get(name)} here" for name in sorted(changed))

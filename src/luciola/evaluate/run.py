@@ -197,10 +197,20 @@ def _read(kept: Path, chosen: Sequence[Problem], samples: int, together: int) ->
     RecordFile(kept).truncate(whole - 1)
     judged = []
     for problem, record in zip(chosen, records[:whole], strict=False):
-        if record["problem"] != _identity(problem) or len(record["attempts"]) != samples + 1:
-            raise ValueError(f"{kept} holds other problems or another number of samples; choose another folder")
-        attempts = [Attempt(**{**a, "verdict": Verdict(**a["verdict"])}) for a in record["attempts"]]
-        judged.append(Judged(problem, attempts, record["seconds"]))
+        try:
+            identity, seconds = record["problem"], float(record["seconds"])
+            attempts = [Attempt(**{**a, "verdict": Verdict(**a["verdict"])}) for a in record["attempts"]]
+        except (KeyError, TypeError, ValueError):
+            step = record["step"]
+            raise ValueError(
+                f"{kept}: the record of step {step} is damaged; delete it and all later lines to go on"
+            ) from None
+        if identity != _identity(problem) or len(attempts) != samples + 1:
+            raise ValueError(
+                f"{kept} holds other problems, lacks one in between, or has another number of samples; choose another "
+                "folder"
+            )
+        judged.append(Judged(problem, attempts, seconds))
     return judged
 
 

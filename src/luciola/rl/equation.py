@@ -40,11 +40,12 @@ AGGREGATIONS = {
 def equation(recipe: GrpoRecipe) -> dict[str, str]:
     """Each part of the recipe's objective by name, in the order in which they are computed; the loss comes last."""
     objective = recipe.objective
-    parts = {"reward": _reward(recipe.reward, objective)}
+    process = objective.supervision == "process"
+    parts = {"reward": _of_step(objective) if process else _reward(recipe.reward, objective)}
     if recipe.critic is not None:
         parts["advantage"] = _gae(recipe.critic)
     else:
-        parts["advantage"] = PROCESS if objective.supervision == "process" else ADVANTAGES[objective.advantage]
+        parts["advantage"] = PROCESS if process else ADVANTAGES[objective.advantage]
     if objective.advantage == "pairs":
         return parts | {
             "margin": "h = sum_t log(pi(o_t) / pi_ref(o_t)) of a completion, h+ of the right and h- of the wrong one",
@@ -101,6 +102,11 @@ def _reward(section: RewardSection, objective: ObjectiveSection) -> str:
         later = " and all later ones" if objective.advantage == "global" else "s"
         text += f" - {objective.beta:g} sum of the KL estimates of the token{later}"
     return text
+
+
+def _of_step(objective: ObjectiveSection) -> str:
+    text = "r = what the task gives for each step"
+    return text + "; not known where the completion was cut" if objective.overlong == "mask" else text
 
 
 def _clip(objective: ObjectiveSection) -> str:

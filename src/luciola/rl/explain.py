@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from luciola.recipe import GrpoRecipe, check, read_toml
-from luciola.rl.advantage import spread
 from luciola.rl.batch import Sample, per_sample
 from luciola.rl.credit import shaped_rewards
 from luciola.rl.equation import denominators, equation
@@ -45,9 +44,10 @@ class CompletionTerms:
         group: number of its prompt among those of the optimiser step.
         replayed: it was sampled in an earlier step, and its advantage is that of its time.
         rewards: the parts before their weights; reward: their sum after what the objective does about long
-            completions and a KL divergence in the reward.
+            completions and a KL divergence in the reward. With process supervision there are `steps` instead, the
+            reward of each step.
         known: whether the verifiers could tell.
-        mean, deviation: of the known rewards of its group, the deviation with G - 1.
+        mean, deviation: of the known rewards of its group, or of their steps, the deviation with n - 1.
         advantage: mean over its tokens; all have the same but with process supervision and REINFORCE++.
         weight: w, of each token.
         ratio: mean over its tokens; clipped: share of tokens whose gradient the clip takes away.
@@ -66,6 +66,7 @@ class CompletionTerms:
     verdict: str | None = None
     rewards: dict[str, float] | None = None
     reward: float | None = None
+    steps: list[float] | None = None
     mean: float | None = None
     deviation: float | None = None
     ratio: float | None = None
@@ -85,7 +86,7 @@ class Explanation:
         equation: each part of the objective; denominators: the numbers in its aggregation.
         loss: the sum of all contributions; trainer_loss: what the trainer computes for the optimiser step.
         step_loss: mean of the trainer's losses over the optimiser steps; logged_loss: the same in metrics.jsonl.
-        groups_without_spread: share of the rollout's groups whose rewards are all equal.
+        groups_without_spread: share of the rollout's groups whose rewards, or rewards of steps, are all equal.
     """
 
     run: str
@@ -163,7 +164,7 @@ def explain_loss(path: Path) -> Explanation:
         trainer_loss=of_steps[-1],
         step_loss=sum(of_steps) / len(of_steps),
         logged_loss=logged,
-        groups_without_spread=1.0 - float(spread(sampled.rewards_PG, sampled.known_PG).float().mean()),
+        groups_without_spread=1.0 - float(sampled.spread().float().mean()),
     )
 
 
@@ -248,10 +249,15 @@ def _earned(
     rewards_PG = rewards_PG - taken_PG
     for i, sample in enumerate(samples[: P * G]):
         row, (p, g) = rows[id(sample)], divmod(i, G)
-        known = rewards_PG[p][known_PG[p]].double()
         row.verdict = sampled.verdicts[p][g].kind
-        row.rewards = {name: float(values_PG[p, g]) for name, values_PG in sampled.parts.items()}
-        row.reward = float(rewards_PG[p, g])
+        if sampled.steps:
+            row.steps = [reward for _, reward in sampled.steps[p][g]]
+            counted = [own for own, counts in zip(sampled.steps[p], known_PG[p].tolist(), strict=True) if counts]
+            known = torch.tensor([reward for own in counted for _, reward in own], dtype=torch.double)
+        else:
+            row.rewards = {name: float(values_PG[p, g]) for name, values_PG in sampled.parts.items()}
+            row.reward = float(rewards_PG[p, g])
+            known = rewards_PG[p][known_PG[p]].double()
         row.mean = float(known.mean()) if len(known) else None
         row.deviation = float(known.std()) if len(known) > 1 else None
 

@@ -29,7 +29,7 @@ from luciola.rl.rollout import sampling
 from luciola.run import Run, atomic_write, read_records
 from luciola.run.records import RecordFile
 from luciola.tasks.base import encoded
-from luciola.tasks.judge import Judging
+from luciola.tasks.judge import by_task
 from luciola.text.tokenizer import Tokenizer
 from luciola.train.stopping import stop_on_signal
 from luciola.verify.style import format_reward, language_share
@@ -167,7 +167,7 @@ def _step(engine: Engine, tokenizer: Tokenizer, recipe: RejectionRecipe, step: i
     problems = [task.problem("train", first + i, recipe.seed) for i in range(settings.prompts)]
     params = sampling(settings, task, [derived_seed(recipe.seed, step, i) for i in range(settings.prompts)])
     prompts = [encoded(tokenizer, task, problem) for problem in problems]
-    with Judging(task, problems) as judging:
+    with by_task(task, problems) as judging:
         completions = engine.generate(prompts, params, ended=lambda i, completion: judging.add(i, completion.text))
         each = judging.each([[c.text for c in group] for group in completions])
         verdicts = refuse_failures(each, [len(group) for group in completions], step)

@@ -9,8 +9,7 @@ so, and its reward is not known.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -20,11 +19,11 @@ from torch import Tensor
 from luciola.engine.sequence import Completion
 from luciola.recipe import RewardSection
 from luciola.tasks.base import Problem
+from luciola.tasks.judge import Judging
 from luciola.verify import own
 from luciola.verify.style import format_reward, language_reward, length_rewards, repetition_reward
-from luciola.verify.verdict import Verdict
+from luciola.verify.verdict import VERIFIER_FAILED, Verdict
 
-VERIFIER_FAILED = ("timeout", "crash")  # such a verdict says nothing about the answer
 TOO_MANY_FAILURES = 0.05  # share of verdicts beyond which rewards are not to be trusted
 
 
@@ -44,16 +43,27 @@ class Rewards:
     known_PG: Tensor
 
 
+def by_function(name: str, problems: Sequence[Problem]) -> Judging:
+    """Judging by one's own function."""
+
+    def called(problem: Problem, text: str) -> Verdict:
+        return own.call(name, problem.prompt, text, problem.truth)
+
+    # no more at a time than workers: one that waits for a worker would have begun already
+    return Judging(called, problems, elsewhere=True, together=own.workers())
+
+
 def rewards(
     section: RewardSection,
-    problems: Sequence[Problem],
     completions: Sequence[Sequence[Completion]],
     verdicts: Sequence[Sequence[Verdict]],
+    called: Mapping[str, Sequence[Sequence[Verdict]]],
     step: int,
 ) -> Rewards:
-    """The reward of every completion of step `step`, from the task's verdicts and its text.
+    """The reward of every completion of step `step`, from its text, the task's verdicts, and what each of one's own
+    functions said when it was `called`.
 
-    Raises ValueError when one's own functions, or they and the task's verifier together, fail on more than 5 %.
+    Raises ValueError when the task's verifier and the functions together fail on more than 5 %.
     """
     texts = [[completion.text for completion in group] for group in completions]
     judged = [list(group) for group in verdicts]
@@ -68,11 +78,10 @@ def rewards(
     if section.language:
         parts["language"] = [[language_reward(text, section.target_language) for text in group] for group in texts]
     for name in section.own:
-        called = _called(name, problems, texts, step)
-        parts[name] = [[verdict.reward for verdict in group] for group in called]
+        parts[name] = [[verdict.reward for verdict in group] for group in called[name]]
         judged = [
             [new if new.kind in VERIFIER_FAILED and old.kind not in VERIFIER_FAILED else old for old, new in pairs]
-            for pairs in (zip(old, new, strict=True) for old, new in zip(judged, called, strict=True))
+            for pairs in (zip(old, new, strict=True) for old, new in zip(judged, called[name], strict=True))
         ]
     judged = refuse_failures(chain.from_iterable(judged), [len(group) for group in judged], step)
     weights = {"accuracy": section.accuracy, "format": section.format, "length": section.length}
@@ -108,10 +117,3 @@ def refuse_failures(verdicts: Iterable[Verdict], sizes: Sequence[int], step: int
 
 def _lengths(group: Sequence[Completion], verdicts: Sequence[Verdict]) -> list[float]:
     return length_rewards([len(c.token_ids) for c in group], [verdict.kind == "correct" for verdict in verdicts])
-
-
-def _called(name: str, problems: Sequence[Problem], texts: Sequence[Sequence[str]], step: int) -> list[list[Verdict]]:
-    """One's own function on every completion."""
-    asked = [(p.prompt, text, p.truth) for p, group in zip(problems, texts, strict=True) for text in group]
-    with closing(own.calls(name, asked)) as verdicts:  # after too many failures the calls that wait are not made
-        return refuse_failures(verdicts, [len(group) for group in texts], step)

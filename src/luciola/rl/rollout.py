@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +19,9 @@ from luciola.engine.sampler import derived_seed
 from luciola.engine.sequence import Completion
 from luciola.recipe import GrpoRecipe, RolloutSection
 from luciola.rl.advantage import spread
-from luciola.rl.reward import refuse_failures, rewards
+from luciola.rl.reward import by_function, refuse_failures, rewards
 from luciola.tasks.base import GradesSteps, Problem, Task, encoded, stops_of
-from luciola.tasks.judge import Judging
+from luciola.tasks.judge import by_task
 from luciola.text.tokenizer import Tokenizer
 from luciola.text.untrusted import shortened
 from luciola.verify.verdict import Verdict
@@ -51,6 +52,17 @@ class Rollout:
     seconds_verifying: float
     steps: list[list[list[tuple[int, float]]]] = field(default_factory=list)
     refilled: int = 0
+
+    def spread(self) -> Tensor:
+        """Whether what its advantages are made from differs within each group, (P,): rewards of completions, or with
+        process supervision of steps."""
+        if not self.steps:
+            return spread(self.rewards_PG, self.known_PG)
+        of_groups = [
+            {reward for steps, counts in zip(group, known, strict=True) if counts for _, reward in steps}
+            for group, known in zip(self.steps, self.known_PG.tolist(), strict=True)
+        ]
+        return torch.tensor([len(different) > 1 for different in of_groups])
 
     def metrics(self) -> dict[str, Any]:
         """Rewards, verdicts by kind, lengths."""
@@ -94,7 +106,7 @@ class Rollout:
 def rollout(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int) -> Rollout:
     """Sample and judge the groups of step `step`, a pure function of the weights and (seed, step).
 
-    With dynamic sampling (DAPO) groups whose rewards are all equal are replaced by those of new problems, at most
+    With dynamic sampling (DAPO) groups without `spread` are replaced by those of new problems, at most
     `objective.refills` times; what is then still without a difference stays.
 
     Raises ValueError when the verifiers fail on more than 5 % of the completions, or give a reward that is no number.
@@ -102,11 +114,11 @@ def rollout(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int)
     most = recipe.rollout.prompts
     found = _round(engine, tokenizer, recipe, step, 0, most)
     for number in range(1, recipe.objective.refills + 1):
-        flat = (~spread(found.rewards_PG, found.known_PG)).nonzero().flatten().tolist()
+        flat = (~found.spread()).nonzero().flatten().tolist()
         if not flat:
             break
         new = _round(engine, tokenizer, recipe, step, number, len(flat))
-        useful = spread(new.rewards_PG, new.known_PG).nonzero().flatten().tolist()
+        useful = new.spread().nonzero().flatten().tolist()
         found = _replaced(found, flat, new, useful)
     return found
 
@@ -144,12 +156,20 @@ def _round(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int, 
         kept_tokens=objective.keep_sampling_mask,
     )
     began = time.perf_counter()
-    with Judging(task, problems) as judging:  # of what has ended, while the rest is sampled
-        completions = engine.generate(prompts, params, ended=lambda i, completion: judging.add(i, completion.text))
+    with ExitStack() as stack:
+        judging = stack.enter_context(by_task(task, problems))
+        calling = {name: stack.enter_context(by_function(name, problems)) for name in recipe.reward.own}
+
+        def ended(i: int, completion: Completion) -> None:
+            for each in (judging, *calling.values()):  # they may begin while the rest is sampled
+                each.add(i, completion.text)
+
+        completions = engine.generate(prompts, params, ended=ended)
         sampled = time.perf_counter()
-        each = judging.each([[c.text for c in group] for group in completions])
-        verdicts = refuse_failures(each, [len(group) for group in completions], step)
-    earned = rewards(recipe.reward, problems, completions, verdicts, step)
+        texts, sizes = [[c.text for c in group] for group in completions], [len(group) for group in completions]
+        verdicts = refuse_failures(judging.each(texts), sizes, step)
+        called = {name: refuse_failures(each.each(texts), sizes, step) for name, each in calling.items()}
+    earned = rewards(recipe.reward, completions, verdicts, called, step)
     _refuse_no_numbers(earned.total_PG, completions, step)
     steps = []
     if objective.supervision == "process":

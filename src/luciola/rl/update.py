@@ -20,7 +20,6 @@ from luciola.model import balance
 from luciola.model.moe import Routing
 from luciola.model.transformer import Transformer
 from luciola.recipe import GrpoRecipe
-from luciola.rl.advantage import spread
 from luciola.rl.batch import LogProbs, MicroBatch, Sample, logprobs, micro_batches, per_sample
 from luciola.rl.credit import sequences
 from luciola.rl.objective import Loss, Tokens, kl_estimate, policy_loss, token_weights
@@ -57,7 +56,7 @@ def update(
         metrics |= critic.metrics(samples, step)
     if replay is not None:
         metrics["groups/replayed"] = len(samples) // recipe.rollout.group_size - len(rollout.prompts)
-    metrics["groups/without_spread"] = 1.0 - float(spread(rollout.rewards_PG, rollout.known_PG).float().mean())
+    metrics["groups/without_spread"] = 1.0 - float(rollout.spread().float().mean())
     metrics["lr"] = lr
     return metrics
 

@@ -181,7 +181,7 @@ def _start(path: Path, recipe: Recipe, kind: str) -> str:
     # recipe.toml comes last: it is what makes the folder a run.
     facts = environment(kind, recipe.dtype)
     atomic_write(path / "environment.json", json.dumps(facts, indent=2) + "\n")
-    atomic_write(path / "recipe.toml", to_toml(recipe))
+    atomic_write(path / "recipe.toml", to_toml(_rooted(recipe)))
     return str(facts["dtype"])
 
 
@@ -199,7 +199,7 @@ def _reopen(path: Path, recipe: Recipe) -> str:
             )
     facts["resumed"] = [*facts.get("resumed", []), {"at": now["started"]} | {name: now[name] for name in WATCHED}]
     atomic_write(path / "environment.json", json.dumps(facts, indent=2) + "\n")
-    atomic_write(path / "recipe.toml", to_toml(recipe))
+    atomic_write(path / "recipe.toml", to_toml(_rooted(recipe)))
     return str(facts["dtype"])
 
 
@@ -209,13 +209,36 @@ def refuse_other_settings(recipe: Recipe) -> None:
     if not stored.exists() or not _has_begun(stored.parent):
         return
     before = check(type(recipe), read_toml(stored), where=str(stored))
-    changed = [change for change in differences(before, recipe) if not change[0].startswith("run.")]
+    changed = [
+        (key, theirs, ours)
+        for key, theirs, ours in differences(before, recipe)
+        if not key.startswith("run.") and not (key == "model.path" and _same_place(theirs, ours))
+    ]
     if changed:
         listed = ", ".join(f"{key} = {ours} instead of {theirs}" for key, theirs, ours in changed)
         raise ValueError(
             f"{stored.parent} was started with other settings ({listed}); resume it with its own, or start another run "
             "with run.name=NAME"
         )
+
+
+def _rooted(recipe: Recipe) -> Recipe:
+    """The recipe with the whole path of the model that it starts from, which is then found from any folder."""
+    model = getattr(recipe, "model", None)
+    if model is None or model.path is None:
+        return recipe
+    path = os.path.expanduser(model.path)
+    if not os.path.exists(path):  # an installed package's, or missing
+        return recipe
+    return recipe.model_copy(update={"model": model.model_copy(update={"path": os.path.abspath(path)})})
+
+
+def _same_place(stored: str | None, given: str | None) -> bool:
+    """Whether a path that a recipe gives is the stored one; the folder in which both begin may have moved since."""
+    if stored is None or given is None:
+        return False
+    given = os.path.normpath(os.path.expanduser(given))
+    return Path(stored).parts[-len(Path(given).parts) :] == Path(given).parts or stored == os.path.abspath(given)
 
 
 # A run is locked through an open file, so that the lock ends with the process however that ends. A forked child would

@@ -47,15 +47,19 @@ class RecordFile:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a file, without a last line that is torn; ValueError if another line is no JSON."""
+    """The records of a file, without a last line that is torn; ValueError if another line is no JSON, or no record."""
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number} is not JSON; delete the line to go on") from None
+            continue
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError(f"{path}, line {number} has no whole number as its step; delete the line to go on")
+        records.append(record)
     return records
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Self
 
 from luciola import hardware
@@ -20,14 +21,20 @@ def grade(task: Task, problem: Problem, completion: str) -> Verdict:
 
 
 class Judging:
-    """Grades completions, where that is done by other processes while further ones are still being sampled; verdicts
-    stand in the order of the completions, whoever ends first. Used in a `with` block, whose end waits for those that
-    have begun and drops the others."""
+    """Grades completions; verdicts stand in their order, whoever ends first. Used in a `with` block, whose end waits
+    for those that have begun and drops the others.
 
-    def __init__(self, task: Task, problems: Sequence[Problem]) -> None:
-        self._task, self._problems = task, problems
-        self._at_once = isinstance(task, GradedElsewhere) and task.graded_elsewhere
-        self._threads = ThreadPoolExecutor(hardware.cores())
+    Args:
+        grade: the verdict on a completion of a problem.
+        elsewhere: other processes do it, so that it may begin while further completions are still being sampled.
+        together: how many are graded at a time.
+    """
+
+    def __init__(
+        self, grade: Callable[[Problem, str], Verdict], problems: Sequence[Problem], elsewhere: bool, together: int
+    ) -> None:
+        self._grade, self._problems, self._elsewhere = grade, problems, elsewhere
+        self._threads = ThreadPoolExecutor(together)
         self._asked: dict[tuple[int, str], Future[Verdict]] = {}
 
     def __enter__(self) -> Self:
@@ -38,13 +45,13 @@ class Judging:
 
     def add(self, place: int, text: str) -> None:
         """A completion of problem number `place` is there."""
-        if self._at_once:
+        if self._elsewhere:
             self._ask(place, text)
 
     def _ask(self, place: int, text: str) -> None:
         """Have it graded, once if it equals another of the same problem."""
         if (place, text) not in self._asked:
-            self._asked[place, text] = self._threads.submit(grade, self._task, self._problems[place], text)
+            self._asked[place, text] = self._threads.submit(self._grade, self._problems[place], text)
 
     def each(self, completions: Sequence[Sequence[str]]) -> Iterator[Verdict]:
         """The verdict of every completion of every problem, each waited for when it is its turn."""
@@ -56,8 +63,14 @@ class Judging:
                 yield self._asked[place, text].result()
 
 
+def by_task(task: Task, problems: Sequence[Problem]) -> Judging:
+    """Judging by the task's own verifier."""
+    elsewhere = isinstance(task, GradedElsewhere) and task.graded_elsewhere
+    return Judging(partial(grade, task), problems, elsewhere, hardware.cores())
+
+
 def judge(task: Task, problems: Sequence[Problem], completions: Sequence[Sequence[str]]) -> list[list[Verdict]]:
     """Grade every completion of every problem."""
-    with Judging(task, problems) as judging:
+    with by_task(task, problems) as judging:
         each = judging.each(completions)
         return [[next(each) for _ in group] for group in completions]

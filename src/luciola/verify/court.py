@@ -3,28 +3,22 @@
 A reward is a function (prompt, completion, truth) -> number or `Verdict`, read as the trainer reads it. The cases lie
 beside this file, in cases/: `cheats.jsonl` and `honest.jsonl` for answers, `programs.toml` for programs. A case is
 *paid* when it earns more than nothing and more than an ordinary wrong answer does, so that a reward may give something
-for the form alone. Rewards run in a process of their own that is killed and replaced when one hangs or takes its
-process with it.
+for the form alone. Rewards run in the trainer's own worker process (`own_worker.py`), with its limits: what hangs or
+fails in training does so here.
 """
 
 import json
-import os
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from luciola.verify import answer, code
-from luciola.verify.reward_function import RewardFunction, call, load, why
+from luciola.verify import answer, code, own
+from luciola.verify.pool import Pool
 from luciola.verify.verdict import Verdict
 
 CASES = Path(__file__).with_name("cases")
-SECONDS = 20.0  # for one call; a program may use some ten
-_START_SECONDS = 120.0  # for importing the module of a reward, torch perhaps included
 
 Role = Literal["cheat", "honest", "wrong"]
 
@@ -93,91 +87,25 @@ def code_cases() -> list[Case]:
     ]
 
 
-def try_reward(name: str, cases: list[Case], seconds: float = SECONDS) -> Iterator[Finding]:
+def try_reward(name: str, cases: list[Case], seconds: float = own.SECONDS) -> Iterator[Finding]:
     """What the reward does with each case, in their order.
 
     Raises:
         ValueError: there is no such reward, or its module cannot be imported.
     """
-    judge = _Process(name)
-    try:
+    with Pool(size=1, seconds=own.SECONDS, memory_mb=own.MEMORY_MB, program=own.WORKER) as pool:
+        found = pool.check(name)  # which imports its module
+        if found.kind != "correct":
+            raise ValueError(f"the reward {name}: {found.detail}")
+        pool.seconds = seconds
         wrong = 0.0
         for case in sorted(cases, key=lambda case: case.role != "wrong"):
-            reward, failure, detail = judge.ask(case, seconds)
-            if failure is None and case.role == "wrong":
-                wrong = max(wrong, reward)
-            paid = reward > (0.0 if case.role == "wrong" else wrong)
-            yield Finding(case, failure or ("paid" if paid else "unpaid"), reward, detail)
-    finally:
-        judge.end()
-
-
-class _Process:
-    """The process in which a reward runs; a new one after each that had to be killed."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._process: BaseProcess | None = None
-        self._pipe: Connection | None = None
-
-    def ask(self, case: Case, seconds: float) -> tuple[float, Literal["timeout", "crash"] | None, str]:
-        pipe = self._running()
-        try:
-            pipe.send((case.prompt, case.completion, case.truth))
-            if not pipe.poll(seconds):
-                self.end()
-                return 0.0, "timeout", f"no reward within {seconds:g} seconds"
-            reward, failure, detail = pipe.recv()
-            return reward, failure, detail
-        except (EOFError, OSError):
-            self.end()
-            return 0.0, "crash", "the reward ended its process"
-
-    def end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._process = None
-
-    def _running(self) -> Connection:
-        if self._process is None or self._pipe is None:
-            context = get_context("spawn")
-            self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(self._name, theirs), daemon=False)
-            self._process.start()
-            theirs.close()
-            try:
-                problem = self._pipe.recv() if self._pipe.poll(_START_SECONDS) else "its module does not load in time"
-            except EOFError:
-                problem = "its module ended the process"
-            if problem:
-                self.end()
-                raise ValueError(f"the reward {self._name}: {problem}")
-        return self._pipe
-
-
-def _serve(name: str, pipe: Connection) -> None:
-    try:
-        reward = load(name)
-    except (Exception, SystemExit) as error:
-        pipe.send(why(error))
-        return
-    pipe.send("")
-    while True:
-        try:
-            case: Any = pipe.recv()
-        except EOFError:
-            os._exit(0)
-        pipe.send(_judged(reward, case))
-
-
-def _judged(
-    reward: RewardFunction, case: tuple[str, str, str]
-) -> tuple[float, Literal["timeout", "crash"] | None, str]:
-    try:
-        verdict = call(reward, *case)
-    except (Exception, SystemExit) as error:
-        return 0.0, "crash", why(error)
-    # A verdict "timeout" or "crash" is an outcome like any other: it was given in time, and earns nothing.
-    kind = "" if verdict.kind == "correct" else verdict.kind
-    return verdict.reward, None, f"{kind} {verdict.detail}".strip()
+            verdict = pool.check(name, case.prompt, case.completion, case.truth)
+            if verdict.kind == "timeout" or verdict.kind == "crash":
+                yield Finding(case, verdict.kind, 0.0, verdict.detail)
+                continue
+            if case.role == "wrong":
+                wrong = max(wrong, verdict.reward)
+            paid = verdict.reward > (0.0 if case.role == "wrong" else wrong)
+            kind = "" if verdict.kind == "correct" else verdict.kind
+            yield Finding(case, "paid" if paid else "unpaid", verdict.reward, f"{kind} {verdict.detail}".strip())

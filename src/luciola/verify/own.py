@@ -9,12 +9,10 @@ or returns anything else gives the verdict "timeout" or "crash" and neither stop
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from luciola.verify.pool import Pool, shared
-from luciola.verify.verdict import Verdict
+from luciola.verify.verdict import VERIFIER_FAILED, Verdict
 
 WORKER = Path(__file__).with_name("own_worker.py")
 SECONDS = 10.0
@@ -37,21 +35,14 @@ def call(name: str, prompt: str, completion: str, truth: str) -> Verdict:
     """The verdict that the function gives, "correct" with a number of its as the reward; "timeout" or "crash" where
     it fails."""
     verdict = _pool().check(name, prompt, completion, truth)
-    if verdict.kind not in ("timeout", "crash"):
+    if verdict.kind not in VERIFIER_FAILED:
         return verdict
     return Verdict(verdict.kind, 0.0, f"reward function {name}: {verdict.detail}")
 
 
-def calls(name: str, asked: Sequence[tuple[str, str, str]]) -> Generator[Verdict, None, None]:
-    """`call` for each (prompt, completion, truth), side by side; verdicts in their order, whoever ends first.
-
-    When the generator is closed, calls that have not begun are not made.
-    """
-    threads = ThreadPoolExecutor(_pool().size)  # no more: one that waits for a worker would have begun already
-    try:
-        yield from threads.map(lambda each: call(name, *each), asked)
-    finally:
-        threads.shutdown(cancel_futures=True)
+def workers() -> int:
+    """How many calls run at once."""
+    return _pool().size
 
 
 def _pool() -> Pool:

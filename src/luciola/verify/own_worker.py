@@ -10,6 +10,8 @@ from typing import Any
 from luciola.verify.reward_function import call, load, why
 from luciola.verify.serving import serve
 
+FILE_MB = 1024  # for its logs and temporary files
+
 _loaded = lru_cache(load)
 
 
@@ -26,4 +28,4 @@ def check(name: str, *arguments: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve(check)
+    serve(check, FILE_MB)

@@ -10,6 +10,7 @@ import atexit
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ SECONDS = 5.0  # of wall time for one comparison; 99 % of MATH's take under a te
 MEMORY_MB = 1024
 _START_SECONDS = 60.0  # for an interpreter to import sympy on a machine that is busy with training
 _END_SECONDS = 1.0  # for a process that has closed its pipes to be gone
+_LOOK_SECONDS = 0.1  # between looks at whether a process from which nothing comes is still there
 _REPLACE_AFTER = 2000  # comparisons; sympy's caches grow
 
 ALGEBRA = Path(__file__).with_name("worker.py")
@@ -83,8 +85,10 @@ class Pool:
     def close(self) -> None:
         """End all workers. The pool may be used again: they start anew."""
         with self._lock:
-            for worker in [*self._idle, *self._busy]:
+            for worker in self._idle:
                 worker.kill()
+            for worker in self._busy:  # the thread that waits for it notices, and does the rest
+                worker.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -166,9 +170,12 @@ class _Worker:
 
     def kill(self) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
+            _end(self._process)
             self._process = None
+
+    def stop(self) -> None:
+        if (process := self._process) is not None:
+            _kill_group(process)
 
     def _running(self) -> "subprocess.Popen[bytes]":
         if self._process is not None and (self._process.poll() is not None or self._served >= _REPLACE_AFTER):
@@ -191,12 +198,26 @@ class _Worker:
         try:
             _read_line(process, _START_SECONDS)
         except (TimeoutError, EOFError) as error:
-            process.kill()
-            process.communicate()
+            _end(process)
             raise RuntimeError(
                 f"The process that judges answers did not start; `python {self._program} 1024` may say why."
             ) from error
         return process
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a worker with its children. One that has left for a session of its own lives on, but is not waited for."""
+    _kill_group(process)
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        with suppress(OSError):  # of a request that nobody has read
+            pipe.close()
+
+
+def _kill_group(process: "subprocess.Popen[bytes]") -> None:
+    with suppress(ProcessLookupError, PermissionError):  # nobody is left in it (macOS: only the dead)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _read_line(process: "subprocess.Popen[bytes]", seconds: float) -> Any:
@@ -206,8 +227,14 @@ def _read_line(process: "subprocess.Popen[bytes]", seconds: float) -> Any:
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
         while not line.endswith(b"\n"):
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                raise TimeoutError
+            # The pipe alone does not tell of an end: a child that the process has forked holds it open.
+            left, ended = deadline - time.monotonic(), process.poll() is not None
+            if not selector.select(0.0 if ended else max(0.0, min(left, _LOOK_SECONDS))):
+                if ended:
+                    raise EOFError
+                if left <= 0:
+                    raise TimeoutError
+                continue
             piece = os.read(descriptor, 1 << 16)
             if not piece:
                 raise EOFError

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 Kind = Literal["correct", "wrong", "no_answer", "timeout", "crash"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+VERIFIER_FAILED: tuple[Kind, ...] = ("timeout", "crash")  # such a verdict says nothing about the answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ PACKAGE_PREFIX = "pypi:"
 MOST_ADAPTERS = 8  # one on top of the other
 
 
-def open_checkpoint(path: str | Path, adapters: int = MOST_ADAPTERS) -> Checkpoint:
+def open_checkpoint(path: str | Path, above: tuple[Path, ...] = ()) -> Checkpoint:
     """The model in a Hugging Face folder, a GGUF file, a run folder, an adapter's folder with its base, or an installed
-    package's GGUF file ("pypi:NAME"). At most `adapters` may lie on top of each other.
+    package's GGUF file ("pypi:NAME"). `above` are the adapters that name it as their base, directly or not.
 
     Raises:
         ValueError: nothing is there, or what is there cannot be read; one sentence says why.
@@ -23,7 +23,7 @@ def open_checkpoint(path: str | Path, adapters: int = MOST_ADAPTERS) -> Checkpoi
         path = gguf.find_packaged(path.removeprefix(PACKAGE_PREFIX))
     path = Path(path).expanduser()
     try:
-        return _opened(path, adapters)
+        return _opened(path, above)
     except OSError as error:
         raise ValueError(f"{error.filename or path} cannot be read: {error.strerror}.") from error
 
@@ -40,7 +40,7 @@ def _model_folder(path: Path) -> Path:
     return path / "model" if (path / "model").is_dir() and not (path / "config.json").is_file() else path
 
 
-def _opened(path: Path, adapters: int) -> Checkpoint:
+def _opened(path: Path, above: tuple[Path, ...]) -> Checkpoint:
     if path.is_file():
         return gguf.open_file(path)
     folder = _model_folder(path)
@@ -50,6 +50,14 @@ def _opened(path: Path, adapters: int) -> Checkpoint:
         raise ValueError(f"{path} does not exist; give a model folder, a GGUF file, a run folder or pypi:NAME.")
     if not peft.is_adapter(folder):
         return hf.open_folder(folder)
-    if not adapters:
-        raise ValueError(f"{folder} is the last of more than {MOST_ADAPTERS} adapters; is one its own base?")
-    return peft.open_folder(folder, lambda base: open_checkpoint(base, adapters - 1))
+    if folder.resolve() in above:
+        raise peft.NoBaseBelow(
+            f"the adapter {folder} is its own base, directly or by way of others; put the model that it was trained on "
+            f"into {peft.BASE} of {folder / peft.CONFIG}."
+        )
+    if len(above) == MOST_ADAPTERS:
+        raise peft.NoBaseBelow(
+            f"the adapter {above[0]} lies on top of more than {MOST_ADAPTERS - 1} others, down to {folder}; merge some "
+            "of them into their base with luciola convert."
+        )
+    return peft.open_folder(folder, lambda base: open_checkpoint(base, (*above, folder.resolve())))

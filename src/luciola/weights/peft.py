@@ -41,6 +41,10 @@ EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj"}
 INITIAL = (True, False, None, "gaussian", "orthogonal", "eva")  # others, pissa say, take B A out of W_0 beforehand
 
 
+class NoBaseBelow(ValueError):
+    """Adapters lie on top of one another without end, or too many: of no one of them in particular."""
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter and not a whole model."""
     return (folder / CONFIG).is_file() and not list(folder.glob("model*.safetensors*"))
@@ -61,7 +65,7 @@ def open_folder(folder: Path, open_base: Callable[[str], Checkpoint]) -> Checkpo
         hint = "only a pickle, which can run any code and is not read" if list(folder.glob("*.bin")) else "nothing"
         raise ValueError(f"{folder} has {CONFIG} and no {WEIGHTS} ({hint}); fetch the adapter again.")
     base = _base(config[BASE], folder, open_base)
-    changes = _changes(Reader(folder / WEIGHTS), base, scale)
+    changes = _changes(Reader(folder / WEIGHTS), base, config["r"], scale)
     return replace(
         base,
         load_tokenizer=partial(Tokenizer.load, folder) if Tokenizer.present(folder) else base.load_tokenizer,
@@ -98,6 +102,8 @@ def _scale(config: Mapping[str, Any], path: Path) -> float:
 def _base(named: str, folder: Path, open_base: Callable[[str], Checkpoint]) -> Checkpoint:
     try:
         return open_base(named)
+    except NoBaseBelow:
+        raise
     except ValueError as error:
         raise ValueError(
             f"the adapter {folder} belongs to the base {shortened(named)}, which cannot be opened: {error} If it has "
@@ -105,7 +111,7 @@ def _base(named: str, folder: Path, open_base: Callable[[str], Checkpoint]) -> C
         ) from error
 
 
-def _changes(file: Reader, base: Checkpoint, scale: float) -> dict[str, list[Callable[[Tensor], None]]]:
+def _changes(file: Reader, base: Checkpoint, rank: int, scale: float) -> dict[str, list[Callable[[Tensor], None]]]:
     """For each parameter that is adapted, what adds s B A to its values."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name in sorted(file.names):
@@ -133,6 +139,11 @@ def _changes(file: Reader, base: Checkpoint, scale: float) -> dict[str, list[Cal
             raise ValueError(
                 f"{file.path}: lora_A {list(A)} and lora_B {list(B)} of {module} do not make up the "
                 f"{list(place.shape)} of {base.path}; is that its base?"
+            )
+        if A[0] != rank:  # s would be another
+            raise ValueError(
+                f"{file.path}: lora_A of {module} has the rank {A[0]}, and {CONFIG} says r = {rank}; put the r that it "
+                "was trained with there, or fetch the adapter again."
             )
         changes.setdefault(place.name, []).append(partial(_add, file, module, place, scale))
     return changes
