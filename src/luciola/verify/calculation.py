@@ -6,7 +6,8 @@ _COMPUTES = re.compile(
     r"[0-9)}] ?[-+/!]|[*×÷^|]|[-+] ?\(? ?[-+]"  # operators, powers, absolute values, signs of signs
     r"|[0-9)}] ?\([-+]?[0-9.]|\) ?[0-9]|(?<!frac)[0-9]\{"  # a product without a sign
     r"|[a-zA-Z]\(|\\frac.*\\frac"  # a function, a fraction of fractions
-    r"|\\(?!(?:frac|[lg]eq?|[lg]t|in|cup|infty|approx|pi|angle|pm|q?quad|[lc]?dots|overline|underline)(?![a-z])|text|math|[^a-z])"
+    r"|\\(?!(?:frac|[lg]eq?|[lg]t|in|cup|infty|approx|pi|angle|pm|q?quad|[lc]?dots|overline|underline)(?![a-z])"
+    r"|text|math|[^a-z])"  # any other command
 )
 _ORDINAL = re.compile(r"\^ ?\{? ?(?:st|nd|rd|th)(?![a-z])")  # 5^{th}
 _TOWER = re.compile(r"[0-9)}] ?(?:\^ ?(?:[({ ]+-?[0-9]+|[0-9])|\*\*[({ ]*[0-9]+) ?(?:\^|\*\*|!)")

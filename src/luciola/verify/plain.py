@@ -155,7 +155,7 @@ def _in_bases(given: str, asked: str) -> Verdict | None:
         return wrong("the answer is in another base") if bases and due_bases and bases != due_bases else None
     digits, base = _digits(given)
     due_digits, due_base = _digits(asked)
-    same = digits == due_digits and (base == due_base or (digits.isdigit() and not (base and due_base)))
+    same = digits == due_digits and (base == due_base or (not digits.isalpha() and not (base and due_base)))
     return correct() if same else wrong()
 
 
