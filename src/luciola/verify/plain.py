@@ -40,6 +40,7 @@ _AND = r"(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])"
 _BLANK = r"(?<=[0-9])(?<!\\log_[0-9])(?<!\\frac[0-9])(?<!\\frac [0-9]) (?=[0-9])(?![0-9]+/[0-9])"
 _SEPARATOR = re.compile(rf"[,;\n]|\\\\|\\q?quad(?![a-zA-Z])|{_AND}|{_BLANK}")
 _ROOT = re.compile(r" ?([a-zA-Z])(?:_\{?[0-9]\}?)?=")
+_CLOCK = re.compile(r"[0-9]{1,2}:0[0-9]")
 _BASED = re.compile(
     r"(?:[a-zA-Z]=)?(?P<digits>[+-]?[0-9A-F.,]+)(?:_ ?\{? ?|(?: in)? ?\(?base ?)(?P<base>[0-9]+|[a-z]+) ?[})]?"
 )
@@ -97,6 +98,8 @@ def compare(answer: str, truth: str) -> Verdict | None:
         return wrong(why)
     if (verdict := _in_bases(given, asked)) is not None:
         return verdict
+    if {"am", "pm"} & {*unit, *due} or _CLOCK.fullmatch(asked):  # to algebra 3:00 would be a ratio
+        return correct() if (minutes := _minutes(given)) is not None and minutes == _minutes(asked) else wrong()
     value = number(asked)
     if value is not None:
         stated = [found for side in sides(given) if (found := number(side)) is not None]
@@ -164,6 +167,11 @@ def _digits(text: str) -> tuple[str, str]:
     if found is None:
         return _NAME.sub("", text).replace(",", ""), ""
     return found["digits"].replace(",", ""), _BASES.get(found["base"], found["base"])
+
+
+def _minutes(text: str) -> int | None:
+    found = re.fullmatch(r"([0-9]{1,2})(?::([0-5][0-9]))?", text)
+    return None if found is None else 60 * int(found[1]) + int(found[2] or 0)
 
 
 def _bracketed(text: str) -> tuple[object, ...] | None:
