@@ -1,5 +1,6 @@
 """Numbers are read exactly, in every common spelling, and nothing else is read as a number."""
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -248,3 +249,12 @@ def test_a_unit_may_be_missing_but_not_another_one(value: int, unit: str, due: s
 def test_numbers_need_no_algebra() -> None:
     for text in ("7", "8", "x = 7", "7.0", "6+1", "7 apples", "7!", "3,4"):
         assert plain.compare(text, "7") is not None
+
+
+@pytest.mark.parametrize(
+    "piece", ["m ", "m a ", "km per ", "aa a ", "m·s·", "square ", "1/", "2^", "$", "\\frac", "x=1 or "]
+)
+def test_a_thousand_characters_take_no_time(piece: str) -> None:
+    start = time.process_time()
+    plain.compare("5 " + piece * (990 // len(piece)) + "x", "5 km/h")
+    assert time.process_time() - start < 0.5

@@ -52,9 +52,9 @@ _FACTOR = re.compile(
     r"(?: ?\^ ?\{? ?(-?[1-3]) ?\}?| (squared|cubed))?"
 )
 _UNIT = re.sub(r"\((?!\?)", "(?:", _FACTOR.pattern)
-_PRODUCT = rf"{_UNIT}(?:(?: ?(?:\*|·|\\cdot) ?| ){_UNIT})*"
+_PRODUCT = rf"(?>{_UNIT}(?:(?: ?(?:\*|·|\\cdot) ?| ){_UNIT})*+)"  # read in one way only, or it takes for ever
 _PER = r"(?: ?/ ?| per | an? )"
-_RATE = rf"(?:{_PRODUCT}|(?<= )[a-zA-Z]{{2,}})(?:{_PER}(?:{_PRODUCT}|[a-zA-Z]{{2,}}))+"
+_RATE = rf"(?:{_PRODUCT}|(?<= )[a-zA-Z]{{2,}}+)(?:{_PER}(?:{_PRODUCT}|[a-zA-Z]{{2,}}+))++"
 _WHOLE = re.compile(rf" ?({_RATE}|{_PRODUCT})")
 _POWERS = {"square": 2, "sq": 2, "sq.": 2, "squared": 2, "cubic": 3, "cu": 3, "cu.": 3, "cubed": 3}
 _LONGEST = 60  # characters of a unit

@@ -47,9 +47,8 @@ def check(answer: str, truth: str) -> dict[str, str]:
             return {"kind": "no_answer", "detail": "the answer has no value"}
         if _differ_somewhere(gold, value) or not _equal(gold, value):
             return {"kind": "wrong", "detail": ""}
-        if (
-            unfinished and isinstance(gold, Expr) and abs(complex(value - gold)) < 1e-12 * abs(complex(gold))
-        ):  # unrounded
+        # what agrees in more digits than a rounded value would
+        if unfinished and isinstance(gold, Expr) and abs(complex(value - gold)) < 1e-12 * abs(complex(gold)):
             return {"kind": "wrong", "detail": "the answer is a calculation where a number is asked for"}
     return {"kind": "correct", "detail": ""}
 
