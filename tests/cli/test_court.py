@@ -60,7 +60,23 @@ def test_a_reward_that_pays_no_honest_answer_fails_the_command(name: str) -> Non
     assert result.exit_code == 1
     assert "honest, not paid" in result.stdout
     assert "paid 0 of 1 cheats and 0 of 1 honest answers" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("no honest answer earns more than 0 and more than a wrong one")
+    assert result.stdout.splitlines()[-1].startswith("fewer than half of the honest answers earn more than 0")
+
+
+@pytest.mark.parametrize(("refused", "code"), [(1, 0), (2, 1), (5, 1)])
+def test_half_of_the_honest_answers_have_to_be_paid(monkeypatch: pytest.MonkeyPatch, refused: int, code: int) -> None:
+    few = court.answer_cases()
+    odd = [Case(f"an odd form {i}", "2+2?", "\\boxed{four}", "4", "honest") for i in range(refused)]
+    monkeypatch.setattr(court, "answer_cases", lambda: [*few, *odd])
+    result = tried("sound")
+    assert result.exit_code == code
+    assert f"1 of {refused + 1} honest answers" in result.stdout
+    assert ("fewer than half" in result.stdout) == (code == 1)
+
+
+def test_the_help_says_what_each_exit_code_means() -> None:
+    text = CliRunner().invoke(app, ["court", "--help"]).stdout
+    assert all(f"Exit code {code}:" in text for code in (0, 1, 2))
 
 
 def test_an_honest_answer_that_is_refused_beside_one_that_is_paid_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from luciola.verify import answer, court, extract
+from luciola.verify import answer, court, extract, plain
 from luciola.verify.pool import Pool
 from luciola.verify.verdict import Verdict
 
@@ -97,21 +97,33 @@ def test_a_megabyte_is_refused_at_once(completion: str) -> None:
     assert time.process_time() - start < 2.0
 
 
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        "9^{9^{9^{9}}}",
-        "2^{10^{10^{10}}}",
-        "(" * 400 + "x" + ")" * 400,
-    ],
+HOSTILE = (
+    *("9^{9^{9^{9}}}", "10^{10^{10}}", "2**9**9**9", "(9+1)^{9^9}", "2^{10!}", "7^{9999999999}", "123456789!"),
+    *("(" * 100, "(" * 400 + "x" + ")" * 400, "\\frac{1" * 100, "{" * 300 + "5"),
 )
-def test_what_hangs_sympy_is_a_timeout(hostile: str) -> None:
+
+
+@pytest.mark.parametrize("truth", ["5", "0.5", "x", "(1,2)", "\\sqrt{2}"])
+@pytest.mark.parametrize("hostile", HOSTILE, ids=lambda hostile: hostile[:24])
+def test_towers_and_nests_are_wrong_before_anything_computes_them(hostile: str, truth: str) -> None:
+    verdict = plain.compare(hostile, truth)
+    assert verdict is not None and verdict.kind == "wrong" and verdict.detail
+
+
+def test_a_tower_that_is_asked_for_is_compared() -> None:
+    assert answer.grade("\\boxed{2^{2^3}}", "2^{2^{3}}").kind == "correct"
+    assert answer.grade("\\boxed{256}", "2^{2^{3}}").kind == "correct"
+    assert answer.grade("\\boxed{x^{2^{n}}}", "(x^{2^n})").kind == "correct"
+
+
+def test_what_hangs_sympy_is_a_timeout() -> None:
     with Pool(size=1, seconds=0.7) as pool:
         pool.check("x", "y")  # started: the time that counts begins with the comparison
         start = time.monotonic()
-        assert answer.grade(f"<answer>{hostile}</answer>", "5", pool=pool).kind == "timeout"
+        hostile = "3^{9 \\cdot 99999999}"
+        assert answer.grade(f"<answer>{hostile}</answer>", "\\sqrt{2}", pool=pool).kind == "timeout"
         assert time.monotonic() - start < 5
-    assert answer.grade("<answer>2^{10}</answer>", "1024").kind == "correct"
+    assert answer.grade("<answer>1024</answer>", "2^{10}").kind == "correct"
 
 
 def test_a_long_sum_is_refused_by_its_value() -> None:

@@ -17,7 +17,7 @@ from luciola.verify import pool as pools
 from luciola.verify.pool import Pool
 from luciola.verify.verdict import Verdict
 
-HANG = "9^{9^{9^{9}}}"
+HANG = "3^{9 \\cdot 99999999}"
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,9 @@ def test_algebra(pool: Pool) -> None:
 
 
 def test_verdicts_keep_the_order_of_their_questions() -> None:
-    pairs = [(f"<answer>\\sqrt{{{n * n + n % 2}}}</answer>", str(n)) for n in range(2, 14)]
-    pairs.insert(3, (f"<answer>{HANG}</answer>", "5"))
+    # References that are sums: only algebra can tell.
+    pairs = [(f"<answer>\\sqrt{{{n * n + n % 2}}}</answer>", f"{n} + 0") for n in range(2, 14)]
+    pairs.insert(3, (f"<answer>{HANG}</answer>", "5 + 0"))
     expected = ["correct" if n % 2 == 0 else "wrong" for n in range(2, 14)]
     expected.insert(3, "timeout")
     with Pool(size=3, seconds=1.5) as slow_and_fast:

@@ -19,8 +19,13 @@ def court(
 ) -> None:
     """Try a reward function with every known cheat, and list the cheats it pays.
 
-    Also listed: honest answers it does not pay, and calls in which it hung or failed. Exit code 1 if a cheat was paid,
-    if a call hung or failed, or if no honest answer was paid. After five calls in a row that hung it stops.
+    Also listed: honest answers it does not pay, and calls in which it hung or failed. After five calls in a row that
+    hung it stops.
+
+    \b
+    Exit code 0: no cheat was paid, no call hung or failed, and at least half of the honest answers were paid.
+    Exit code 1: one of these is not so, or there is no such reward.
+    Exit code 2: the command was not called rightly.
 
     \b
     Examples: luciola court my_rewards:accuracy
@@ -56,10 +61,11 @@ def court(
         f"answers, measured against {tried['wrong']} wrong ones; "
         f"{counts['failed']} of {tried.total()} calls hung or failed"
     )
-    useless = tried["honest"] > 0 and counts["honest"] == 0
+    useless = 2 * counts["honest"] < tried["honest"]
     if useless:
         print(
-            "no honest answer earns more than 0 and more than a wrong one: nothing right can be learnt from this reward"
+            "fewer than half of the honest answers earn more than 0 and more than a wrong one: "
+            "this reward refuses too much that is right to be learnt from"
         )
     if counts["cheat"] or counts["failed"] or useless:
         raise typer.Exit(1)

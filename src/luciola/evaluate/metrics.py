@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from luciola.verify import plain
+from luciola.verify.spelling import canonical
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -84,7 +85,7 @@ def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple
 
 
 def _same(first: str, second: str) -> bool:
-    if plain.canonical(first) == plain.canonical(second):
+    if canonical(first) == canonical(second):
         return True
     value = plain.number(first)
     return value is not None and value == plain.number(second)

@@ -18,7 +18,9 @@ thinking: the format reward (`style.py`) teaches the rest. A box inside the bloc
 
 When is it right? Equal spelling after normalisation; equal value as exact fractions where both are numbers; the same
 word, whatever its case; otherwise math-verify decides in a worker process (`pool.py`) that has limits of time and
-memory. A list never passes for one of its members, and a calculation never for its result.
+memory. A list never passes for one of its members, and a calculation never for a number that is its result, be it
+`6 \\times 7` or `\\sqrt{144}`; an equation that ends with the number does (`calculation.py`). Units and number bases
+may be missing, but not be other ones (`units.py`, `plain.py`).
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from luciola.verify.plain import canonical
+from luciola.verify.spelling import canonical
 
 MAX_WORDS = 20_000  # characters from the end of a reply in ordinary words; who writes more has not made up their mind
 

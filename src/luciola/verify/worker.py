@@ -14,27 +14,29 @@ from math_verify import verify
 from math_verify.grader import should_treat_as_complex
 from sympy import Expr, Rational, nan, zoo
 
+from luciola.verify import plain, units
+from luciola.verify.calculation import sides, values
 from luciola.verify.serving import serve
-from luciola.verify.units import without_unit
+from luciola.verify.spelling import canonical
 
-_NORMALIZE = NormalizationConfig(
-    basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none", equations=False
+_WITH_UNITS, _AS_IT_IS = (
+    NormalizationConfig(
+        basic_latex=True, units=units, malformed_operators=True, nits=True, boxed="none", equations=False
+    )
+    for units in (True, False)
 )
-_NAMED = re.compile(r"\s*[a-zA-Z](?:_\w|\(\w\))?\s*")
+_VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 
 
 def check(answer: str, truth: str) -> dict[str, str]:
     """Whether two answers are equal as mathematics. Of a chain `x = 3 + 4 = 7` every side must be, save a name."""
+    answer, truth = plain.listed(answer), plain.listed(truth)
     try:
         gold = _read(truth)
     except Exception as error:
         return {"kind": "crash", "detail": f"the reference cannot be read as mathematics ({type(error).__name__})"}
-    sides = _sides(answer)
-    if len(sides) > 1 and len(_sides(truth)) == 1:
-        sides = [side for side in sides if not _NAMED.fullmatch(side)]
-    else:
-        sides = [answer]
-    for side in sides:
+    unfinished = plain.left_to_compute(canonical(answer), canonical(truth))
+    for side in values(answer) if len(sides(truth)) == 1 else [answer]:
         try:
             value = _read(side)
         except (MemoryError, RecursionError):
@@ -45,7 +47,10 @@ def check(answer: str, truth: str) -> dict[str, str]:
             return {"kind": "no_answer", "detail": "the answer has no value"}
         if _differ_somewhere(gold, value) or not _equal(gold, value):
             return {"kind": "wrong", "detail": ""}
-    return {"kind": "correct", "detail": ""} if sides else {"kind": "no_answer", "detail": "a name without a value"}
+        # what agrees in more digits than a rounded value would
+        if unfinished and isinstance(gold, Expr) and abs(complex(value - gold)) < 1e-12 * abs(complex(gold)):
+            return {"kind": "wrong", "detail": "the answer is a calculation where a number is asked for"}
+    return {"kind": "correct", "detail": ""}
 
 
 def _equal(gold: Any, value: Any) -> bool:
@@ -78,23 +83,12 @@ def _differ_somewhere(gold: Any, value: Any) -> bool:
 
 @lru_cache(maxsize=512)  # a group of completions shares its reference, and often an answer
 def _read(text: str) -> Any:
-    text = without_unit(text.replace("\\$", "").replace("$", "").strip())
-    latex = normalize_latex(text, config=_NORMALIZE)
+    text = units.split(text)[0].replace("\\$", "").replace("$", "").strip()
+    # s + 2m has variables, of which none is a unit that normalisation may drop
+    latex = normalize_latex(text, config=_AS_IT_IS if len(set(_VARIABLE.findall(text))) > 1 else _WITH_UNITS)
     return latex2sympy(
         latex, is_real=not should_treat_as_complex(latex), convert_degrees=False, normalization_config=None
     )
-
-
-def _sides(text: str) -> list[str]:
-    """What stands between the equals signs, save those inside brackets, as in `\\sum_{k=1}`, and in `<=`."""
-    sides, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "=" and depth == 0 and not sides[-1].endswith(("<", ">", "!")):
-            sides.append("")
-        else:
-            sides[-1] += character
-    return sides
 
 
 def _decimal_places(gold: Any) -> int:
