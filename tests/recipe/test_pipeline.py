@@ -9,7 +9,7 @@ import pytest
 from luciola.recipe import GrpoRecipe, PipelineRecipe, RecipeError, RejectionRecipe, SftRecipe, check, load, shipped
 from luciola.recipe.pipeline import STAGES, Stage, plan
 
-SHIPPED = ("r1", "r1-smollm2", "deepseek-r1")
+SHIPPED = ("r1", "r1-smollm2", "smollm2-countdown", "deepseek-r1")
 
 
 def resolved(*overrides: str, name: str = "r1", skip: tuple[str, ...] = ()) -> dict[str, Stage]:

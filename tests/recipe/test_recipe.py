@@ -57,7 +57,7 @@ def message(Model: type[BaseModel], name: str | Path, *overrides: str) -> str:
 @pytest.mark.parametrize("path", sorted(shipped().glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_recipes_load_and_come_back_from_their_resolved_form(path: Path) -> None:
     table = tomllib.loads(path.read_text())
-    kinds = {"grpo": GrpoRecipe, "tokenizer": PretrainRecipe, "rl_all": PipelineRecipe}
+    kinds = {"grpo": GrpoRecipe, "tokenizer": PretrainRecipe, "reasoning_rl": PipelineRecipe}
     Model = next((kinds[key] for key in kinds if key in table), SftRecipe)
     recipe = load(Model, path)
     assert check(Model, tomllib.loads(to_toml(recipe)), "resolved") == recipe

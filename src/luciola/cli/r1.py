@@ -14,7 +14,8 @@ from luciola.cli.tables import aligned, figure
 
 def r1(
     recipe: Annotated[
-        str | None, typer.Argument(help="A TOML file, or the name of a shipped recipe: r1, r1-smollm2, deepseek-r1.")
+        str | None,
+        typer.Argument(help="A TOML file, or a shipped recipe: r1, r1-smollm2, smollm2-countdown, deepseek-r1."),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings that go before the recipe's: STAGE.key.path=value ...")
