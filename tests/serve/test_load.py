@@ -21,20 +21,15 @@ from luciola.text.tokenizer import Tokenizer
 
 SCRIPT = Path(__file__).with_name("load.py")
 ALPHABET = "".join(chr(code) for code in range(32, 127)) + "\n"
-SHAPE: dict[str, Any] = {
-    "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 16,
-    "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16, "n_shared_experts": 1, "first_k_dense_replace": 1, "max_position_embeddings": 1024,
-    "initializer_range": 0.3,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+def model(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Any]) -> str:
     """Random weights: what it writes makes no sense, and depends on every token of the prompt."""
     tokens = Tokenizer.characters(ALPHABET)
     folder = tmp_path_factory.mktemp("models") / "random"
-    luciola.LanguageModel.create(SHAPE | {"vocab_size": tokens.vocab_size}, tokens, seed=1).save(folder)
+    shape = tiny | {"vocab_size": tokens.vocab_size, "max_position_embeddings": 1024}
+    luciola.LanguageModel.create(shape, tokens, seed=1).save(folder)
     return str(folder)
 
 

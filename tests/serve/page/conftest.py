@@ -138,6 +138,12 @@ class Page:
         self.done(seconds)
         return self.answers()[-1]
 
+    def load(self, content: Any) -> None:
+        """Imports a file of this content."""
+        path = Path(self.driver.downloads, "in.json")
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        self.one("#file").send_keys(str(path))
+
     def done(self, seconds: float = 10) -> None:
         self.until(lambda: self.js("return document.getElementById('stop').hidden"), seconds)
 
