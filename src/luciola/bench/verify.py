@@ -1,7 +1,7 @@
 """Verifiers on this machine: maths answers and sandboxed Python programs judged a second, all cores at work.
 
 Half of the cases are right. Answers come eight to a reference, as in a GRPO step; half of the references are numbers,
-an eighth each are fractions, lengths, intervals, and algebra; the last two go to SymPy, every answer in another form.
+an eighth each are fractions, lengths, intervals, and algebra; the last goes to SymPy, every answer in another form.
 Programs are functions tested by asserts, which takes two sandboxes (`luciola.verify.code`), or programs that print,
 which take one for each input. C++ is left out, as its compiler would be what is measured.
 

@@ -5,6 +5,7 @@ tolerance under which a tiny answer could pass for zero. Where the reference is 
 `6+9` is the question and not the answer when 15 is asked for.
 """
 
+import math
 import re
 from fractions import Fraction
 
@@ -25,7 +26,9 @@ _NUMBER = re.compile(
 _NAME = re.compile(r"^[a-zA-Z](?:_\w|\(\w\))?(?:=|\\in ?(?![a-z]))")
 _ONE_UNIT = r"(?:[a-zA-Z]{2,}|[mgshlL])"
 _UNIT = re.compile(rf"%| {_ONE_UNIT}(?: [a-zA-Z]{{2,}})?(?:\^\{{?[23]\}}?)?(?:(?:/| per ){_ONE_UNIT}(?:\^\{{?2\}}?)?)?")
-_BRACKETED = re.compile(r"([\[(])([^()\[\]]*)([\])])")
+_BRACKETED = re.compile(r"(?:(?P<name>[a-zA-Z]) ?\\in ?)?(?P<opens>[\[(])(?P<inner>[^()\[\]]*)(?P<closes>[\])])")
+_RELATION = re.compile(r" ?(<|>|\\[lg]e(?![a-z])) ?")
+_VARIABLE = re.compile(r"[a-df-hj-zA-Z]")  # e and i are numbers
 _COMMA = re.compile(r"(?<![0-9]),|,(?![0-9]{3}(?![0-9]))")  # not one that separates thousands
 _INFINITY = re.compile(r"([+-]?)(?:\\infty|∞)")
 _NOT_UNITS = re.compile(
@@ -33,7 +36,7 @@ _NOT_UNITS = re.compile(
     r"quarters?|tenths?|hundred|hundredths|thousand|thousandths|million|billion|trillion|dozen|score)\b",
     re.IGNORECASE,
 )
-_INEQUALITY = re.compile(r"[<>]|\\[lg](?:e|eq|t)(?![a-z])")
+_INEQUALITY = re.compile(r"[<>≤≥]|\\[lg](?:e|eq|eqq|eqslant|t)(?![a-z])")
 _WORDS = re.compile(r"\\(?:text|textbf|mathrm|mbox)\{[^{},]+\}\.?|\(?[A-Za-z]\)?|[Nn]o|[A-Za-z][A-Za-z' -]*[A-Za-z]{2}")
 _AND = r"(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])"
 # A blank between two numbers, but not in `\log_2 3`, `\frac 1 2` and `1 1/2`.
@@ -108,8 +111,9 @@ def compare(answer: str, truth: str) -> Verdict | None:
             return correct() if answered == value else wrong()
         if _NOT_UNITS.search(given):
             return wrong("the answer is a calculation where a number is asked for")
-    if (ends := _bracketed(asked)) is not None and (answered_ends := _bracketed(given)) is not None:
-        return correct() if answered_ends == ends else wrong()
+    if (due_ends := _bracketed(asked)) is not None and (ends := _bracketed(given)) is not None:
+        same_name = ends[0] == due_ends[0] or not (ends[0] and due_ends[0])
+        return correct() if same_name and ends[1:] == due_ends[1:] else wrong()
     if (due_values := _unordered(asked)) is not None and (stated_values := _unordered(given)) is not None:
         return correct() if stated_values == due_values else wrong()
     if _WORDS.fullmatch(truth.strip()):
@@ -175,18 +179,38 @@ def _minutes(text: str) -> int | None:
 
 
 def _bracketed(text: str) -> tuple[object, ...] | None:
-    """An interval, or a list in brackets, whose parts are numbers or infinite: its brackets and their exact values."""
+    """An interval, or a list in brackets, whose parts are numbers or infinite: its variable, brackets and exact values.
+
+    `2 \\le x < 5` and `x > 3` are intervals of x; of (2, 5] the variable is not told, "".
+    """
     match = _BRACKETED.fullmatch(text)
-    if match is None or len(parts := _COMMA.split(match[2])) < 2 or "=" in text:
+    if match is None:
+        return _compared(text)
+    if len(parts := _COMMA.split(match["inner"])) < 2 or "=" in text:
         return None
-    values: list[object] = []
-    for part in parts:
-        infinite = _INFINITY.fullmatch(part.strip())
-        value = f"{infinite[1] or '+'}infinity" if infinite else number(part)
-        if value is None:
-            return None
-        values.append(value)
-    return (match[1], *values, match[3])
+    values = [_end(part) for part in parts]
+    return None if None in values else (match["name"] or "", match["opens"], *values, match["closes"])
+
+
+def _compared(text: str) -> tuple[object, ...] | None:
+    """`_bracketed` of a variable between two numbers, or on one side of one."""
+    parts: list[str] = _RELATION.split(text)
+    if not {"<", "\\le"}.intersection(parts):  # all the other way round
+        parts = [{">": "<", "\\ge": "\\le"}.get(part, part) for part in reversed(parts)]
+    if len(parts) == 3:
+        parts = ["-\\infty", "<", *parts] if _VARIABLE.fullmatch(parts[0]) else [*parts, "<", "\\infty"]
+    if len(parts) != 5 or not _VARIABLE.fullmatch(parts[2]) or not {"<", "\\le"}.issuperset(parts[1::2]):
+        return None
+    low, high = _end(parts[0]), _end(parts[4])
+    if low is None or high is None or low >= high:
+        return None
+    opens = "[" if parts[1] == "\\le" and low != -math.inf else "("
+    return parts[2], opens, low, high, "]" if parts[3] == "\\le" and high != math.inf else ")"
+
+
+def _end(text: str) -> Fraction | float | None:
+    infinite = _INFINITY.fullmatch(text.strip())
+    return float(f"{infinite[1]}inf") if infinite else number(text)
 
 
 def _unordered(text: str) -> list[Fraction] | None:

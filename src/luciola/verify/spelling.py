@@ -13,6 +13,10 @@ _LAYOUT = [  # (pattern, what stands for it), applied in this order
     (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s?\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"(?<=[0-9])\s?\\frac\s?\{\s?([a-zA-Z]+)\s?\}\{\s?([a-zA-Z]+)\s?\}$"), r" \1/\2"),  # metres/second
     (re.compile(r"\\%"), "%"),
+    (re.compile(r"<=|≤|\\(?:leq(?:q|slant)?|le)(?![a-zA-Z])"), r"\\le "),
+    (re.compile(r">=|≥|\\(?:geq(?:q|slant)?|ge)(?![a-zA-Z])"), r"\\ge "),
+    (re.compile(r"\\lt(?![a-zA-Z])"), "<"),
+    (re.compile(r"\\gt(?![a-zA-Z])"), ">"),
 ]
 _SIGNS = [
     (re.compile(r"(?<![a-zA-Z])(?:USD|EUR|GBP|US(?=\\?\$))(?![a-zA-Z])|\\?\$|[£€]"), " "),
