@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from luciola.model import attention
-from luciola.model.attention import Context, Extend, attend, segment_mask
+from luciola.model.attention import Context, Extend, attend, visible
 from luciola.model.config import ModelConfig
 from luciola.model.gqa import GQA
 from luciola.model.mla import MLA
@@ -198,26 +198,35 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor)
 
 @given(
     st.integers(1, 8), st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.booleans(),
-    st.booleans(), st.integers(0, 99),
+    st.sampled_from([None, 1, 3, 50]), st.sampled_from(["native", "at once", "fused"]), st.integers(0, 99),
 )  # fmt: skip
 @SETTINGS
 def test_attention_is_the_formula(
-    time: int, groups: int, repeats: int, width: int, v_width: int, packed: bool, at_once: bool, seed: int
+    time: int,
+    groups: int,
+    repeats: int,
+    width: int,
+    v_width: int,
+    packed: bool,
+    window: int | None,
+    way: str,
+    seed: int,
 ) -> None:
-    """Also its gradients, where values are narrower or wider than keys, under the mask of packed documents, over one or
-    several blocks of queries, and by PyTorch's kernel."""
+    """Also its gradients, where values are narrower or wider than keys, among packed documents, in a window, by the
+    kernel, over one or several blocks of queries, and by PyTorch's kernel."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(2, time, groups * repeats, width, generator=generator, requires_grad=True)
     k = torch.randn(2, time, groups, width, generator=generator, requires_grad=True)
     v = torch.randn(2, time, groups, v_width, generator=generator, requires_grad=True)
-    segments = torch.randint(0, 3, (2, time), generator=generator).sort(dim=1).values
-    mask = segment_mask(segments) if packed else segment_mask(torch.zeros_like(segments))
+    begins = torch.randint(0, time, (2, time), generator=generator).minimum(torch.arange(time)).cummax(1).values
+    mask = visible(time, time, q.device, window, begins if packed else None).expand(2, -1, -1)
     nowhere = Rotation(torch.ones(time, 0), torch.zeros(time, 0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", 3)
-        patch.setattr(attention, "KEPT_NUMBERS", 1 << 23 if at_once else 0)
+        patch.setattr(attention, "SHORT", 1024 if way == "native" else 0)
+        patch.setattr(attention, "KEPT_NUMBERS", 1 << 23 if way == "at once" else 0)
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        ours = attend(*heads_first, 0.7, Context(nowhere, mask if packed else None))
+        ours = attend(*heads_first, 0.7, Context(nowhere, begins if packed else None), window)
         g = torch.randn(ours.shape, generator=generator)
         gradients = torch.autograd.grad(ours, (q, k, v), g)
     expected = plain_attention(q, k, v, 0.7, mask)
@@ -226,6 +235,8 @@ def test_attention_is_the_formula(
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-def test_segment_mask_by_hand() -> None:
-    seen = segment_mask(torch.tensor([[0, 0, 1, 1, 2]]))[0].int().tolist()
+def test_what_a_token_may_see_by_hand() -> None:
+    begins = torch.tensor([[0, 0, 2, 2, 4]])
+    seen = visible(5, 5, begins.device, None, begins)[0].int().tolist()
     assert seen == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+    assert visible(2, 4, begins.device, 3)[0].int().tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]

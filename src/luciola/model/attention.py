@@ -14,18 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luciola.model.layout import Layout
+from luciola.model.native import causal
 from luciola.model.rope import Rotation
 
+SHORT = 2048  # tokens of a row up to which the kernel of native.causal is the faster one
 KEPT_NUMBERS = 1 << 23  # attention weights of a layer kept for the backward pass, 32 MiB at the most
 BLOCK = 128  # queries of a block
 
 
 class Context(NamedTuple):
-    """What a whole-sequence pass shares among all layers: the angles, the mask where it is not plainly causal, and the
-    rows where tokens do not stand in rows already."""
+    """What a whole-sequence pass shares among all layers: the angles, the first position that each token may see where
+    rows hold several documents, and the rows where tokens do not stand in rows already."""
 
     rotation: Rotation
-    mask_BTT: Tensor | None = None
+    begins_BT: Tensor | None = None
     layout: Layout | None = None
 
 
@@ -43,40 +45,40 @@ class PromptCache(Protocol):
         """Keep a layer's entries of the new tokens; returns past and new ones, (B, S, C)."""
 
 
-def segment_mask(segments_BT: Tensor) -> Tensor:
-    """Causal mask (B, T, T), True where query t may see key s: the same document, not later (packed rows do not
-    leak)."""
-    length = segments_BT.shape[1]
-    same = segments_BT[:, :, None] == segments_BT[:, None, :]
-    return same & torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril()
-
-
-def causal_mask(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
-    """(1, T, S), True where a query may see a key: the T queries are the last of S tokens, and keys that lie `window`
-    tokens or more before a query are out of its sight."""
+def visible(T: int, S: int, device: torch.device, window: int | None = None, begins_BT: Tensor | None = None) -> Tensor:
+    """(B or 1, T, S), True where a query may see a key: the T queries are the last of S tokens; keys that lie `window`
+    tokens or more before a query, or before its `begins_BT`, are out of its sight."""
     seen_TS = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
-    return (seen_TS if window is None else seen_TS.triu(S - T + 1 - window)).unsqueeze(0)
+    seen_BTS = (seen_TS if window is None else seen_TS.triu(S - T + 1 - window)).unsqueeze(0)
+    if begins_BT is None:
+        return seen_BTS
+    return seen_BTS & (torch.arange(S, device=device) >= begins_BT.unsqueeze(-1))
 
 
 def attend(
     q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float, context: Context, window: int | None = None
 ) -> Tensor:
-    """Causal attention, or attention under the context's mask; returns (B, T, H, width of v).
+    """Causal attention, of tokens that stand in rows or in the context's layout; returns (B, T, H, width of v).
 
     Where there are more keys than queries, the queries are those of the last tokens.
 
     With `window` a token sees itself and the window - 1 tokens before it (Mistral 7B, section 2).
 
-    PyTorch's fused kernel serves long rows and GPUs. On a CPU it works head by head on products too small to be fast
-    when rows are short; there the scores of all heads are formed at once instead.
+    PyTorch's fused kernel serves long rows, GPUs, and precisions other than float32; `native.causal` the rest. Where
+    there is no C compiler, the scores of all heads of short rows are formed at once.
     """
-    layout, mask_BTS = context.layout, context.mask_BTT
+    layout, begins_BT = context.layout, context.begins_BT
+    rows, longest = (len(k_BGSD), k_BGSD.shape[2]) if layout is None else (layout.families, layout.shape[1])
+    busy = rows * k_BGSD.shape[1] >= torch.get_num_threads()
+    if q_BHTD.shape[2] == k_BGSD.shape[2] and longest <= SHORT and busy and causal.usable(q_BHTD, k_BGSD, v_BGSD):
+        return causal.causal_attend(q_BHTD, k_BGSD, v_BGSD, scale, window, begins_BT, layout)
     if layout is not None:
         q_BHTD, k_BGSD, v_BGSD = layout.spread(q_BHTD), layout.spread(k_BGSD), layout.spread(v_BGSD)
     (B, H, T, _), S = q_BHTD.shape, k_BGSD.shape[2]
-    if S > T or (window is not None and window < S):
-        seen_1TS = causal_mask(T, S, window, q_BHTD.device)
-        mask_BTS = seen_1TS if mask_BTS is None else mask_BTS & seen_1TS
+    near = window if window is not None and window < S else None
+    mask_BTS = None
+    if S > T or near is not None or begins_BT is not None:
+        mask_BTS = visible(T, S, q_BHTD.device, near, begins_BT)
     if S == T and B * H * T * T <= KEPT_NUMBERS and q_BHTD.dtype == torch.float32 and q_BHTD.device.type == "cpu":
         o_BHTD = _ShortFunction.apply(q_BHTD, k_BGSD, v_BGSD, scale, mask_BTS)
     else:

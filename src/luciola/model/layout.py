@@ -5,12 +5,13 @@ one flat list, and only queries, keys and values are spread over rows. A token m
 completions of one prompt are sixteen rows that begin with the same tokens, whose projections, norms and experts are
 then computed once, and whose gradients are the sum over the rows.
 
-Shapes: N tokens, B rows, T slots of a row (the longest), M occupied slots of all rows, H heads, D features of a head.
+Shapes: N tokens, B rows, T slots of a row (the longest), S = B T slots, M occupied ones, H heads, D features of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -20,24 +21,45 @@ from torch import Tensor
 class Layout:
     """Rows of tokens given by their numbers in the flat list, each row in order; every token stands in at least one.
 
-    A token's position is its column, the same in each row it stands in. Slots beyond a row's end repeat token 0; they
-    come after all real slots, so causal attention keeps them from influencing anything.
+    What a row has in common with others is a beginning, and the row before has it too. A token's position is its
+    column, the same in each row it stands in. Slots beyond a row's end repeat token 0; they come after all real slots,
+    so causal attention keeps them from influencing anything.
+
+    Raises:
+        ValueError: a token stands in two rows that do not share all up to it and follow each other.
     """
 
     def __init__(self, rows: Sequence[Tensor]) -> None:
-        lengths = torch.tensor([len(row) for row in rows])
-        self.shape = (len(rows), int(lengths.max()))
-        occupied_M = (torch.arange(self.shape[1]) < lengths[:, None]).flatten().nonzero().squeeze(1)
+        lengths_B = torch.tensor([len(row) for row in rows])
+        self.shape = (len(rows), int(lengths_B.max()))
         self.tokens_M = torch.cat(list(rows))
         self.N = int(self.tokens_M.max()) + 1
-        self.slots_S = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.long)
-        self.slots_S[occupied_M] = self.tokens_M
-        # Slots sorted by token: a token's slots are neighbours, the first of them is its home.
-        self.sorted_M = occupied_M[self.tokens_M.argsort(stable=True)]
-        counts_N = self.tokens_M.bincount(minlength=self.N)
-        self.starts_N = counts_N.cumsum(0) - counts_N
-        self.home_N = self.sorted_M[self.starts_N]
+        self.starts_B = F.pad(lengths_B.cumsum(0), (1, 0))  # of each row among the M slots, and the end of the last
+        occupied_BT = torch.arange(self.shape[1]) < lengths_B[:, None]
+        tokens_BT = torch.full(self.shape, -1).masked_scatter_(occupied_BT, self.tokens_M)
+        same_BT = (tokens_BT[1:] == tokens_BT[:-1]) & occupied_BT[1:]
+        self.shared_B = F.pad(same_BT.long().cumprod(1).sum(1), (1, 0))  # tokens that the row before begins with, too
+        self.families = int((self.shared_B == 0).sum())  # of rows with a common beginning
+        own_BT = occupied_BT & (torch.arange(self.shape[1]) >= self.shared_B[:, None])
+        slots_BT = torch.arange(tokens_BT.numel()).view(self.shape)
+        if int(own_BT.sum()) != self.N or len(tokens_BT[own_BT].unique()) != self.N:
+            raise ValueError("rows that share tokens must follow each other, and share all up to the last of these")
+        self.home_N = torch.empty(self.N, dtype=torch.long)  # a token's first slot
+        self.home_N[tokens_BT[own_BT]] = slots_BT[own_BT]
         self.positions_1N = (self.home_N % self.shape[1]).unsqueeze(0)
+        self._tokens_BT = tokens_BT
+
+    @cached_property
+    def slots_S(self) -> Tensor:
+        """The token of each slot, of those beyond a row's end token 0."""
+        return self._tokens_BT.flatten().clamp_min(0)
+
+    @cached_property
+    def by_token(self) -> tuple[Tensor, Tensor]:
+        """Occupied slots sorted by token, (M,), and where each token's begin among them, (N,)."""
+        occupied_M = (self._tokens_BT.flatten() >= 0).nonzero().squeeze(1)
+        counts_N = self.tokens_M.bincount(minlength=self.N)
+        return occupied_M[self.tokens_M.argsort(stable=True)], counts_N.cumsum(0) - counts_N
 
     def spread(self, x_1HND: Tensor) -> Tensor:
         """(1, H, N, D) to (B, H, T, D): each slot gets its token's value."""
@@ -67,11 +89,12 @@ class _Spread(torch.autograd.Function):
         layout = ctx.layout
         H, D = g_BHTD.shape[1], g_BHTD.shape[-1]
         g_RD = g_BHTD.reshape(-1, D)
-        if len(layout.sorted_M) == layout.N:
+        if len(layout.tokens_M) == layout.N:
             dx_1NHD = g_RD.index_select(0, layout._of_heads(layout.home_N, H).flatten()).view(1, layout.N, H, D)
             return dx_1NHD.transpose(1, 2), None
-        index_HM = layout._of_heads(layout.sorted_M, H).T
-        starts_HN = torch.arange(H)[:, None] * index_HM.shape[1] + layout.starts_N
+        sorted_M, starts_N = layout.by_token
+        index_HM = layout._of_heads(sorted_M, H).T
+        starts_HN = torch.arange(H)[:, None] * index_HM.shape[1] + starts_N
         dx_RD = F.embedding_bag(index_HM.flatten(), g_RD, starts_HN.flatten(), mode="sum")
         return dx_RD.view(1, H, layout.N, D), None
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luciola.model.joined import joined, weight_of
+from luciola.model.native import pointwise
 from luciola.model.native.linear import Product
 from luciola.model.norm import RMSNorm
 
@@ -21,7 +22,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., hidden); returns the same shape."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        h = pointwise.swiglu(gate, up) if pointwise.usable(gate, up) else F.silu(gate) * up
+        return self.down_proj(h)  # type: ignore[no-any-return]
 
     def prepare(self, norm: RMSNorm) -> None:
         """Make ready for `decode`, where `norm` comes before the feed-forward."""

@@ -5,7 +5,7 @@ The backward pass is written out: with r = 1 / sqrt(mean(x^2) + eps), D the widt
     dx = r g w - x r^3 / D * sum(g x w),    dw = sum over rows of r g x
 
 Both sums are matrix-vector products of the one intermediate g x. Autograd's own chain for the same formula reads and
-writes memory about three times as often, and on a CPU that is its cost.
+writes memory about three times as often, and on a CPU that is its cost; `native.pointwise` does it in one pass.
 """
 
 from __future__ import annotations
@@ -13,10 +13,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from luciola.model.native import pointwise
+
 
 class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
+        if pointwise.usable(x, weight):
+            y, r = pointwise.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, r, weight)
+            return y
         precision = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precision)
         r = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
@@ -26,6 +32,8 @@ class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         x, r, weight = ctx.saved_tensors
+        if pointwise.usable(g, x, weight):
+            return *pointwise.rms_norm_gradients(g, x, r, weight), None
         width = x.shape[-1]
         gx = (g * x).reshape(-1, width).to(r.dtype)
         dw = torch.mv(gx.T, r.view(-1)).to(weight.dtype)

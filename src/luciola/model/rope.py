@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from luciola.model.config import ModelConfig, RopeScaling, yarn_temperature
+from luciola.model.native import pointwise
 
 
 class Rotation(NamedTuple):
@@ -29,6 +30,8 @@ def turn(x: Tensor, rotation: Rotation, interleaved: bool, *, back: bool = False
     """Turn x_B..Td by `rotation`, or `back` by the opposite angles (the inverse, and what gradients go through); axes
     between B and T (heads) share the angles. Returns x's shape, order and dtype, contiguous. Not recorded by
     autograd."""
+    if not interleaved and x.ndim == 4 and pointwise.usable(x):
+        return pointwise.turn(x, *rotation, back=back)
     cos, sin = rotation.cos, -rotation.sin if back else rotation.sin
     if cos.ndim == 3:
         for _ in range(x.ndim - 3):

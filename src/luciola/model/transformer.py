@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from luciola.model.attention import Context, Extend, PromptCache, segment_mask
+from luciola.model.attention import Context, Extend, PromptCache
 from luciola.model.config import ModelConfig
 from luciola.model.gqa import GQA
 from luciola.model.joined import weight_of
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
         starts = torch.ones_like(segments_BT, dtype=torch.bool)
         starts[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
         begin = (positions * starts).cummax(dim=1).values
-        return Context(self.rope(length, device, positions - begin), segment_mask(segments_BT))
+        return Context(self.rope(length, device, positions - begin), begin)
 
     def hidden(
         self,
