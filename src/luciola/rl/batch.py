@@ -6,9 +6,10 @@ Shapes: T tokens of a micro-batch that the model reads, N completion tokens, L M
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from luciola.model.moe import Routing
 from luciola.model.transformer import Transformer
 from luciola.recipe import GrpoRecipe
 from luciola.rl.objective import Tokens
+
+NOTHING = torch.zeros(0)
 
 
 @dataclass(slots=True)
@@ -47,8 +50,8 @@ class Sample:
     pair: int | None = None
     stale: bool = False
     weight: float = 0.0
-    values_T: Tensor = field(default_factory=lambda: torch.zeros(0))
-    returns_T: Tensor = field(default_factory=lambda: torch.zeros(0))
+    values_T: Tensor = NOTHING
+    returns_T: Tensor = NOTHING
 
 
 class MicroBatch(NamedTuple):
@@ -165,27 +168,27 @@ def _collate(batch: list[Sample]) -> MicroBatch:
     routes: list[Tensor] = []
     rows, sources = [], []
     prompt: list[int] | None = None
-    prompt_row = torch.empty(0, dtype=torch.long)
+    prompt_row = np.empty(0, dtype=np.int64)
     for sample in batch:
         read = len(sample.completion) - 1
         if sample.prompt is not prompt:
             prompt = sample.prompt
-            prompt_row = torch.arange(len(tokens), len(tokens) + len(prompt))
+            prompt_row = np.arange(len(tokens), len(tokens) + len(prompt))
             tokens += prompt
             if sample.routes_TLK is not None:
                 routes.append(sample.routes_TLK[: len(prompt)])
-        own = torch.arange(len(tokens), len(tokens) + read)
+        own = np.arange(len(tokens), len(tokens) + read)
         tokens += sample.completion[:-1]
         if sample.routes_TLK is not None:
             routes.append(sample.routes_TLK[len(prompt) :])
-        rows.append(torch.cat((prompt_row, own)))
-        sources.append(torch.cat((prompt_row[-1:], own)))
+        rows.append(np.concatenate((prompt_row, own)))
+        sources += [prompt_row[-1:], own]
     return MicroBatch(
         samples=batch,
         tokens_1T=torch.tensor([tokens]),
-        layout=Layout(rows),
+        layout=Layout(torch.from_numpy(np.concatenate(rows)).split([len(row) for row in rows])),
         routes_1TLK=torch.cat(routes).unsqueeze(0) if routes else None,
-        sources_N=torch.cat(sources),
+        sources_N=torch.from_numpy(np.concatenate(sources)),
         targets_N=torch.tensor([token for sample in batch for token in sample.completion]),
         counts_S=torch.tensor([len(sample.completion) for sample in batch]),
     )

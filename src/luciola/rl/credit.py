@@ -18,7 +18,7 @@ from luciola.rl.advantage import (
     returns_with_kl,
     token_rewards,
 )
-from luciola.rl.batch import Sample, per_sample
+from luciola.rl.batch import NOTHING, Sample, per_sample
 from luciola.rl.ppo import Critic
 from luciola.rl.rollout import Rollout
 
@@ -73,7 +73,7 @@ def _samples(rollout: Rollout, recipe: GrpoRecipe) -> list[Sample]:
                     completion.token_ids,
                     logp,
                     logp,
-                    torch.zeros(len(logp)),
+                    NOTHING,
                     known=True,
                     routes_TLK=completion.routes if recipe.grpo.replay_routes else None,
                     kept=kept,
@@ -100,11 +100,12 @@ def _advantages(
             group = slice(p * G, (p + 1) * G)
             advantages += process_advantages(rollout.steps[p], lengths[group], known_PG[p].tolist())
         return advantages
-    rewards, kl = rewards_PG.flatten(), [torch.zeros(n) for n in lengths]
+    rewards, kl = rewards_PG.flatten(), torch.zeros(sum(lengths)).split(lengths)
     if objective.beta and objective.kl_in == "reward":
         assert reference is not None
         found = per_sample(reference, samples, recipe, replay=False)
-        kl = [torch.tensor(s.old_logp) - found[id(s)] if s.completion else torch.zeros(0) for s in samples]
+        kl = tuple(torch.tensor(s.old_logp) - found[id(s)] if s.completion else NOTHING for s in samples)
+        rewards_PG = rewards_PG - objective.beta * torch.stack([k.sum() for k in kl]).view(P, G)
     if objective.advantage == "critic":
         assert critic is not None
         return critic.advantages(
@@ -113,7 +114,6 @@ def _advantages(
     if objective.advantage == "global":
         returns = [returns_with_kl(float(r), k, objective.beta) for r, k in zip(rewards, kl, strict=True)]
         return global_advantages(returns, known_PG.flatten().tolist())
-    rewards_PG = rewards_PG - objective.beta * torch.stack([k.sum() for k in kl]).view(P, G)
     match objective.advantage:
         case "leave_one_out":
             each_PG = leave_one_out(rewards_PG, known_PG)
@@ -130,6 +130,8 @@ def _paired(samples: list[Sample], rollout: Rollout, known_PG: Tensor) -> list[S
     """DPO: +1 for the right and -1 for the wrong completion of every pair, 0 for those without a partner."""
     correct_PG, G = correct(rollout), known_PG.shape[1]
     written_PG = torch.tensor([bool(s.completion) for s in samples]).view_as(known_PG)
+    for sample in samples:
+        sample.advantages_T = torch.zeros(len(sample.completion))
     for p in range(len(correct_PG)):
         for number, (right, wrong) in enumerate(pairs(correct_PG[p], known_PG[p] & written_PG[p])):
             for place, sign in ((right, 1.0), (wrong, -1.0)):
