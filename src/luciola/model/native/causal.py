@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from luciola.model.layout import Layout
 from luciola.model.native.repeat import Kernel, kernel
@@ -80,6 +81,7 @@ class _CausalFunction(torch.autograd.Function):
         return o_BTHV
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g_BTHV):  # type: ignore[no-untyped-def]
         q, k, v, o_BTHV, logsum = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in (q, k, v)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from luciola.model.native.repeat import kernel
 
@@ -86,6 +87,7 @@ class _SwiGLUFunction(torch.autograd.Function):
         return h
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dh):  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
         dh, dgate, dup = dh.contiguous(), torch.empty_like(gate), torch.empty_like(up)
