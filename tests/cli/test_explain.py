@@ -125,6 +125,17 @@ def test_json_holds_every_completion(inside: Callable[..., Result]) -> None:
     assert sum(row["contribution"] for row in found["completions"]) == pytest.approx(found["logged_loss"], abs=1e-6)
 
 
+def test_a_run_that_is_not_reinforcement_learning_is_taken_apart_row_by_row(inside: Callable[..., Result]) -> None:
+    result = inside("explain", "loss", "runs/tiny/base", "--rows", "2")
+    assert result.exit_code == 0, result.stderr
+    assert "L_main  - 1/N sum over them of log p(token | all before it in its row)" in result.stdout
+    assert sum(line.endswith("e-01") or line.endswith("e+00") for line in result.stdout.splitlines()) == 2
+    assert "4 rows add up to" in result.stdout and "metrics.jsonl, step 2" in result.stdout
+    found = json.loads(inside("explain", "loss", "runs/tiny/base", "--json").stdout)
+    assert found["agrees"] and len(found["rows"]) == 4
+    assert sum(row["contribution"] for row in found["rows"]) == pytest.approx(found["logged_loss"], abs=1e-5)
+
+
 def test_a_sum_that_is_not_the_logged_loss_exits_1(inside: Callable[..., Result]) -> None:
     metrics = Path("runs/tiny/metrics.jsonl")
     lines = [json.loads(line) | {"loss": 0.5} for line in metrics.read_text().splitlines()]
@@ -136,7 +147,9 @@ def test_what_has_no_loss_to_explain_is_refused(inside: Callable[..., Result]) -
     fails(inside("explain", "losses", "runs/tiny"), "error: there is no explanation of 'losses'; there is one of: loss")
     fails(inside("explain", "loss", "runs/nothing"), "error: there is no folder runs/nothing")
     fails(inside("explain", "loss", "runs"), "error: runs is no run (it has no recipe.toml)")
-    fails(inside("explain", "loss", "runs/tiny/base"), "is a run of `luciola pretrain`, whose loss is the mean cross-")
+    environment = Path("runs/tiny/base/environment.json")
+    environment.write_text(json.dumps(json.loads(environment.read_text()) | {"kind": "rejection"}))
+    fails(inside("explain", "loss", "runs/tiny/base"), "runs/tiny/base (a rejection) has no loss of its own")
     (Path("runs/tiny/base") / "summary.json").unlink()
     fails(inside("explain", "loss", "runs/tiny"), "its base is still to be pre-trained")
     Path("runs/tiny/recipe.toml").write_text("steps =")

@@ -16,7 +16,7 @@ from torch import Tensor
 from luciola.data.packing import Batch
 from luciola.model.config import ModelConfig
 from luciola.model.transformer import Transformer
-from luciola.train.loop import _forward
+from luciola.train.loop import forward
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -86,7 +86,7 @@ def test_losses_ask_for_the_tokens_of_the_table(model: Transformer) -> None:
     tokens = row(6)
     trained = torch.ones(1, 6, dtype=torch.bool)
     trained[0, 0] = False
-    passed = _forward(model, Batch(tokens, trained, None), targets=5, mtp=True)
+    passed = forward(model, Batch(tokens, trained, None), targets=5, mtp=True)
     for ours, expected in zip(passed.mtp_losses, reference_losses(model, tokens), strict=True):
         torch.testing.assert_close(ours, expected / 5)
     assert len(passed.routings) == 3  # one main layer, two modules
@@ -100,7 +100,7 @@ def test_packed_documents_are_not_asked_across_their_border(model: Transformer) 
     trained = torch.ones_like(tokens, dtype=torch.bool)
     for start in (0, 6, 10):
         trained[0, start] = False
-    passed = _forward(model, Batch(tokens, trained, segments), targets=1, mtp=True)
+    passed = forward(model, Batch(tokens, trained, segments), targets=1, mtp=True)
     for depth in range(2):
         alone = sum(reference_losses(model, d)[depth] for d in documents if d.shape[1] > depth + 2)
         torch.testing.assert_close(passed.mtp_losses[depth], alone, atol=1e-4, rtol=1e-5)
@@ -109,10 +109,10 @@ def test_packed_documents_are_not_asked_across_their_border(model: Transformer) 
 def test_without_weight_the_main_model_learns_as_if_there_were_no_modules(model: Transformer) -> None:
     tokens = row(8)
     batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool), None)
-    _forward(model, batch, targets=7, mtp=False).loss.backward()
+    forward(model, batch, targets=7, mtp=False).loss.backward()
     assert all(p.grad is None for p in model.mtp.parameters())
     plain = Transformer(ModelConfig.model_validate(CONFIG | {"num_nextn_predict_layers": 0}))
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("mtp.")})
-    _forward(plain, batch, targets=7, mtp=True).loss.backward()
+    forward(plain, batch, targets=7, mtp=True).loss.backward()
     for name, p in plain.named_parameters():
         assert torch.equal(p.grad, model.get_parameter(name).grad), name

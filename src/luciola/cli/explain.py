@@ -14,20 +14,22 @@ from luciola.cli.tables import aligned, figure
 
 if TYPE_CHECKING:
     from luciola.rl.explain import CompletionTerms, Explanation
+    from luciola.train.explain import TrainingExplanation
 
 SHOWN = 32  # characters of a completion in the table
 
 
 def explain(
     subject: Annotated[str, typer.Argument(help="What to explain: loss.")],
-    run: Annotated[Path, typer.Argument(help="A run's folder, of any RL objective.")],
+    run: Annotated[Path, typer.Argument(help="A run's folder: pre-training, fine-tuning, or any RL objective.")],
     groups: Annotated[int, typer.Option(help="Groups shown completion by completion.", min=0)] = 2,
+    rows: Annotated[int, typer.Option(help="Rows shown of a step of pre-training or fine-tuning.", min=0)] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, every completion.")] = False,
 ) -> None:
-    """Take the loss of a run apart: its equation, its denominators, and what each completion of a batch adds to it.
+    """Take the loss of a run apart: its equation, its denominators, and what each completion, or row, adds to it.
 
-    The batch is that of a step which the run has logged, drawn again from the checkpoint before it (or of the step
-    after the last checkpoint). Exit code 1 if the sum is not the trainer's loss.
+    The batch is that of the last step which the run has logged and which can be made again from the weights before it.
+    Exit code 1 if the sum is not the trainer's loss.
 
     \b
     Example: luciola explain loss runs/quickstart --groups 1
@@ -37,23 +39,61 @@ def explain(
     from luciola.run.compare import run_kind
 
     kind = run_kind(run)
-    if kind != "grpo":
-        raise ValueError(
-            f"{run} is a run of `luciola {kind}`, whose loss is the mean cross-entropy of its trained tokens; give a "
-            "run of `luciola grpo`"
-        )
-    from luciola.rl.explain import explain_loss
+    if kind == "grpo":
+        from luciola.rl.explain import explain_loss
 
-    found = explain_loss(run)
-    if as_json:
-        print(json.dumps(asdict(found) | {"agrees": found.agrees}, indent=2))
+        of_rl = explain_loss(run)
+        _print(of_rl, _text(of_rl, groups), as_json)
+    elif kind in ("pretrain", "sft"):
+        from luciola.train.explain import explain_training
+
+        of_training = explain_training(run, kind)
+        _print(of_training, _training_text(of_training, rows), as_json)
     else:
-        print(_text(found, groups))
+        raise ValueError(f"{run} (a {kind}) has no loss of its own; give a run of luciola pretrain, sft or grpo")
+
+
+def _print(found: Explanation | TrainingExplanation, text: str, as_json: bool) -> None:
+    print(json.dumps(asdict(found) | {"agrees": found.agrees}, indent=2) if as_json else text)
     if not found.agrees:
         raise ValueError(
-            f"the sum is not the loss: {found.loss} here, {found.trainer_loss} in the trainer, mean over the step "
-            f"{found.step_loss}, logged {found.logged_loss}; was the run made on another machine or version?"
+            f"the sum is not the loss: {found.loss} here, {found.trainer_loss} in the trainer, {found.logged_loss} "
+            "in the log; was the run made on another machine or version?"
         )
+
+
+def _training_text(found: TrainingExplanation, shown: int) -> str:
+    numbers = ", ".join(f"{name} = {value:,}" for name, value in found.denominators.items())
+    read = sum(row.tokens for row in found.rows)
+    chosen = sorted(found.rows, key=lambda row: -row.contribution)[:shown]
+    columns: dict[str, list[Any]] = {
+        "predicted": [_short(row.text, 2 * SHOWN) for row in chosen],
+        "documents": [row.documents for row in chosen],
+        "tokens": [row.tokens for row in chosen],
+        "trained": [row.trained for row in chosen],
+        "mean -log p": [row.mean for row in chosen],
+        "adds to the loss": [f"{row.contribution:+.3e}" for row in chosen],
+    }
+    kept = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    cells = [[figure(value) for value in row] for row in zip(*kept.values(), strict=True)]
+    total = [
+        (f"{len(found.rows)} rows add up to", _signed(found.loss)),
+        ("the trainer's own loss", _signed(found.trainer_loss)),
+    ]
+    if found.logged_loss is not None:
+        total.append((f"metrics.jsonl, step {found.step}", _signed(found.logged_loss)))
+    if found.mtp_loss is not None:
+        total.append(("beside it, mean of L_k", _signed(found.mtp_loss)))
+    perplexity = math.exp(min(found.loss, 700.0))
+    blocks = [
+        f"{found.run}, step {found.step}",
+        aligned(found.equation.items(), indent="  "),
+        f"{numbers}   ({len(found.rows)} rows, {read:,} tokens read)",
+        aligned([list(kept), *cells], indent="  ") if chosen else "",
+        aligned(total),
+        f"A perplexity of {perplexity:.4g}; all tokens alike would have a loss of {found.uniform:.4f}.",
+    ]
+    return "\n\n".join(block for block in blocks if block)
 
 
 def _text(found: Explanation, groups: int) -> str:

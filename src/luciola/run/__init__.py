@@ -2,7 +2,7 @@
 
 `folder.py` is the folder itself, `publish.py` writes so that nothing is ever half there, `records.py` keeps metrics,
 `curves.py` draws them, `environment.py` notes where they were made, `progress.py` reports while one waits, `compare.py`
-lists and compares runs.
+lists and compares runs, `again.py` goes back to a step of one.
 """
 
 from luciola.run.compare import RunInfo, differences, list_runs

@@ -98,7 +98,7 @@ def train_step(
     loads: list[Tensor] = []
     layers = [*model.moe_layers, *model.mtp_moe_layers] if recipe.mtp_weight else model.moe_layers
     for batch in batches:
-        passed = _forward(model, batch, targets, mtp=recipe.mtp_weight > 0)
+        passed = forward(model, batch, targets, mtp=recipe.mtp_weight > 0)
         total = passed.loss
         for loss in passed.mtp_losses:
             total = total + recipe.mtp_weight / len(model.mtp) * loss
@@ -138,15 +138,18 @@ def _balance_loss(model: Transformer, routings: list[tuple[Routing, Tensor]], re
     return total
 
 
-class _Forward(NamedTuple):
-    """Main and MTP losses of a batch as shares of the step's mean; each MoE layer's routing and mask of real tokens."""
+class Passed(NamedTuple):
+    """Final states of a batch, its main and MTP losses as shares of the step's mean, each MoE layer's routing and mask
+    of real tokens."""
 
+    states: Tensor
     loss: Tensor
     mtp_losses: list[Tensor]
     routings: list[tuple[Routing, Tensor]]
 
 
-def _forward(model: Transformer, batch: Batch, targets: int, *, mtp: bool) -> _Forward:
+def forward(model: Transformer, batch: Batch, targets: int, *, mtp: bool) -> Passed:
+    """A batch of a step that trains `targets` tokens in all; the MTP modules take part where `mtp` says so."""
     tokens_BT, trained_BT, segments_BT = batch
     inputs = tokens_BT[:, :-1]
     segments = None if segments_BT is None else segments_BT[:, :-1]
@@ -167,7 +170,7 @@ def _forward(model: Transformer, batch: Batch, targets: int, *, mtp: bool) -> _F
         mtp_losses.append(_cross_entropy(model, normed, tokens_BT[:, ahead:], trained, targets))
         if predicted.routing is not None:
             routings.append((predicted.routing, real_BT[:, : states.shape[1]]))
-    return _Forward(loss, mtp_losses, routings)
+    return Passed(hidden.states, loss, mtp_losses, routings)
 
 
 def _cross_entropy(model: Transformer, states: Tensor, tokens: Tensor, trained: Tensor, targets: int) -> Tensor:

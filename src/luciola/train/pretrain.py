@@ -38,17 +38,17 @@ def pretrain(recipe: PretrainRecipe, resume: bool = False) -> Path:
         lm = build(recipe)
         check_length(lm.config, recipe)
         lm.model.to(getattr(torch, run.dtype))
-        rows = Rows(
-            documents(recipe, lm.tokenizer),
-            recipe.data.packing,
-            recipe.data.sequence_length,
-            recipe.data.batch_size,
-            recipe.seed,
-            truncate=recipe.data.source == "files",
-        )
+        rows = training_rows(recipe, documents(recipe, lm.tokenizer))
         earlier = fit(lm.model, rows, recipe, run, "pre-training")
         finish(run, lm, earlier + time.perf_counter() - began)
     return run.path
+
+
+def training_rows(recipe: TrainRecipe, documents: Documents) -> Rows:
+    """Documents packed as the recipe's [data] section says."""
+    data = recipe.data
+    cut = data.source == "files"
+    return Rows(documents, data.packing, data.sequence_length, data.batch_size, recipe.seed, truncate=cut)
 
 
 def check_length(config: ModelConfig, recipe: TrainRecipe) -> None:

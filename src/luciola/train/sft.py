@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from luciola.data.documents import Conversations, Documents, TaskDocuments
-from luciola.data.packing import Rows
 from luciola.model.language_model import load
 from luciola.model.lora import Lora
 from luciola.recipe import SftRecipe
 from luciola.run import Run
 from luciola.text.tokenizer import Tokenizer
 from luciola.train.loop import fit
-from luciola.train.pretrain import check_length, estimate, finish
+from luciola.train.pretrain import check_length, estimate, finish, training_rows
 from luciola.weights.opening import full_name
 
 
@@ -34,15 +33,7 @@ def sft(recipe: SftRecipe, resume: bool = False) -> Path:
         lora = None
         if recipe.lora is not None:
             lora = Lora(lm.model, recipe.lora, recipe.seed, full_name(recipe.model.path))
-        data = recipe.data
-        rows = Rows(
-            conversations(recipe, lm.tokenizer),
-            data.packing,
-            data.sequence_length,
-            data.batch_size,
-            recipe.seed,
-            truncate=data.source == "files",
-        )
+        rows = training_rows(recipe, conversations(recipe, lm.tokenizer))
         earlier = fit(lm.model, rows, recipe, run, "fine-tuning", lora)
         finish(run, lm, earlier + time.perf_counter() - began, lora)
     return run.path
