@@ -125,6 +125,27 @@ def test_a_verifier_that_is_slow_to_fail_is_not_asked_to_the_end(lm: LanguageMod
     assert 6 <= len(asked) < 70  # equal completions of a problem are graded once
 
 
+@pytest.mark.parametrize(
+    ("changes", "counts"),
+    [
+        ({"reward": {"accuracy": 0.0, "format": 1.0}}, False),
+        ({"reward": {"accuracy": 0.0, "format": 1.0, "length": 0.1}}, True),  # of right answers only
+        ({"reward": {"accuracy": 0.0, "format": 1.0}, "objective": {"name": "rft"}}, True),
+    ],
+)
+def test_a_verifier_from_which_nothing_is_learnt_may_fail(
+    lm: LanguageModel, recipe: Make, changes: dict[str, Any], counts: bool
+) -> None:
+    chosen = recipe(rollout={"prompts": 10, "group_size": 2}, **changes)
+    if counts:
+        with pytest.raises(ValueError, match="the verifier failed"):
+            judged(lm, chosen, ["crash"] * 10)
+        return
+    found = judged(lm, chosen, ["crash"] * 10)
+    assert bool(found.known_PG.all())
+    assert found.metrics()["verdict/crash"] == 20  # still logged
+
+
 def test_exactly_five_percent_is_still_tolerated(lm: LanguageModel, recipe: Make) -> None:
     judged(lm, recipe(rollout={"prompts": 20, "group_size": 2}), ["crash"] + ["wrong"] * 19)
 

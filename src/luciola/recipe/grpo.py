@@ -229,6 +229,11 @@ class GrpoRecipe(Section):
             )
         return self
 
+    @property
+    def learns_from_verdicts(self) -> bool:
+        """Whether what the task's verifier says teaches anything, or is only logged."""
+        return bool(self.reward.accuracy or self.reward.length) or self.objective.advantage in ("correct", "pairs")
+
     def base_recipe(self) -> PretrainRecipe:
         """The pre-training of [base] as a recipe of its own, kept in the folder `base` inside this run's."""
         assert self.base is not None

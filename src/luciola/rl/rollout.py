@@ -19,7 +19,7 @@ from luciola.engine.sampler import derived_seed
 from luciola.engine.sequence import Completion
 from luciola.recipe import GrpoRecipe, RolloutSection
 from luciola.rl.advantage import spread
-from luciola.rl.reward import by_function, refuse_failures, rewards
+from luciola.rl.reward import by_function, grouped, refuse_failures, rewards
 from luciola.tasks.base import GradesSteps, Problem, Task, encoded, stops_of
 from luciola.tasks.judge import by_task
 from luciola.text.tokenizer import Tokenizer
@@ -109,7 +109,8 @@ def rollout(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int)
     With dynamic sampling (DAPO) groups without `spread` are replaced by those of new problems, at most
     `objective.refills` times; what is then still without a difference stays.
 
-    Raises ValueError when the verifiers fail on more than 5 % of the completions, or give a reward that is no number.
+    Raises ValueError when verifiers that something is learnt from fail on more than 5 % of the completions, or give a
+    reward that is no number.
     """
     most = recipe.rollout.prompts
     found = _round(engine, tokenizer, recipe, step, 0, most)
@@ -167,9 +168,10 @@ def _round(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int, 
         completions = engine.generate(prompts, params, ended=ended)
         sampled = time.perf_counter()
         texts, sizes = [[c.text for c in group] for group in completions], [len(group) for group in completions]
-        verdicts = refuse_failures(judging.each(texts), sizes, step)
-        called = {name: refuse_failures(each.each(texts), sizes, step) for name, each in calling.items()}
-    earned = rewards(recipe.reward, completions, verdicts, called, step)
+        judged, graded = judging.each(texts), recipe.learns_from_verdicts
+        verdicts = refuse_failures(judged, problems, sizes, step) if graded else grouped(judged, sizes)
+        called = {name: refuse_failures(each.each(texts), problems, sizes, step) for name, each in calling.items()}
+    earned = rewards(recipe.reward, problems, completions, verdicts, called, step, graded)
     _refuse_no_numbers(earned.total_PG, completions, step)
     steps = []
     if objective.supervision == "process":
