@@ -26,8 +26,8 @@ def explain(
 ) -> None:
     """Take the loss of a run apart: its equation, its denominators, and what each completion of a batch adds to it.
 
-    The batch is that of a step which the run has logged, drawn again from the checkpoint before it (or of the step
-    after the last checkpoint). Exit code 1 if the sum is not the trainer's loss.
+    The batch is that of a step which the run has logged, drawn again from the checkpoint before it (the first step:
+    from the model that the run began with). Exit code 1 if the sum is not the trainer's loss.
 
     \b
     Example: luciola explain loss runs/quickstart --groups 1
@@ -139,8 +139,7 @@ def _remarks(found: Explanation) -> list[str]:
         )
     if found.groups_without_spread:
         share = f"{found.groups_without_spread:.0%}"
-        of = " of steps" if any(row.steps is not None for row in found.completions) else ""
-        remarks.append(f"In {share} of the groups all rewards{of} are equal: there is no difference to learn from.")
+        remarks.append(f"In {share} of the groups {found.lacking}: there is nothing to learn from.")
     if any(row.ratio is None for row in found.completions if row.tokens) and found.objective != "dpo":
         remarks.append("Completions without a ratio have no advantage: the update leaves them out.")
     return remarks

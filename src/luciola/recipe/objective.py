@@ -82,7 +82,8 @@ class ObjectiveSection(BaseModel):
         "over sequences of token sums",
     )
     refills: Annotated[int, Field(ge=0)] = Field(
-        0, description="dynamic sampling: rounds at most in which groups of equal rewards are replaced by new problems"
+        0,
+        description="dynamic sampling: rounds at most in which groups that teach nothing give way to new problems",
     )
     overlong: Literal["keep", "penalty", "mask"] = Field(
         "keep",

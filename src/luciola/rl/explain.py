@@ -1,8 +1,8 @@
 """`luciola explain loss`: one optimiser step of a run, taken apart into what each completion adds to its loss.
 
 The batch is drawn again by the trainer itself, in a copy of the run's folder: from a checkpoint, the weights and
-(seed, step) a rollout is always the same. Where the log goes on beyond a checkpoint, the step after that is taken, and
-its loss must be the one that was logged.
+(seed, step) a rollout is always the same. Of the steps in the log it is the last before which a checkpoint lies, or the
+first of all, and its loss must be the one that was logged.
 
 The loss is computed twice: by the trainer, and here from the terms of each token, completion by completion. P prompts,
 G completions each.
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from luciola.recipe import GrpoRecipe, check, read_toml
+from luciola.rl.advantage import LACKING
 from luciola.rl.batch import Sample, per_sample
 from luciola.rl.credit import shaped_rewards
 from luciola.rl.equation import denominators, equation
@@ -86,7 +87,7 @@ class Explanation:
         equation: each part of the objective; denominators: the numbers in its aggregation.
         loss: the sum of all contributions; trainer_loss: what the trainer computes for the optimiser step.
         step_loss: mean of the trainer's losses over the optimiser steps; logged_loss: the same in metrics.jsonl.
-        groups_without_spread: share of the rollout's groups whose rewards, or rewards of steps, are all equal.
+        groups_without_spread: share of the rollout's groups that have nothing to learn from; lacking: what they lack.
     """
 
     run: str
@@ -102,6 +103,7 @@ class Explanation:
     step_loss: float
     logged_loss: float | None
     groups_without_spread: float
+    lacking: str
 
     @property
     def agrees(self) -> bool:
@@ -164,18 +166,18 @@ def explain_loss(path: Path) -> Explanation:
         trainer_loss=of_steps[-1],
         step_loss=sum(of_steps) / len(of_steps),
         logged_loss=logged,
-        groups_without_spread=1.0 - float(sampled.spread().float().mean()),
+        groups_without_spread=1.0 - float(sampled.teaching(recipe.objective.advantage).float().mean()),
+        lacking=LACKING.get(recipe.objective.advantage, f"all rewards{' of steps' if sampled.steps else ''} are equal"),
     )
 
 
 def _place(path: Path) -> tuple[int, float | None]:
     """After how many steps to go on, and the loss that was logged for the next: the newest checkpoint beyond which the
-    log goes on, else the newest there is, else the start."""
+    log goes on, else the start, whose weights are those of the base. None is logged only where no step is yet."""
     metrics = path / "metrics.jsonl"
     logged = {m["step"]: m["loss"] for m in read_records(metrics)} if metrics.exists() else {}
     kept = sorted(int(folder.name.removeprefix("step-")) for folder in (path / "checkpoints").glob("step-*"))
-    within = [step for step in kept or [0] if step + 1 in logged]
-    done = (within or kept or [0])[-1]
+    done = max((step for step in (0, *kept) if step + 1 in logged), default=0)
     return done, logged.get(done + 1)
 
 
