@@ -37,6 +37,11 @@ def explain(
     from luciola.run.compare import run_kind
 
     kind = run_kind(run)
+    if kind == "rejection":
+        raise ValueError(
+            f"{run} is a stage of `luciola r1` that samples and trains nothing, so that it has no loss; give a run of "
+            "`luciola grpo` or another stage of reinforcement learning"
+        )
     if kind != "grpo":
         raise ValueError(
             f"{run} is a run of `luciola {kind}`, whose loss is the mean cross-entropy of its trained tokens; give a "
