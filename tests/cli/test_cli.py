@@ -2,6 +2,7 @@
 
 import errno
 import json
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from luciola.cli import app
 from luciola.recipe import PretrainRecipe, load
 from luciola.recipe.objective import NAMES
 from luciola.run import Run
+from luciola.verify import own
+from luciola.verify.pool import Pool
 
 RECIPE = """
 steps = 10
@@ -136,6 +139,19 @@ def test_a_failure_is_one_sentence(
     fails(luciola("pretrain", "tiny.toml", "run.name=a+b"), code, sentence)
     if code == 1:
         assert luciola("pretrain", "tiny.toml", "--debug").exception is error
+
+
+def test_a_dry_run_looks_for_the_reward_functions_of_ones_own(
+    luciola: Callable[..., Result], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workplace / "dry_rewards.py").write_text("def there(prompt, completion, truth): return 1.0\n")
+    with Pool(size=1, seconds=20, memory_mb=own.MEMORY_MB, program=own.WORKER) as pool:
+        monkeypatch.setattr(own, "_pool", lambda: pool)
+        monkeypatch.setattr(hardware, "gemm_peak", lambda dtype: 1e12)
+        assert luciola("grpo", "quickstart", 'reward.own={"dry_rewards:there" = 1}', "--dry-run").exit_code == 0
+        result = luciola("grpo", "quickstart", 'reward.own={"dry_rewards:nope" = 1}', "--dry-run")
+    fails(result, 1, "the reward function 'dry_rewards:nope' cannot be used (the module dry_rewards has no nope)")
+    assert "dry_rewards" not in sys.modules
 
 
 def test_a_dry_run_prints_a_whole_recipe_and_starts_nothing(luciola: Callable[..., Result], workplace: Path) -> None:

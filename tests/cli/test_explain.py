@@ -129,7 +129,7 @@ def test_a_run_that_is_not_reinforcement_learning_is_taken_apart_row_by_row(insi
     result = inside("explain", "loss", "runs/tiny/base", "--rows", "2")
     assert result.exit_code == 0, result.stderr
     assert "L_main  - 1/N sum over them of log p(token | all before it in its row)" in result.stdout
-    assert sum(line.endswith("e-01") or line.endswith("e+00") for line in result.stdout.splitlines()) == 2
+    assert sum(line.endswith(("e-01", "e+00")) for line in result.stdout.splitlines()) == 2
     assert "4 rows add up to" in result.stdout and "metrics.jsonl, step 2" in result.stdout
     found = json.loads(inside("explain", "loss", "runs/tiny/base", "--json").stdout)
     assert found["agrees"] and len(found["rows"]) == 4
@@ -149,7 +149,7 @@ def test_what_has_no_loss_to_explain_is_refused(inside: Callable[..., Result]) -
     fails(inside("explain", "loss", "runs"), "error: runs is no run (it has no recipe.toml)")
     environment = Path("runs/tiny/base/environment.json")
     environment.write_text(json.dumps(json.loads(environment.read_text()) | {"kind": "rejection"}))
-    fails(inside("explain", "loss", "runs/tiny/base"), "runs/tiny/base (a rejection) has no loss of its own")
+    fails(inside("explain", "loss", "runs/tiny/base"), "a stage of `luciola r1` that samples and trains nothing")
     (Path("runs/tiny/base") / "summary.json").unlink()
     fails(inside("explain", "loss", "runs/tiny"), "its base is still to be pre-trained")
     Path("runs/tiny/recipe.toml").write_text("steps =")

@@ -74,6 +74,16 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
         folder.begin(tmp_path / "new", {"seed": 2, "model": "a"})
 
 
+def test_of_other_task_settings_only_the_key_that_differs_is_named(tmp_path: Path) -> None:
+    tasks = {"sums": {"name": "arithmetic", "max_value": 4}, "words": {"name": "reasoning_gym", "tasks": ["ab"]}}
+    folder.begin(tmp_path / "new", {"tasks": tasks})
+    other = {**tasks, "sums": {"name": "arithmetic", "max_value": 9}}
+    with pytest.raises(ValueError, match=r"other settings \(tasks\.sums\.max_value = 4 there, 9 here\); give"):
+        folder.begin(tmp_path / "new", {"tasks": other})
+    with pytest.raises(ValueError, match=r"other settings \(tasks = sums, words there, sums here\); give"):
+        folder.begin(tmp_path / "new", {"tasks": {"sums": tasks["sums"]}})
+
+
 def test_a_step_of_training_changes_the_fingerprint(lm: LanguageModel) -> None:
     before = folder.fingerprint(lm.model)
     assert folder.fingerprint(lm.model) == before

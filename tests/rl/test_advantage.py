@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luciola.rl.advantage import EPS, group_advantages, spread
+from luciola.recipe.objective import Advantage
+from luciola.rl.advantage import EPS, group_advantages, spread, teaching
 
 SETTINGS = settings(max_examples=100, deadline=None, derandomize=True)
 REWARDS = st.lists(st.sampled_from([0.0, 0.1, 1.0, 1.1]), min_size=2, max_size=33)
@@ -67,3 +68,25 @@ def test_spread_asks_for_a_difference_among_the_known() -> None:
     rewards = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
     known = torch.tensor([[True] * 3, [True, False, True], [True] * 3, [False] * 3])
     assert spread(rewards, known).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("group", [False, False, True, False, True]),
+        ("correct", [True, False, True, False, False]),
+        ("pairs", [False, False, True, False, False]),
+        ("critic", [True, True, True, False, True]),
+        ("global", [True, True, True, False, True]),
+    ],
+)
+def test_what_a_group_must_have_to_teach_depends_on_the_advantage(kind: Advantage, expected: list[bool]) -> None:
+    """Groups: all right, all wrong, one of each, one of each that is not known, both wrong but one well formed."""
+    correct = torch.tensor([[True, True], [False, False], [True, False], [True, False], [False, False]])
+    known = torch.ones(5, 2, dtype=torch.bool)
+    known[3] = False
+    rewards = correct.float()
+    rewards[4, 0] = 0.1
+    assert teaching(kind, rewards, known, correct).tolist() == expected
+    if kind == "global":
+        assert teaching(kind, rewards[:1], known[:1], correct[:1]).tolist() == [False]  # nor does the rollout differ

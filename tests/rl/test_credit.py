@@ -108,6 +108,30 @@ def test_what_process_supervision_would_ignore_is_refused(
         recipe(**changes | {"objective": changes.get("objective", {}) | {"supervision": "process"}})
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        (
+            "rft",
+            {"reward": {"own": {"mine:words": 0.5}}},
+            r"reward\.own would be ignored: .*'correct' learns from right",
+        ),
+        ("dpo", {"reward": {"own": {"mine:words": 0.5}}}, r"reward\.own would be ignored: .*'pairs' learns from right"),
+        ("rft", {"reward": {"length": 0.1}}, r"reward\.length would be ignored"),
+        ("rft", {"objective": {"overlong": "penalty"}}, "not from rewards to take the penalty from"),
+        ("dpo", {"objective": {"overlong": "penalty"}}, "not from rewards to take the penalty from"),
+        ("rft", {"objective": {"beta": 0.1, "kl_in": "reward", "kl": "k1"}}, "not from rewards to put the KL into"),
+        ("rft", {"objective": {"off_policy_delta": 0.1}}, "never negative, and off_policy_delta"),
+    ],
+)
+def test_what_verdicts_alone_would_ignore_is_refused(
+    recipe: Make, name: str, changes: dict[str, dict[str, Any]], reason: str
+) -> None:
+    recipe(**changes)  # for GRPO it is fine
+    with pytest.raises(RecipeError, match=reason):
+        recipe(**changes | {"objective": changes.get("objective", {}) | {"name": name}})
+
+
 def test_a_run_with_process_supervision_can_be_read_back_from_all_its_settings(recipe: Make) -> None:
     chosen = recipe(objective={"supervision": "process", "overlong": "mask"}, reward={"own": {"mine:words": 0.0}})
     assert check(GrpoRecipe, json.loads(chosen.model_dump_json(exclude_none=True)), "resolved") == chosen
@@ -223,7 +247,7 @@ def test_empty_completions_and_equal_rewards_leave_finite_weights(
     critic = None if chosen.critic is None else Critic(model, chosen)
     metrics = update(model, Optimizer(model, chosen.optim), reference, found, chosen, 0, 1e-3, critic=critic)
     assert all(bool(p.isfinite().all()) for p in model.parameters())
-    assert metrics["groups/without_spread"] == (0.0 if rewards[0][0] else 1.0)
+    assert metrics["groups/without_spread"] == (0.0 if rewards[0][0] or name == "ppo" else 1.0)
     moved = any(not torch.equal(a, b) for a, b in zip(model.parameters(), lm.model.parameters(), strict=True))
     alone = name == "dpo"  # an empty completion is nobody's partner
     in_reward = name in ("rloo", "reinforce++")  # the KL divergence tells completions apart as well

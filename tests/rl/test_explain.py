@@ -148,11 +148,26 @@ def test_pairs_carry_half_of_their_loss_each(recipe: Make) -> None:
     assert sorted(row.advantage for row in paired) == [-1.0] * (len(paired) // 2) + [1.0] * (len(paired) // 2)
 
 
-def test_without_a_logged_step_beyond_a_checkpoint_it_is_the_next_one(recipe: Make) -> None:
+def test_without_a_logged_step_beyond_a_checkpoint_it_is_the_first_one(recipe: Make) -> None:
     run = trained(recipe, grpo={"steps": 2})
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-000002"]
     found = explain_loss(run)
-    assert (found.step, found.logged_loss) == (3, None)
+    assert (found.step, found.logged_loss) == (1, logged(run, 1))
     assert found.agrees
+
+
+@pytest.mark.parametrize(
+    ("name", "lack"),
+    [("grpo", "all rewards are equal"), ("rft", "none is right"), ("dpo", "or none wrong")],
+)
+def test_the_remark_on_groups_that_teach_nothing_says_what_they_lack(recipe: Make, name: str, lack: str) -> None:
+    objective = {"name": name} | ({"refills": 0} if name == "grpo" else {})
+    found = explain_loss(trained(recipe, objective=objective))
+    idle = [not any(row.advantage for row in group) for group in groups(found)]
+    assert found.groups_without_spread == pytest.approx(sum(idle) / P)
+    if any(idle):
+        assert any(lack in remark for remark in _remarks(found))
+    assert lack in found.lacking
 
 
 def test_the_run_is_left_as_it_is(recipe: Make) -> None:

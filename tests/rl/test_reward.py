@@ -37,6 +37,8 @@ def dying(prompt, completion, truth):
 """
 GROUP = ["<think>one two</think><answer>1</answer>", "你好 three", "a b c a b c", ""]
 
+PROBLEM = Problem("p", "t", "k")
+
 
 @pytest.fixture
 def functions(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -50,17 +52,17 @@ def functions(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def earned(section: RewardSection, texts: list[str] = GROUP) -> Any:
     verdicts = [correct() if i == 0 else wrong() for i in range(len(texts))]
     completions = [Completion(text, [0] * (len(text) + 1), "stop") for text in texts]
-    return rewards(section, [completions], [verdicts], called(section, texts), step=7)
+    return rewards(section, [PROBLEM], [completions], [verdicts], called(section, texts), step=7)
 
 
 def called(section: RewardSection, texts: list[str]) -> dict[str, list[list[Verdict]]]:
     """What each function of the section says of one problem's completions, given as a rollout gives them."""
     found = {}
     for name in section.own:
-        with by_function(name, [Problem("p", "t", "k")]) as judging:
+        with by_function(name, [PROBLEM]) as judging:
             for text in texts:
                 judging.add(0, text)
-            found[name] = refuse_failures(judging.each([texts]), [len(texts)], 7)
+            found[name] = refuse_failures(judging.each([texts]), [PROBLEM], [len(texts)], 7)
     return found
 
 
@@ -106,18 +108,21 @@ def test_a_function_that_always_hangs_stops_the_step_soon(functions: Any) -> Non
 
 def test_five_percent_of_failures_are_borne() -> None:
     verdicts = [Verdict("crash", 0.0), *[wrong()] * 11, *[correct()] * 8]
-    assert refuse_failures(verdicts, [4, 16], 0) == [verdicts[:4], verdicts[4:]]
+    assert refuse_failures(verdicts, [PROBLEM] * 2, [4, 16], 0) == [verdicts[:4], verdicts[4:]]
 
 
 def test_the_verdicts_after_too_many_failures_are_not_waited_for() -> None:
     def verdicts() -> Iterator[Verdict]:
-        yield from [wrong(), Verdict("timeout", 0.0, "late"), correct(), Verdict("crash", 0.0)]
+        yield from [wrong(), correct(), wrong(), Verdict("timeout", 0.0, "late"), correct(), Verdict("crash", 0.0)]
         raise AssertionError("waited for one too many")
 
+    problems = [Problem(f"question {p}", f"truth {p}", "k") for p in range(3)]
     with pytest.raises(
-        ValueError, match=r"on 2 of the first 4 completions of step 1, .* 5% of its 20 \(timeout: late\)"
+        ValueError,
+        match=r"on 2 of the first 6 completions of step 1, .* 5% of its 20 \(timeout: late; first at the problem "
+        r"'question 1', truth 'truth 1'\)",
     ):
-        refuse_failures(verdicts(), [10, 10], 0)
+        refuse_failures(verdicts(), problems, [2, 3, 15], 0)
 
 
 def test_failures_of_the_task_and_of_a_function_count_together(functions: Any) -> None:
@@ -130,10 +135,10 @@ def test_failures_of_the_task_and_of_a_function_count_together(functions: Any) -
         verdicts = [wrong()] * 20
         verdicts[failing] = Verdict("crash", 0.0, "the task")
         if borne:
-            assert rewards(section, [completions], [verdicts], of_function, 0).known_PG.sum() == 19
+            assert rewards(section, [PROBLEM], [completions], [verdicts], of_function, 0).known_PG.sum() == 19
         else:
             with pytest.raises(ValueError, match="failed on 2 of the first 20"):
-                rewards(section, [completions], [verdicts], of_function, 0)
+                rewards(section, [PROBLEM], [completions], [verdicts], of_function, 0)
 
 
 def test_a_function_that_is_not_there_is_said_before_training(functions: Any) -> None:

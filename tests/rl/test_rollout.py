@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -125,6 +126,27 @@ def test_a_verifier_that_is_slow_to_fail_is_not_asked_to_the_end(lm: LanguageMod
     assert 6 <= len(asked) < 70  # equal completions of a problem are graded once
 
 
+@pytest.mark.parametrize(
+    ("changes", "counts"),
+    [
+        ({"reward": {"accuracy": 0.0, "format": 1.0}}, False),
+        ({"reward": {"accuracy": 0.0, "format": 1.0, "length": 0.1}}, True),  # of right answers only
+        ({"reward": {"accuracy": 0.0, "format": 1.0}, "objective": {"name": "rft"}}, True),
+    ],
+)
+def test_a_verifier_from_which_nothing_is_learnt_may_fail(
+    lm: LanguageModel, recipe: Make, changes: dict[str, Any], counts: bool
+) -> None:
+    chosen = recipe(rollout={"prompts": 10, "group_size": 2}, **changes)
+    if counts:
+        with pytest.raises(ValueError, match="the verifier failed"):
+            judged(lm, chosen, ["crash"] * 10)
+        return
+    found = judged(lm, chosen, ["crash"] * 10)
+    assert bool(found.known_PG.all())
+    assert found.metrics()["verdict/crash"] == 20  # still logged
+
+
 def test_exactly_five_percent_is_still_tolerated(lm: LanguageModel, recipe: Make) -> None:
     judged(lm, recipe(rollout={"prompts": 20, "group_size": 2}), ["crash"] + ["wrong"] * 19)
 
@@ -141,14 +163,37 @@ def test_with_process_supervision_a_group_differs_where_its_steps_do(lm: Languag
     assert lm.tokenizer is not None
     engine = Scripted(["two", "one", "one"], lm.tokenizer.encode("12"))
     found = rollout(engine, lm.tokenizer, chosen, 0)  # type: ignore[arg-type]
-    assert found.spread().tolist() == [True, True, False]  # the second round began with "two" again
+    assert found.teaching("group").tolist() == [True, True, False]  # the second round began with "two" again
     assert found.refilled == 1
     samples = sequences(found, chosen)
     assert [any(bool(s.advantages_T.any()) for s in samples[2 * p : 2 * p + 2]) for p in range(3)] == [
         True, True, False,
     ]  # fmt: skip
     found.known_PG[1] = False
-    assert found.spread().tolist() == [True, False, False]
+    assert found.teaching("group").tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(("name", "refilled"), [("grpo", 3), ("ppo", 0), ("rft", 1), ("dpo", 3), ("reinforce++", 0)])
+def test_groups_give_way_where_they_have_nothing_to_teach_this_objective(
+    lm: LanguageModel, recipe: Make, name: str, refilled: int
+) -> None:
+    """Three groups of two equal completions, of which the first and the last are right; then rounds of mixed groups."""
+    chosen = recipe(rollout={"prompts": 3, "group_size": 2}, objective={"name": name, "refills": 2})
+    chosen = chosen.model_copy(update={"task": Verifier()})
+
+    class Rounds(Scripted):
+        def generate(self, prompts: list[list[int]], params: list[SamplingParams], **_: Any) -> list[list[Completion]]:
+            groups = super().generate(prompts, params)
+            if self.texts == FIRST:
+                self.texts = ["correct", "wrong"]
+                return groups
+            return [[replace(group[0], text=text) for text in self.texts] for group in groups]
+
+    FIRST = ["correct", "wrong", "correct"]
+    assert lm.tokenizer is not None
+    found = rollout(Rounds(FIRST), lm.tokenizer, chosen, 0)  # type: ignore[arg-type]
+    assert found.refilled == refilled
+    assert bool(found.teaching(chosen.objective.advantage).all())
 
 
 def test_samples_to_read_come_from_several_groups(lm: LanguageModel, recipe: Make) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from luciola.verify.reward_function import Unusable, call
+from luciola.verify.reward_function import Unusable, call, load
 from luciola.verify.verdict import Verdict
 
 
@@ -39,3 +39,14 @@ def test_whole_numbers_and_truth_values_are_too(said: Any) -> None:
 def test_anything_else_is_refused(said: Any) -> None:
     with pytest.raises(Unusable, match=r"expected a finite real number \(.*numpy scalar.*\) or a Verdict, got "):
         call(lambda *_: said, "", "", "")
+
+
+def test_a_verdict_of_no_known_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="a kind out of correct, wrong, no_answer, timeout, crash, got 'great'"):
+        Verdict("great", 1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["./cr.py:one", "cr.py:one", "rewards/cr:one", "..cr:one", "my-rewards:one"])
+def test_a_file_is_named_without_its_folder_and_ending(name: str) -> None:
+    with pytest.raises(Unusable, match=r"a file by its name without \.py: my_rewards:accuracy"):
+        load(name)

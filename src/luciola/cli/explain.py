@@ -50,7 +50,10 @@ def explain(
         of_training = explain_training(run, kind)
         _print(of_training, _training_text(of_training, rows), as_json)
     else:
-        raise ValueError(f"{run} (a {kind}) has no loss of its own; give a run of luciola pretrain, sft or grpo")
+        raise ValueError(
+            f"{run} is a stage of `luciola r1` that samples and trains nothing, so that it has no loss; give one that "
+            "trains"
+        )
 
 
 def _print(found: Explanation | TrainingExplanation, text: str, as_json: bool) -> None:
@@ -179,8 +182,7 @@ def _remarks(found: Explanation) -> list[str]:
         )
     if found.groups_without_spread:
         share = f"{found.groups_without_spread:.0%}"
-        of = " of steps" if any(row.steps is not None for row in found.completions) else ""
-        remarks.append(f"In {share} of the groups all rewards{of} are equal: there is no difference to learn from.")
+        remarks.append(f"In {share} of the groups {found.lacking}: there is nothing to learn from.")
     if any(row.ratio is None for row in found.completions if row.tokens) and found.objective != "dpo":
         remarks.append("Completions without a ratio have no advantage: the update leaves them out.")
     return remarks

@@ -20,6 +20,7 @@ from torch import nn
 from luciola.evaluate.page import page
 from luciola.evaluate.run import Evaluation
 from luciola.run import atomic_write
+from luciola.run.compare import flat
 
 SAMPLED = 256  # numbers of a tensor that its fingerprint looks at
 
@@ -44,10 +45,17 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
             f"{file} is damaged: it holds no JSON object, so what {folder} was begun with is not known; delete the "
             "folder or give another --output"
         )
-    changed = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+    there, here = _by_key(theirs, ours), _by_key(ours, theirs)
+    changed = [name for name in here.keys() | there.keys() if here.get(name) != there.get(name)]
     if changed:
-        listed = ", ".join(f"{name} = {theirs.get(name)} there, {ours.get(name)} here" for name in sorted(changed))
+        listed = ", ".join(f"{name} = {there.get(name)} there, {here.get(name)} here" for name in sorted(changed))
         raise ValueError(f"{folder} holds an evaluation with other settings ({listed}); give another --output")
+
+
+def _by_key(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by dotted key; of the tasks the names alone where those of `others` have other names."""
+    tasks, theirs = (dict(each.get("tasks") or {}) for each in (settings, others))
+    return flat(settings if tasks.keys() == theirs.keys() else {**settings, "tasks": ", ".join(tasks)})
 
 
 def finish(folder: Path, title: str, results: Mapping[str, Evaluation]) -> None:

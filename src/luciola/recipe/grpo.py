@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from luciola.recipe.objective import NEEDS_GROUP, ObjectiveSection
+from luciola.recipe.objective import IMITATION, NEEDS_GROUP, ObjectiveSection
 from luciola.recipe.schema import (
     Amount,
     Count,
@@ -55,14 +55,15 @@ class GrpoSection(Section):
 
 
 def _function_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", name):
-        raise ValueError("must name a function as module:function")
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", name) or ".py:" in name:
+        raise ValueError("must name a function as module:function, a file without its folder and .py")
     return name
 
 
 class RewardSection(Section):
     """What a completion earns: a weighted sum of parts, each logged under its name. With objective.supervision =
-    'process' its steps earn instead: accuracy and format are then logged and teach nothing, the others are refused."""
+    'process' its steps earn instead, and with rft and dpo verdicts alone teach: accuracy and format are then only
+    logged, the others are refused."""
 
     accuracy: Amount = Field(1.0, description="weight of a right answer")
     format: Amount = Field(0.1, description="weight of the form <think>...</think><answer>...</answer>")
@@ -207,6 +208,11 @@ class GrpoRecipe(Section):
                 f"reward.{ignored[0]} would be ignored: objective.supervision = 'process' learns from the rewards of "
                 "steps alone; leave it out, or choose 'outcome'"
             )
+        if objective.advantage in IMITATION and ignored:
+            raise ValueError(
+                f"reward.{ignored[0]} would be ignored: objective.advantage = '{objective.advantage}' learns from "
+                f"{IMITATION[objective.advantage]}; leave it out, or choose another objective.name"
+            )
         if self.critic is not None and self.lora is not None:
             raise ValueError(
                 "[lora] trains adapters of one model, and PPO's critic is a second one that is trained in full: leave "
@@ -228,6 +234,11 @@ class GrpoRecipe(Section):
                 "cap out"
             )
         return self
+
+    @property
+    def learns_from_verdicts(self) -> bool:
+        """Whether what the task's verifier says teaches anything, or is only logged."""
+        return bool(self.reward.accuracy or self.reward.length) or self.objective.advantage in IMITATION
 
     def base_recipe(self) -> PretrainRecipe:
         """The pre-training of [base] as a recipe of its own, kept in the folder `base` inside this run's."""

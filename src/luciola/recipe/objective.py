@@ -32,6 +32,8 @@ NAMES: dict[str, dict[str, Any]] = {
     "rft": {"advantage": "correct", "ratio": "none", "clip": "none"},
     "dpo": {"advantage": "pairs", "ratio": "none", "clip": "none", "beta": 0.1},
 }
+# Advantages that are made from verdicts alone, whatever the rewards.
+IMITATION: dict[str, str] = {"correct": "right answers alone", "pairs": "right against wrong answers alone"}
 NEEDS_GROUP = ("group", "centred", "leave_one_out", "batch", "pairs")  # advantages that compare within a group
 
 
@@ -82,7 +84,8 @@ class ObjectiveSection(BaseModel):
         "over sequences of token sums",
     )
     refills: Annotated[int, Field(ge=0)] = Field(
-        0, description="dynamic sampling: rounds at most in which groups of equal rewards are replaced by new problems"
+        0,
+        description="dynamic sampling: rounds at most in which groups that teach nothing give way to new problems",
     )
     overlong: Literal["keep", "penalty", "mask"] = Field(
         "keep",
@@ -161,6 +164,28 @@ class ObjectiveSection(BaseModel):
                 "supervision = 'process' has no outcome reward to take the penalty from: set overlong = 'keep'",
             ),
         ]
+        if self.advantage in IMITATION:
+            what = IMITATION[self.advantage]
+            contradictions += [
+                (
+                    self.overlong == "penalty",
+                    f"advantage = '{self.advantage}' learns from {what}, not from rewards to take the penalty from: "
+                    "set overlong = 'keep' or 'mask'",
+                ),
+                (
+                    self.kl_in == "reward",
+                    f"advantage = '{self.advantage}' learns from {what}, not from rewards to put the KL into: set "
+                    "kl_in = 'loss'",
+                ),
+            ]
+        if self.advantage == "correct":
+            contradictions += [
+                (
+                    self.off_policy_delta > 0,
+                    "advantage = 'correct' (rejection fine-tuning) is never negative, and off_policy_delta leaves out "
+                    "nothing else: leave it out",
+                ),
+            ]
         if self.advantage == "critic":
             contradictions += [
                 (

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from luciola.recipe.objective import Advantage
+
 EPS = 1e-4  # keeps a group of nearly equal rewards from blowing up
 
 
@@ -109,8 +111,36 @@ def pairs(correct_G: Tensor, known_G: Tensor) -> list[tuple[int, int]]:
     return list(zip(right, wrong, strict=False))
 
 
+def teaching(kind: Advantage, rewards_PG: Tensor, known_PG: Tensor, correct_PG: Tensor) -> Tensor:
+    """Whether each group has what an advantage of this kind is made from, (P,): see `LACKING`.
+
+    Args:
+        correct_PG: which completions are right.
+    """
+    match kind:
+        case "critic":
+            return known_PG.any(1)
+        case "global":
+            return known_PG.any(1) & spread(rewards_PG.view(1, -1), known_PG.view(1, -1))
+        case "correct":
+            return (correct_PG & known_PG).any(1)
+        case "pairs":
+            return (correct_PG & known_PG).any(1) & (~correct_PG & known_PG).any(1)
+        case _:
+            return spread(rewards_PG, known_PG)
+
+
+# What is said of a group that has nothing to learn from, where it is not that all its rewards are equal.
+LACKING: dict[Advantage, str] = {
+    "critic": "no reward is known",
+    "global": "no reward is known, or all of the rollout are equal",
+    "correct": "of the completions none is right",
+    "pairs": "of the completions none is right, or none wrong",
+}
+
+
 def spread(rewards_PG: Tensor, known_PG: Tensor) -> Tensor:
-    """Whether each group's known rewards differ at all, (P,): without a difference there is nothing to learn."""
+    """Whether each group's known rewards differ at all, (P,): what a baseline of the group needs."""
     high = rewards_PG.masked_fill(~known_PG, -torch.inf).amax(1)
     low = rewards_PG.masked_fill(~known_PG, torch.inf).amin(1)
     return high > low

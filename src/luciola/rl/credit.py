@@ -120,7 +120,7 @@ def _advantages(
         case "batch":
             each_PG = batch_scaled(rewards_PG, known_PG)
         case "correct":
-            each_PG = (correct(rollout) & known_PG).float()
+            each_PG = (rollout.correct() & known_PG).float()
         case kind:
             each_PG = group_advantages(rewards_PG, known_PG, scale=kind == "group")
     return [a.expand(n) for a, n in zip(each_PG.flatten(), lengths, strict=True)]
@@ -128,7 +128,7 @@ def _advantages(
 
 def _paired(samples: list[Sample], rollout: Rollout, known_PG: Tensor) -> list[Sample]:
     """DPO: +1 for the right and -1 for the wrong completion of every pair, 0 for those without a partner."""
-    correct_PG, G = correct(rollout), known_PG.shape[1]
+    correct_PG, G = rollout.correct(), known_PG.shape[1]
     written_PG = torch.tensor([bool(s.completion) for s in samples]).view_as(known_PG)
     for sample in samples:
         sample.advantages_T = torch.zeros(len(sample.completion))
@@ -138,8 +138,3 @@ def _paired(samples: list[Sample], rollout: Rollout, known_PG: Tensor) -> list[S
                 sample = samples[p * G + place]
                 sample.pair, sample.advantages_T = number, torch.full((len(sample.completion),), sign)
     return samples
-
-
-def correct(rollout: Rollout) -> Tensor:
-    """Which completions are right, (P, G)."""
-    return torch.tensor([[v.kind == "correct" for v in group] for group in rollout.verdicts])

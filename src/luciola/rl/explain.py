@@ -1,8 +1,8 @@
 """`luciola explain loss`: one optimiser step of a run, taken apart into what each completion adds to its loss.
 
 The batch is drawn again by the trainer itself, in a copy of the run's folder: from a checkpoint, the weights and
-(seed, step) a rollout is always the same. Where the log goes on beyond a checkpoint, the step after that is taken, and
-its loss must be the one that was logged.
+(seed, step) a rollout is always the same. Of the steps in the log it is the last before which a checkpoint lies, or the
+first of all, and its loss must be the one that was logged.
 
 The loss is computed twice: by the trainer, and here from the terms of each token, completion by completion. P prompts,
 G completions each.
@@ -11,10 +11,6 @@ G completions each.
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +18,7 @@ import torch
 from torch import Tensor
 
 from luciola.recipe import GrpoRecipe, check, read_toml
+from luciola.rl.advantage import LACKING
 from luciola.rl.batch import Sample, per_sample
 from luciola.rl.credit import shaped_rewards
 from luciola.rl.equation import denominators, equation
@@ -29,7 +26,7 @@ from luciola.rl.grpo import trainer_of
 from luciola.rl.objective import preference_losses, terms
 from luciola.rl.rollout import Rollout
 from luciola.rl.update import Part, kl_in_loss, losses, optimizer_steps, step_samples
-from luciola.run import Run, read_records
+from luciola.run.again import last_step, standing_at
 from luciola.text.tokenizer import Tokenizer
 from luciola.train.schedule import learning_rate
 
@@ -86,7 +83,7 @@ class Explanation:
         equation: each part of the objective; denominators: the numbers in its aggregation.
         loss: the sum of all contributions; trainer_loss: what the trainer computes for the optimiser step.
         step_loss: mean of the trainer's losses over the optimiser steps; logged_loss: the same in metrics.jsonl.
-        groups_without_spread: share of the rollout's groups whose rewards, or rewards of steps, are all equal.
+        groups_without_spread: share of the rollout's groups that have nothing to learn from; lacking: what they lack.
     """
 
     run: str
@@ -102,6 +99,7 @@ class Explanation:
     step_loss: float
     logged_loss: float | None
     groups_without_spread: float
+    lacking: str
 
     @property
     def agrees(self) -> bool:
@@ -119,8 +117,8 @@ def explain_loss(path: Path) -> Explanation:
     recipe = check(GrpoRecipe, read_toml(path / "recipe.toml"), where=str(path / "recipe.toml"))
     if recipe.base is not None and not (path / "base" / "summary.json").exists():
         raise ValueError(f"the run {path} has no loss yet: its base is still to be pre-trained; continue with --resume")
-    done, logged = _place(path)
-    with _copy(path, recipe, done) as run:
+    done, logged = last_step(path)
+    with standing_at(path, recipe, done) as run:
         trainer = trainer_of(run.recipe, run)  # type: ignore[arg-type]
         sampled = trainer.sample(done)
         model, reference = trainer.model, trainer.reference
@@ -164,39 +162,9 @@ def explain_loss(path: Path) -> Explanation:
         trainer_loss=of_steps[-1],
         step_loss=sum(of_steps) / len(of_steps),
         logged_loss=logged,
-        groups_without_spread=1.0 - float(sampled.spread().float().mean()),
+        groups_without_spread=1.0 - float(sampled.teaching(recipe.objective.advantage).float().mean()),
+        lacking=LACKING.get(recipe.objective.advantage, f"all rewards{' of steps' if sampled.steps else ''} are equal"),
     )
-
-
-def _place(path: Path) -> tuple[int, float | None]:
-    """After how many steps to go on, and the loss that was logged for the next: the newest checkpoint beyond which the
-    log goes on, else the newest there is, else the start."""
-    metrics = path / "metrics.jsonl"
-    logged = {m["step"]: m["loss"] for m in read_records(metrics)} if metrics.exists() else {}
-    kept = sorted(int(folder.name.removeprefix("step-")) for folder in (path / "checkpoints").glob("step-*"))
-    within = [step for step in kept or [0] if step + 1 in logged]
-    done = (within or kept or [0])[-1]
-    return done, logged.get(done + 1)
-
-
-@contextmanager
-def _copy(path: Path, recipe: GrpoRecipe, done: int) -> Iterator[Run]:
-    """A run in a temporary folder that stands where the one at `path` stood after `done` steps."""
-    with tempfile.TemporaryDirectory(prefix="luciola-explain-") as folder:
-        section = recipe.run.model_copy(update={"folder": folder, "tensorboard": False})
-        copy = Path(folder, section.name)
-        copy.mkdir()
-        for name in ("recipe.toml", "environment.json"):
-            shutil.copyfile(path / name, copy / name)
-        (copy / "summary.json").write_text("{}")  # it is only looked at: its notes of the machine stay as they are
-        if done:
-            (copy / "checkpoints").mkdir()
-            name = f"step-{done:06}"
-            (copy / "checkpoints" / name).symlink_to((path / "checkpoints" / name).resolve())
-        if recipe.base is not None:
-            (copy / "base").symlink_to((path / "base").resolve())
-        with Run.create(recipe.model_copy(update={"run": section}), "grpo", resume=True) as run:
-            yield run
 
 
 def _rows(

@@ -59,8 +59,7 @@ def grpo(recipe: GrpoRecipe, resume: bool = False) -> Path:
 
 def trainer_of(recipe: GrpoRecipe, run: Run) -> _Trainer:
     """The trainer where the run's newest checkpoint left it, or at its start."""
-    for name in recipe.reward.own:  # before an hour of pre-training, not after it
-        own.check(name)
+    check_own(recipe)  # before an hour of pre-training, not after it
     lm = starting_model(recipe, run)
     if recipe.rollout.max_tokens >= lm.config.max_position_embeddings:
         raise ValueError(
@@ -74,6 +73,12 @@ def trainer_of(recipe: GrpoRecipe, run: Run) -> _Trainer:
         )
     lm.model.to(getattr(torch, run.dtype))
     return _Trainer(recipe, run, lm, tokenizer)
+
+
+def check_own(recipe: GrpoRecipe) -> None:
+    """Raise ValueError unless every reward function of one's own is there."""
+    for name in recipe.reward.own:
+        own.check(name)
 
 
 def _table(
@@ -274,7 +279,12 @@ def _untied(model: Transformer) -> dict[str, torch.Tensor]:
 
 
 def describe(recipe: GrpoRecipe) -> dict[str, Any]:
-    """What a run would take, without starting it; base and RL together. See `luciola.train.pretrain.describe`."""
+    """What a run would take, without starting it; base and RL together. See `luciola.train.pretrain.describe`.
+
+    Raises:
+        ValueError: what would stop the run at its beginning: a model or a reward function that is not there.
+    """
+    check_own(recipe)
     if recipe.base is not None:
         base = pretraining.describe(recipe.base_recipe())
         tokenizer = pretraining.make_tokenizer(recipe.base_recipe())

@@ -31,6 +31,7 @@ from luciola.rl.rejection import rejection
 from luciola.run import atomic_write, progress, refuse_other_settings
 from luciola.train.pretrain import pretrain
 from luciola.train.sft import sft
+from luciola.weights.opening import weight_files
 
 RUNNERS: dict[str, Callable[..., Path]] = {"pretrain": pretrain, "sft": sft, "grpo": grpo, "rejection": rejection}
 
@@ -62,11 +63,11 @@ def r1(
             raise ValueError(f"stage {stage.name} has not finished, so --from {first} has nothing to begin with")
     for stage in chosen:  # all of them before anything is written, so that a refused pipeline stays as it was
         refuse_other_settings(stage.recipe)
-        _refuse_other_inputs(stage, folder)
+        _refuse_other_inputs(stage)
     atomic_write(folder / "pipeline.toml", to_toml(recipe))
     for stage in chosen:
         print(f"{stage.name}: {STAGES[stage.name].description}", file=sys.stderr)
-        inputs = _refuse_other_inputs(stage, folder)  # again, now that the stages before it are there
+        inputs = _refuse_other_inputs(stage)  # again, now that the stages before it are there
         atomic_write(stage.folder / "inputs.json", json.dumps(inputs, indent=2) + "\n")
         RUNNERS[stage.recipe.kind](stage.recipe, resume=True)
         if not isinstance(stage.recipe, RejectionRecipe):
@@ -110,15 +111,16 @@ def measure(stage: Stage, recipe: PipelineRecipe) -> None:
     evaluation_folder.finish(folder, stage.name, {table.TASK: Evaluation(figures, found.judged)})
 
 
-def _refuse_other_inputs(stage: Stage, folder: Path) -> dict[str, str]:
+def _refuse_other_inputs(stage: Stage) -> dict[str, str]:
     """The digests of what a stage starts from, as far as it is there, by file.
 
     Raises:
-        ValueError: an earlier stage was made anew, with another result, since this one began.
+        ValueError: the model or the data is another than when this stage began: an earlier stage was made anew, or a
+            stored model replaced.
     """
     files: list[Path] = []
-    if stage.start is not None and (folder / stage.start).is_dir():
-        files += sorted((folder / stage.start / "model").glob("*.safetensors"))
+    if stage.start is not None:  # the pipeline's own plan has then given it a model
+        files += weight_files(stage.recipe.model.path)  # type: ignore[union-attr, arg-type]
     if isinstance(stage.recipe, SftRecipe):
         files += [Path(path) for path in stage.recipe.data.paths if Path(path).is_file()]
     ours = {str(path): _digest(path) for path in files}

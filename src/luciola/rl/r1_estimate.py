@@ -25,6 +25,9 @@ def describe(recipe: PipelineRecipe, stages: list[Stage]) -> list[tuple[Stage, d
 
     Where a stored model or a data file is not on this machine, `tokens` as far as they follow from the recipe alone,
     and `missing`, a sentence.
+
+    Raises:
+        ValueError: there is no such reward function as a stage's recipe names.
     """
     shapes: dict[str, Shape | str] = {}
     for name, stored in (("base", recipe.model), ("student_base", recipe.student_model)):
@@ -32,6 +35,8 @@ def describe(recipe: PipelineRecipe, stages: list[Stage]) -> list[tuple[Stage, d
             shapes[name] = _stored(stored.path)
     found = []
     for stage in stages:
+        if isinstance(stage.recipe, GrpoRecipe):
+            grpo.check_own(stage.recipe)
         if isinstance(stage.recipe, PretrainRecipe):
             shapes[stage.name] = _new(stage.recipe)
         else:

@@ -170,7 +170,7 @@ def _step(engine: Engine, tokenizer: Tokenizer, recipe: RejectionRecipe, step: i
     with by_task(task, problems) as judging:
         completions = engine.generate(prompts, params, ended=lambda i, completion: judging.add(i, completion.text))
         each = judging.each([[c.text for c in group] for group in completions])
-        verdicts = refuse_failures(each, [len(group) for group in completions], step)
+        verdicts = refuse_failures(each, problems, [len(group) for group in completions], step)
     return [
         {
             "key": problem.key,

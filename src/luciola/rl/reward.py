@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from luciola.engine.sequence import Completion
 from luciola.recipe import RewardSection
 from luciola.tasks.base import Problem
 from luciola.tasks.judge import Judging
+from luciola.text.untrusted import shortened
 from luciola.verify import own
 from luciola.verify.style import format_reward, language_reward, length_rewards, repetition_reward
-from luciola.verify.verdict import VERIFIER_FAILED, Verdict
+from luciola.verify.verdict import VERIFIER_FAILED, Verdict, correct
 
 TOO_MANY_FAILURES = 0.05  # share of verdicts beyond which rewards are not to be trusted
 
@@ -55,18 +56,30 @@ def by_function(name: str, problems: Sequence[Problem]) -> Judging:
 
 def rewards(
     section: RewardSection,
+    problems: Sequence[Problem],
     completions: Sequence[Sequence[Completion]],
     verdicts: Sequence[Sequence[Verdict]],
     called: Mapping[str, Sequence[Sequence[Verdict]]],
     step: int,
+    graded: bool = True,
 ) -> Rewards:
     """The reward of every completion of step `step`, from its text, the task's verdicts, and what each of one's own
     functions said when it was `called`.
 
-    Raises ValueError when the task's verifier and the functions together fail on more than 5 %.
+    Args:
+        graded: something is learnt from the task's verdicts; else they are only logged, and may fail.
+
+    Raises ValueError when the verifiers that count fail together on more than 5 %.
     """
     texts = [[completion.text for completion in group] for group in completions]
-    judged = [list(group) for group in verdicts]
+    sources = [*([verdicts] if graded else []), *(called[name] for name in section.own)]
+
+    def failure(p: int, g: int) -> Verdict | None:
+        return next((source[p][g] for source in sources if source[p][g].kind in VERIFIER_FAILED), None)
+
+    failed = [[failure(p, g) for g in range(len(group))] for p, group in enumerate(verdicts)]
+    sizes = [len(group) for group in failed]
+    refuse_failures((bad or correct() for group in failed for bad in group), problems, sizes, step)
     parts = {
         "accuracy": [[verdict.reward for verdict in group] for group in verdicts],
         "format": [[format_reward(text) for text in group] for group in texts],
@@ -79,39 +92,47 @@ def rewards(
         parts["language"] = [[language_reward(text, section.target_language) for text in group] for group in texts]
     for name in section.own:
         parts[name] = [[verdict.reward for verdict in group] for group in called[name]]
-        judged = [
-            [new if new.kind in VERIFIER_FAILED and old.kind not in VERIFIER_FAILED else old for old, new in pairs]
-            for pairs in (zip(old, new, strict=True) for old, new in zip(judged, called[name], strict=True))
-        ]
-    judged = refuse_failures(chain.from_iterable(judged), [len(group) for group in judged], step)
     weights = {"accuracy": section.accuracy, "format": section.format, "length": section.length}
     weights |= {"repetition": section.repetition, "language": section.language, **section.own}
     parts_PG = {name: torch.tensor(values, dtype=torch.float32) for name, values in parts.items()}
     return Rewards(
-        verdicts=judged,
+        verdicts=[
+            [bad or verdict for bad, verdict in zip(*groups, strict=True)]
+            for groups in zip(failed, verdicts, strict=True)
+        ],
         parts=parts_PG,
         total_PG=torch.stack([weights[name] * values_PG for name, values_PG in parts_PG.items()]).sum(0),
-        known_PG=torch.tensor([[verdict.kind not in VERIFIER_FAILED for verdict in group] for group in judged]),
+        known_PG=torch.tensor([[bad is None for bad in group] for group in failed]),
     )
 
 
-def refuse_failures(verdicts: Iterable[Verdict], sizes: Sequence[int], step: int) -> list[list[Verdict]]:
-    """The verdicts of a step's completions as groups of these sizes, waited for one after the other.
+def refuse_failures(
+    verdicts: Iterable[Verdict], problems: Sequence[Problem], sizes: Sequence[int], step: int
+) -> list[list[Verdict]]:
+    """The verdicts of a step's completions as groups of these sizes, one a problem, waited for one after the other.
 
     Raises ValueError as soon as more than 5 % of all the step's completions have failed, not only after the last.
     """
-    failed, seen, total = [], [], sum(sizes)
-    for verdict in verdicts:
+    asked = [problem for problem, size in zip(problems, sizes, strict=True) for _ in range(size)]
+    failed, seen = [], []
+    for verdict, problem in zip(verdicts, asked, strict=True):
         seen.append(verdict)
         if verdict.kind in VERIFIER_FAILED:
-            failed.append(verdict)
-        if len(failed) > TOO_MANY_FAILURES * total:
+            failed.append((verdict, problem))
+        if len(failed) > TOO_MANY_FAILURES * len(asked):
+            first, where = failed[0]
             raise ValueError(
                 f"the verifier failed on {len(failed)} of the first {len(seen)} completions of step {step + 1}, which "
-                f"is over {TOO_MANY_FAILURES:.0%} of its {total} ({failed[0].kind}: {failed[0].detail}); "
-                "rewards would be wrong, so the run has stopped; mend the verifier or give it more time"
+                f"is over {TOO_MANY_FAILURES:.0%} of its {len(asked)} ({first.kind}: {first.detail}; first at the "
+                f"problem {shortened(where.prompt)}, truth {shortened(where.truth)}); rewards would be wrong, so the "
+                "run has stopped; mend that truth or the verifier, or give it more time"
             )
-    each = iter(seen)
+    return grouped(seen, sizes)
+
+
+def grouped(verdicts: Iterable[Verdict], sizes: Sequence[int]) -> list[list[Verdict]]:
+    """Verdicts in a row as groups of these sizes."""
+    each = iter(verdicts)
     return [list(islice(each, size)) for size in sizes]
 
 

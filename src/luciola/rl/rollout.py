@@ -18,8 +18,9 @@ from luciola.engine.params import SamplingParams
 from luciola.engine.sampler import derived_seed
 from luciola.engine.sequence import Completion
 from luciola.recipe import GrpoRecipe, RolloutSection
-from luciola.rl.advantage import spread
-from luciola.rl.reward import by_function, refuse_failures, rewards
+from luciola.recipe.objective import Advantage
+from luciola.rl.advantage import teaching
+from luciola.rl.reward import by_function, grouped, refuse_failures, rewards
 from luciola.tasks.base import GradesSteps, Problem, Task, encoded, stops_of
 from luciola.tasks.judge import by_task
 from luciola.text.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ class Rollout:
     Attributes:
         prompts: token ids of each prompt.
         steps: process supervision only: of each completion (index of the last token, reward) of its steps.
-        refilled: groups of equal rewards that dynamic sampling has replaced.
+        refilled: groups without anything to learn from that dynamic sampling has replaced.
         parts: what the rewards are the weighted sum of, (P, G) each.
         rewards_PG, known_PG: what each completion earned, and whether the verifiers could tell.
         seconds_sampling: wall time until the last completion was there.
@@ -53,16 +54,20 @@ class Rollout:
     steps: list[list[list[tuple[int, float]]]] = field(default_factory=list)
     refilled: int = 0
 
-    def spread(self) -> Tensor:
-        """Whether what its advantages are made from differs within each group, (P,): rewards of completions, or with
-        process supervision of steps."""
+    def teaching(self, kind: Advantage) -> Tensor:
+        """Whether each group has what its advantages are made from, (P,); with process supervision that is a difference
+        between rewards of steps."""
         if not self.steps:
-            return spread(self.rewards_PG, self.known_PG)
+            return teaching(kind, self.rewards_PG, self.known_PG, self.correct())
         of_groups = [
             {reward for steps, counts in zip(group, known, strict=True) if counts for _, reward in steps}
             for group, known in zip(self.steps, self.known_PG.tolist(), strict=True)
         ]
         return torch.tensor([len(different) > 1 for different in of_groups])
+
+    def correct(self) -> Tensor:
+        """Which completions are right, (P, G)."""
+        return torch.tensor([[v.kind == "correct" for v in group] for group in self.verdicts])
 
     def metrics(self) -> dict[str, Any]:
         """Rewards, verdicts by kind, lengths."""
@@ -106,19 +111,20 @@ class Rollout:
 def rollout(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int) -> Rollout:
     """Sample and judge the groups of step `step`, a pure function of the weights and (seed, step).
 
-    With dynamic sampling (DAPO) groups without `spread` are replaced by those of new problems, at most
-    `objective.refills` times; what is then still without a difference stays.
+    With dynamic sampling (DAPO) groups that are not `teaching` are replaced by those of new problems, at most
+    `objective.refills` times; those that then still teach nothing stay.
 
-    Raises ValueError when the verifiers fail on more than 5 % of the completions, or give a reward that is no number.
+    Raises ValueError when verifiers that something is learnt from fail on more than 5 % of the completions, or give a
+    reward that is no number.
     """
-    most = recipe.rollout.prompts
+    most, kind = recipe.rollout.prompts, recipe.objective.advantage
     found = _round(engine, tokenizer, recipe, step, 0, most)
     for number in range(1, recipe.objective.refills + 1):
-        flat = (~found.spread()).nonzero().flatten().tolist()
+        flat = (~found.teaching(kind)).nonzero().flatten().tolist()
         if not flat:
             break
         new = _round(engine, tokenizer, recipe, step, number, len(flat))
-        useful = new.spread().nonzero().flatten().tolist()
+        useful = new.teaching(kind).nonzero().flatten().tolist()
         found = _replaced(found, flat, new, useful)
     return found
 
@@ -167,9 +173,10 @@ def _round(engine: Engine, tokenizer: Tokenizer, recipe: GrpoRecipe, step: int, 
         completions = engine.generate(prompts, params, ended=ended)
         sampled = time.perf_counter()
         texts, sizes = [[c.text for c in group] for group in completions], [len(group) for group in completions]
-        verdicts = refuse_failures(judging.each(texts), sizes, step)
-        called = {name: refuse_failures(each.each(texts), sizes, step) for name, each in calling.items()}
-    earned = rewards(recipe.reward, completions, verdicts, called, step)
+        judged, graded = judging.each(texts), recipe.learns_from_verdicts
+        verdicts = refuse_failures(judged, problems, sizes, step) if graded else grouped(judged, sizes)
+        called = {name: refuse_failures(each.each(texts), problems, sizes, step) for name, each in calling.items()}
+    earned = rewards(recipe.reward, problems, completions, verdicts, called, step, graded)
     _refuse_no_numbers(earned.total_PG, completions, step)
     steps = []
     if objective.supervision == "process":

@@ -56,7 +56,7 @@ def update(
         metrics |= critic.metrics(samples, step)
     if replay is not None:
         metrics["groups/replayed"] = len(samples) // recipe.rollout.group_size - len(rollout.prompts)
-    metrics["groups/without_spread"] = 1.0 - float(rollout.spread().float().mean())
+    metrics["groups/without_spread"] = 1.0 - float(rollout.teaching(recipe.objective.advantage).float().mean())
     metrics["lr"] = lr
     return metrics
 

@@ -16,14 +16,13 @@ from luciola.run.records import read_records
 def last_step(path: Path) -> tuple[int, float | None]:
     """After how many steps to begin, so that the next is one that the run at `path` has made, and the loss it logged.
 
-    It is the last one before which the weights are there: in a checkpoint, or because they are those at the start. Only
-    where nothing is logged beyond the checkpoints, the step is one that is still to come, whose loss nobody knows.
+    It is the last one before which the weights are there: in a checkpoint, or because they are those at the start. Its
+    loss is None only where no step is logged yet.
     """
     metrics = path / "metrics.jsonl"
     logged = {m["step"]: m["loss"] for m in read_records(metrics)} if metrics.exists() else {}
     kept = sorted(int(folder.name.removeprefix("step-")) for folder in (path / "checkpoints").glob("step-*"))
-    within = [step for step in (0, *kept) if step + 1 in logged]
-    done = (within or kept or [0])[-1]
+    done = max((step for step in (0, *kept) if step + 1 in logged), default=0)
     return done, logged.get(done + 1)
 
 

@@ -63,13 +63,23 @@ class Pool:
         self._busy: set[_Worker] = set()
 
     def check(self, *request: object) -> Verdict:
-        """Ask a worker, algebra's for (answer, truth). Waits while all are busy; the wait is not counted as time."""
+        """The verdict of a worker, algebra's for (answer, truth)."""
+        reply = self.ask(*request)
+        return Verdict(reply["kind"], reply.get("reward", float(reply["kind"] == "correct")), reply["detail"])
+
+    def ask(self, *request: object, seconds: float | None = None) -> dict[str, Any]:
+        """What a worker replies, or a "kind" out of VERIFIER_FAILED with a "detail" where it fails. Waits while all are
+        busy; the wait is not counted as time.
+
+        Args:
+            seconds: wall time for this request; by default the pool's.
+        """
         with self._places:
             with self._lock:
                 worker = self._idle.pop() if self._idle else _Worker(self.program, self.memory_mb)
                 self._busy.add(worker)
             try:
-                return worker.check(request, self.seconds)
+                return worker.ask(request, seconds or self.seconds)
             finally:
                 with self._lock:
                     self._busy.discard(worker)
@@ -147,26 +157,26 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._served = 0
 
-    def check(self, request: Sequence[object], seconds: float) -> Verdict:
+    def ask(self, request: Sequence[object], seconds: float) -> dict[str, Any]:
         process = self._running()
         self._served += 1
         try:
             assert process.stdin is not None
             process.stdin.write(json.dumps([*request, seconds]).encode() + b"\n")
             process.stdin.flush()
-            reply = _read_line(process, seconds)
+            reply: dict[str, Any] = _read_line(process, seconds)
         except TimeoutError:
             self.kill()
-            return Verdict("timeout", 0.0, f"no result within {seconds:g} seconds")
+            return {"kind": "timeout", "detail": f"no result within {seconds:g} seconds"}
         except (OSError, EOFError):
             with suppress(subprocess.TimeoutExpired):  # its pipes close a moment before it has a status of its own
                 process.wait(_END_SECONDS)
             self.kill()
-            return Verdict("crash", 0.0, f"the worker process ended (status {process.returncode})")
+            return {"kind": "crash", "detail": f"the worker process ended (status {process.returncode})"}
         except BaseException:  # an interrupt must not leave this reply in the pipe for the next answer
             self.kill()
             raise
-        return Verdict(reply["kind"], reply.get("reward", float(reply["kind"] == "correct")), reply["detail"])
+        return reply
 
     def kill(self) -> None:
         if self._process is not None:

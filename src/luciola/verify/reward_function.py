@@ -31,6 +31,11 @@ def load(name: str) -> RewardFunction:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise Unusable('a reward is named "module:function"')
+    if "/" in module or module.endswith(".py") or not all(part.isidentifier() for part in module.split(".")):
+        raise Unusable(
+            'a reward is named "module:function", a file by its name without .py: my_rewards:accuracy for '
+            "my_rewards.py in the folder in which luciola is started"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -28,6 +28,10 @@ class Verdict:
     reward: float
     detail: str = ""
 
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:  # one of one's own making would be counted nowhere
+            raise ValueError(f"a Verdict is of a kind out of {', '.join(KINDS)}, got {self.kind!r}")
+
 
 def correct() -> Verdict:
     return Verdict("correct", 1.0)

@@ -35,6 +35,14 @@ def full_name(path: str) -> str:
     return str(_model_folder(Path(path).expanduser().resolve()))
 
 
+def weight_files(path: str) -> list[Path]:
+    """The files with the tensors of the model that `path` means, as far as they are there (an adapter's: its own)."""
+    if path.startswith(PACKAGE_PREFIX):
+        return [gguf.find_packaged(path.removeprefix(PACKAGE_PREFIX))]
+    found = Path(path).expanduser()
+    return [found] if found.is_file() else sorted(_model_folder(found).glob("*.safetensors"))
+
+
 def _model_folder(path: Path) -> Path:
     """A run folder's model; any other path as it is."""
     return path / "model" if (path / "model").is_dir() and not (path / "config.json").is_file() else path

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from luciola import hardware
+from luciola.model.language_model import LanguageModel
 from luciola.recipe import PipelineRecipe, RecipeError
 from luciola.recipe.pipeline import STAGES
 from luciola.rl import r1_table as table
 from luciola.rl.r1 import r1
 from luciola.run import curves
+from luciola.text.tokenizer import Tokenizer
 
 Make = Callable[..., PipelineRecipe]
 
@@ -130,6 +132,23 @@ def test_a_stage_begun_from_another_model_is_not_gone_on_with(tiny: Make) -> Non
     inputs.write_text(json.dumps(dict.fromkeys(kept, "of another base")))
     with pytest.raises(ValueError, match=r"cold_start was begun from another .*base/model.* delete"):
         r1(tiny(), "tiny.toml", last="cold_start")
+
+
+def test_a_stored_model_that_was_replaced_is_not_gone_on_with(tiny: Make, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.characters("0123456789+-=? ")
+    shape = tiny().base["model"]["config"] | {"vocab_size": tokenizer.vocab_size}  # type: ignore[index]
+    for seed in (0, 1):
+        model = LanguageModel.create(shape, tokenizer, seed=seed)
+        model.save(tmp_path / f"stored-{seed}")
+    stored = tmp_path / "stored-0" / "model.safetensors"
+    recipe = tiny(base=None, model={"path": str(stored.parent)})
+    folder = r1(recipe, "tiny.toml", last="cold_start")
+    assert json.loads((folder / "cold_start" / "inputs.json").read_text()).keys() == {str(stored)}
+    r1(recipe, "tiny.toml", last="cold_start")
+    stored.write_bytes((tmp_path / "stored-1" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"cold_start was begun from another .*stored-0/model.safetensors"):
+        r1(recipe, "tiny.toml", last="reasoning_rl")
+    assert not (folder / "reasoning_rl").exists()
 
 
 def test_other_settings_of_a_finished_stage_are_refused_and_of_a_later_one_taken(tiny: Make) -> None:
