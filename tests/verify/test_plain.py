@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luciola.verify import answer, plain
+from luciola.verify import answer, exact, plain
 from luciola.verify.spelling import canonical
 
 whole = st.integers(min_value=-(10**30), max_value=10**30)
@@ -15,30 +15,30 @@ whole = st.integers(min_value=-(10**30), max_value=10**30)
 
 @given(whole)
 def test_integers_with_and_without_separators(value: int) -> None:
-    assert plain.number(str(value)) == value
-    assert plain.number(f"{value:,}") == value
-    assert plain.number(f"{value:,}".replace(",", "{,}")) == value
-    assert plain.number(f"${value}$ \\text{{ apples}}") == value
+    assert exact.number(str(value)) == value
+    assert exact.number(f"{value:,}") == value
+    assert exact.number(f"{value:,}".replace(",", "{,}")) == value
+    assert exact.number(f"${value}$ \\text{{ apples}}") == value
 
 
 @given(whole, st.integers(min_value=1, max_value=10**9))
 def test_fractions(above: int, below: int) -> None:
     value = Fraction(above, below)
-    assert plain.number(f"{above}/{below}") == value
-    assert plain.number(f"\\dfrac{{{above}}}{{{below}}}") == value
-    assert plain.number(f"x = \\frac{{{above}}}{{{below}}}") == value
+    assert exact.number(f"{above}/{below}") == value
+    assert exact.number(f"\\dfrac{{{above}}}{{{below}}}") == value
+    assert exact.number(f"x = \\frac{{{above}}}{{{below}}}") == value
 
 
 @given(st.integers(min_value=0, max_value=999), st.integers(min_value=0, max_value=98))
 def test_mixed_numbers(whole_part: int, above: int) -> None:
     value = whole_part + Fraction(above, 99)
-    assert plain.number(f"{whole_part} {above}/99") == value
-    assert plain.number(f"-{whole_part}\\frac{{{above}}}{{99}}") == -value
+    assert exact.number(f"{whole_part} {above}/99") == value
+    assert exact.number(f"-{whole_part}\\frac{{{above}}}{{99}}") == -value
 
 
 @given(st.decimals(min_value=-(10**9), max_value=10**9, places=6))
 def test_decimals(value: object) -> None:
-    assert plain.number(str(value)) == Fraction(str(value))
+    assert exact.number(str(value)) == Fraction(str(value))
 
 
 NOT_NUMBERS = (
@@ -51,7 +51,7 @@ NOT_NUMBERS = (
 
 @pytest.mark.parametrize("text", NOT_NUMBERS)
 def test_not_a_number(text: str) -> None:
-    assert plain.number(text) is None
+    assert exact.number(text) is None
 
 
 @given(st.text(max_size=30), st.text(min_size=1, max_size=30).filter(str.strip))
@@ -67,7 +67,7 @@ def test_comparison_decides_or_leaves_it_to_algebra(answer: str, truth: str) -> 
 def test_canonical_spelling_is_settled_once(text: str) -> None:
     once = canonical(text)
     assert len(once) <= len(text) + 8
-    assert plain.number(text) == plain.number(text)
+    assert exact.number(text) == exact.number(text)
 
 
 EQUAL = (
@@ -128,7 +128,7 @@ DIFFERENT = (
     ),
     *(("12 inches", "1 foot"), ("12 cm or 13 cm", "12"), ("12 cm 13 cm", "12"), ("12 cm, 13 cm", "12 cm")),
     *(("12 cm + 1 cm", "12"), ("3 hours and 20 minutes", "3"), ("$5 or $6", "5"), ("5%6", "5"), ("5 % 3", "5")),
-    *(("50%", "0.5"), ("0.5", "50\\%"), ("50", "5%"), ("12x", "12"), ("7 m^4", "7")),
+    *(("50", "5%"), ("12x", "12"), ("7 m^4", "7")),
     *(("[1,2]", "[1,2)"), ("(1,2)", "[1,2)"), ("[2,1)", "[1,2)"), ("[1,3)", "[1,2)"), ("(2,1)", "(1,2)")),
     *(("(\\infty, 2]", "(-\\infty, 2]"), ("(1,2,3)", "(1,2)"), ("[1,2)", "[1,2,3)"), ("(1,234)", "(1, 234)")),
     *(("2 1/2", "21/2"), ("1 1/2", "11/2"), ("1 1/2", "1/2"), ("1 1/2", "1 \\cdot 1/2")),

@@ -25,11 +25,13 @@ may be missing, but not be other ones (`units.py`, `plain.py`).
 
 from collections.abc import Sequence
 
+from luciola.verify import plain
 from luciola.verify import pool as pools
 from luciola.verify.extract import find
+from luciola.verify.spelling import canonical
 from luciola.verify.verdict import Verdict
 
-__all__ = ["extract", "grade", "grade_many"]
+__all__ = ["equal", "extract", "grade", "grade_many"]
 
 
 def extract(completion: str) -> str | None:
@@ -58,3 +60,14 @@ def grade(completion: str, truth: str, *, pool: pools.Pool | None = None) -> Ver
 def grade_many(pairs: Sequence[tuple[str, str]], *, pool: pools.Pool | None = None) -> list[Verdict]:
     """`grade` for every (completion, truth), side by side; verdicts in the order of the pairs."""
     return pools.grade_many(pairs, pool)
+
+
+def equal(first: str, second: str, *, pool: pools.Pool | None = None) -> bool:
+    """Whether either of two extracted answers would be right if the other one were the reference."""
+    if not canonical(first) or not canonical(second):
+        return first == second
+    for given, asked in ((first, second), (second, first)):
+        verdict = plain.compare(given, asked) or (pool or pools.shared()).check(given, asked)
+        if verdict.kind != "correct":
+            return False
+    return True
