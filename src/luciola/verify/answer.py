@@ -16,11 +16,13 @@ Text without </think> counts as not thought at all. Where the *prompt* opened th
 completion, so that a completion cut off inside its thoughts has no answer. An answer block may stand alone, without
 thinking: the format reward (`style.py`) teaches the rest. A box inside the block gives its content.
 
-When is it right? Equal spelling after normalisation; equal value as exact fractions where both are numbers; the same
-word, whatever its case; otherwise math-verify decides in a worker process (`pool.py`) that has limits of time and
-memory. A list never passes for one of its members, and a calculation never for a number that is its result, be it
-`6 \\times 7` or `\\sqrt{144}`; an equation that ends with the number does (`calculation.py`). Units and number bases
-may be missing, but not be other ones (`units.py`, `plain.py`).
+When is it right? Equal spelling after normalisation; equal value as exact fractions where both are numbers
+(`exact.py`), and as sets where both are intervals or inequalities (`intervals.py`); the same text where the reference
+is words, a date, a sequence (`words.py`) or what algebra cannot read; otherwise math-verify decides in a worker process
+(`pool.py`) that has limits of time and memory. A list never passes for one of its members, and a calculation never for
+a number that is its result, be it `6 \\times 7` or `\\sqrt{144}`; an equation that ends with the number does
+(`calculation.py`). Units and number bases may be missing, but not be other ones (`units.py`, `plain.py`). `50\\%` is
+0.5, and it is also 50, but `0.5\\%` is never 0.5.
 """
 
 from collections.abc import Sequence

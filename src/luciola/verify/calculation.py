@@ -21,9 +21,10 @@ GREEK = (  # pi is a number
     "chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Sigma|Upsilon|Phi|Psi|Omega)"
 )
 VARIABLE = rf"(?:[a-zA-Zα-ορ-ωΩ]|\\{GREEK}(?![a-zA-Z]))"
-NAME = (  # of what an answer is the value of: x, x_{10}, \theta, f'(x), Area, AB, |AB|, m\angle ABC
-    rf"(?:{VARIABLE}'*(?:_\w|_\{{ ?\w+ ?\}})?'*(?:\({VARIABLE}(?:, ?{VARIABLE})*\))?|[A-Za-z]{{3,}}(?: [A-Za-z]+)*"
-    r"|m? ?(?:\\(?:angle|triangle|overline) ?)?\{?[A-Z]{2,3}\}?|\|[A-Z]{2}\|)"
+_ARGUMENT = rf"(?:{VARIABLE}|[0-9]+)"
+NAME = (  # of what an answer is the value of: x, x_{10}, \theta, f'(x), P(X=2), Area, AB, |AB|, m\angle ABC
+    rf"(?:{VARIABLE}'*(?:_\w|_\{{ ?\w+ ?\}})?'*(?:\({_ARGUMENT}(?:, ?{_ARGUMENT})*\))?|P\([^()]+\)"
+    r"|[A-Za-z]{3,}(?: [A-Za-z]+)*|m? ?(?:\\(?:angle|triangle|overline) ?)?\{?[A-Z]{2,3}\}?|\|[A-Z]{2}\|)"
 )
 _NAMED = re.compile(NAME)
 

@@ -25,6 +25,7 @@ _COMMA = re.compile(r"(?<![0-9]),|,(?![0-9]{3}(?![0-9]))")  # not one that separ
 _INFINITY = re.compile(r"([+-]?)(?:\\infty|∞)")
 _OR = re.compile(r" ?(?:\\cup|\\l?or|\\vee|(?<![a-zA-Z\\])or)(?![a-zA-Z]) ?")
 _AND = re.compile(r" ?(?:\\land|\\wedge|(?<![a-zA-Z\\])and)(?![a-zA-Z]) ?")
+_UNEQUAL = re.compile(rf"^({VARIABLE}) ?(?:\\neq?(?![a-z])|≠) ?(.+)$")
 _REALS = re.compile(r"\\mathbb\{R\}|(?:all )?real numbers|all reals")
 
 
@@ -54,7 +55,7 @@ def end(text: str) -> End | None:
 def notation(text: str) -> str:
     """Several inequalities, or what a set is built of, as intervals in LaTeX; any other text is as it was."""
     stated = _stated(written := canonical(text))
-    if stated is None or (sum(map(len, stated)) == 1 and not _BUILDER.fullmatch(written)):
+    if stated is None or (sum(map(len, stated)) == 1 and not _BUILDER.fullmatch(written)) or len(_names(stated)) > 1:
         return text
     alternatives = (" \\cap ".join(f"{o}{low},{high}{c}" for _, low, o, high, c in parts) for parts in stated)
     return " \\cup ".join(alternatives)
@@ -75,8 +76,12 @@ def _union(text: str) -> tuple[str, object] | None:
         if common[0] > common[2] or (common[0] == common[2] and (common[1], common[3]) != ("[", "]")):
             return None  # an answer does not state an empty set so
         found.append(common)
-    names = {name for conditions in stated for name, *_ in conditions if name}
+    names = _names(stated)
     return (next(iter(names), ""), _joined(found)) if len(names) < 2 else None
+
+
+def _names(stated: list[list[_Condition]]) -> set[str]:
+    return {name for conditions in stated for name, *_ in conditions if name}
 
 
 def _stated(text: str) -> list[list[_Condition]] | None:
@@ -87,7 +92,7 @@ def _stated(text: str) -> list[list[_Condition]] | None:
     elif opening := _MEMBER.match(text):
         name, text = opening[1], text[opening.end() :]
     found = []
-    for alternative in _OR.split(text):
+    for alternative in _OR.split(_UNEQUAL.sub(r"\1<\2 or \1>\2", text)):
         conditions = [_condition(part) for part in _AND.split(alternative)]
         found.append([(one[0] or name, *one[1:]) for one in conditions if one is not None])
         if None in conditions or any(one[0] not in ("", name) for one in conditions if name and one is not None):

@@ -70,9 +70,9 @@ def compare(answer: str, truth: str) -> Verdict | None:
     if (due_set := intervals.read(asked)) is not None and (given_set := intervals.read(given)) is not None:
         same_name = given_set[0] == due_set[0] or not (given_set[0] and due_set[0])
         return correct() if same_name and given_set[1] == due_set[1] else wrong()
-    due_values = None if words.NUMBERS.fullmatch(asked) else _unordered(asked)
-    if due_values is not None and (values := _unordered(given)) is not None:
-        return correct() if values == due_values else wrong()
+    due_values = None if words.NUMBERS.fullmatch(asked) else _unordered(asked, due)
+    if due_values is not None and (values := _unordered(given, unit)) is not None:
+        return correct() if _agree(values, due_values) else wrong()
     if (same := words.same(given, asked, truth)) is not None:
         return correct() if same else wrong()
     compares = _INEQUALITY.search(given) or _INEQUALITY.search(asked)  # -2 < x < 7 has the two ends of an interval
@@ -144,11 +144,22 @@ def _minutes(text: str) -> int | None:
     return None if found is None else 60 * int(found[1]) + int(found[2] or 0)
 
 
-def _unordered(text: str) -> list[Fraction] | None:
-    """The values of a list of numbers in no brackets or in braces, where order has no meaning; sorted."""
-    found = [number(part) for part in _parts(without_name(listed(text))) if "=" not in part]
-    values = [value for value in found if value is not None]
-    return sorted(values) if len(values) == _count(text) > 1 and text[:1] not in ("(", "[") else None
+def _unordered(text: str, last: units.Unit) -> list[tuple[Fraction, units.Unit]] | None:
+    """The values of a list of numbers in no brackets or in braces, where order has no meaning, sorted, with units.
+
+    `last` is the unit that was split off from the text.
+    """
+    parts = [part for part in _parts(without_name(listed(text))) if "=" not in part]
+    found = [(value, units.split(part)[1]) for part in parts if (value := number(part)) is not None]
+    if len(found) != _count(text) or len(found) < 2 or text[:1] in ("(", "["):
+        return None
+    found[-1] = found[-1][0], last or found[-1][1]
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def _agree(values: list[tuple[Fraction, units.Unit]], due: list[tuple[Fraction, units.Unit]]) -> bool:
+    same = [value for value, _ in values] == [value for value, _ in due]
+    return same and all(units.agree(unit, other) for (_, unit), (_, other) in zip(values, due, strict=True))
 
 
 def _count(text: str) -> int:

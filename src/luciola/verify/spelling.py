@@ -9,9 +9,11 @@ _LAYOUT = [  # (pattern, what stands for it), applied in this order
     (re.compile(r"[−–]"), "-"),
     (re.compile(r"(?<!\\)~"), " "),
     (re.compile(r"(?<=[0-9])(?:\{,\}|,\s*\\!|\\,)\s*(?=[0-9]{3}(?![0-9]))"), ","),  # LaTeX's thousands separators
-    (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,:; ]|\\[()\[\]]"), " "),
+    (re.compile(r"\\(?:left|right|middle|displaystyle)(?![a-zA-Z])|\\[!,:; ]|\\[()\[\]]"), " "),
     (re.compile(r"([$£€]\s?[0-9.,]+)\s([KMBT])(?![a-zA-Z]|\s?\$)"), r"\1\2"),  # thousands, not kelvins
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"μ(?=[a-zA-Z])"), "µ"),
+    (re.compile(r"\\mu\s?\\(?:text|mathrm)\s?\{(?=[a-zA-Z]+\})"), r"\\text{µ"),
     (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s?\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"(?<=[0-9])\s?\\frac\s?\{\s?([a-zA-Z]+)\s?\}\{\s?([a-zA-Z]+)\s?\}$"), r" \1/\2"),  # metres/second
     (re.compile(r"\\%"), "%"),

@@ -21,7 +21,7 @@ _SPELLINGS = {  # the first is its name
     "year,years",
     "of the day": "am,Am,AM pm,Pm,PM",
     "volume": "mL,ml gallon,gallons",
-    "money": "dollar,dollars,USD,$ cent,cents,¢ euro,euros,EUR,€ GBP,£ yen,JPY,¥",
+    "money": "dollar,dollars,buck,bucks,USD,$ cent,cents,¢ euro,euros,EUR,€ GBP,£ yen,JPY,¥",
     "temperature": "Celsius,celsius Fahrenheit,fahrenheit",
     "rest": "degree,degrees,° radian,radians %,percent unit,units",
 }
@@ -51,7 +51,7 @@ _NAMES |= {
 }
 _LISTED = set(_NAMES.values())
 _NO_UNITS = re.compile(
-    r"or|and|to|not|mod|modulo|minus|plus|less|times|over|divided|by|point|square|cubic|squared|cubed|factorial|"
+    r"or|and|to|not|out|mod|modulo|minus|plus|less|times|over|divided|by|point|square|cubic|squared|cubed|factorial|"
     r"halved|doubled|twice|tripled?|repeating|recurring|(?:half|halve|third|quarter|tenth|hundred|hundredth|"
     r"thousand|thousandth|million|billion|trillion|dozen|score|zero|one|two|three|four|five|six|seven|eight|nine|"
     r"ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)(?:e?s)?|"
@@ -64,6 +64,7 @@ _REWRITTEN: list[tuple[re.Pattern[str], str]] = [  # so that every unit stands i
     (re.compile(r"[^\S\n]+"), " "),
     (re.compile(r"(?<=[0-9]) ?([aApP])\.?[mM]\.?$"), r" \1m"),
     (re.compile(r"\.$"), ""),
+    (re.compile(r"(?<=[a-zA-Z]) of [a-zA-Z ]+$"), ""),  # liters of water
     (re.compile(_DEGREES + r"(?:C|Celsius)$"), " Celsius"),
     (re.compile(_DEGREES + r"(?:F|Fahrenheit)$"), " Fahrenheit"),
     (re.compile(r"\^\s?\{?\s?\\circ\s?\}?"), "°"),
@@ -80,7 +81,8 @@ _FACTOR = re.compile(
 _UNIT = re.sub(r"\((?!\?)", "(?:", _FACTOR.pattern)
 _PRODUCT = rf"{_UNIT}(?:(?: ?(?:\*|·|\\cdot) ?| ){_UNIT})*+"
 _PER = r"(?: ?/ ?| per | an? )"
-_TAIL = re.compile(rf" ?({_PRODUCT}(?:{_PER}{_PRODUCT})*+)$")
+_TAIL = re.compile(rf" ?((?:{_PRODUCT}| (?:per|an?) {_PRODUCT})(?:{_PER}{_PRODUCT})*+)$")
+_IN_TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s?\{[^{}]*\}\.?\s*$")
 _ENDS_IN_UNIT = re.compile(r"(?:[a-zA-ZµΩ°%$¢€£¥]|\^ ?\{? ?-?[1-3] ?\}?)$")
 _POWERS = {"square": 2, "sq": 2, "sq.": 2, "squared": 2, "cubic": 3, "cu": 3, "cu.": 3, "cubed": 3}
 _LONGEST = 60  # characters of a unit
@@ -104,12 +106,12 @@ def split(text: str) -> tuple[str, Unit]:
         written = pattern.sub(replacement, written)
     if not _ENDS_IN_UNIT.search(written):
         return text, {}
-    start = max(0, len(written) - _LONGEST)
+    start, in_text = max(0, len(written) - _LONGEST), _IN_TEXT.search(text) is not None
     while found := _TAIL.search(written, start):
         before = written[: found.start()].rstrip()
         if not re.search(r"[0-9\\]", before) or before.endswith(_UNFINISHED):
             break
-        if (unit := _read(found[0], before)) is not None:
+        if (unit := _read(found[0], in_text or not _NUMERIC.sub("", before))) is not None:
             names = [name for _, name, _, _ in _FACTOR.findall(found[1])]
             if all(len(name) == 1 and (name.isalpha() or name == "°") for name in names):
                 if _NUMERIC.sub("", before):  # 2m + s, sin 30°
@@ -139,7 +141,7 @@ def agree(unit: Unit, due: Unit) -> bool:
 def is_unit(canonical: str) -> bool:
     """Whether a text, which stands behind a number, is one unit or rate, and nothing else."""
     found = _TAIL.match(canonical)
-    return found is not None and _read(canonical, "0") is not None
+    return found is not None and _read(canonical, True) is not None
 
 
 def counts(canonical: str) -> bool:
@@ -156,17 +158,20 @@ def _settled(unit: Unit, other: Unit) -> Unit:
     return {next((m for m in _VAGUE.get(name, ()) if m in other), name): power for name, power in unit.items()}
 
 
-def _read(text: str, before: str) -> Unit | None:
-    """The unit that a text, perhaps with a blank in front, stands for behind another one; None when it is none."""
+def _read(text: str, sure: bool) -> Unit | None:
+    """The unit that a text, perhaps with a blank in front, stands for; None when it is none.
+
+    What is not listed can only be one where it is `sure` to be no variable: behind a number, or in \\text{}.
+    """
     unit: Unit = {}
-    apart, numeric = text.startswith(" "), not _NUMERIC.sub("", before)
-    for place, product in enumerate(re.split(_PER, text.strip())):
+    apart = text.startswith(" ")
+    for place, product in enumerate(re.split(_PER, text)):
         unlisted = 0
         for square, word, power, squared in _FACTOR.findall(product):
             name = _NAMES.get(word) or _NAMES.get(word.lower() if len(word) > 3 else word.removesuffix("s"))
             if name is None:
                 unlisted += 1
-                if len(word) < 3 or unlisted > _MOST_WORDS or not (apart and numeric) or _NO_UNITS.fullmatch(word):
+                if len(word) < 3 or unlisted > _MOST_WORDS or not (apart and sure) or _NO_UNITS.fullmatch(word):
                     return None
                 name = _singular(word.lower())
             elif word in _CAPITALS and not apart:  # 5N may be a product, 5MN of a length

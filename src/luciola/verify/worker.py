@@ -5,7 +5,6 @@ math-verify brings), never with eval.
 """
 
 import math
-import re
 from functools import lru_cache
 from typing import Any
 
@@ -19,13 +18,9 @@ from luciola.verify.calculation import sides, values
 from luciola.verify.serving import serve
 from luciola.verify.spelling import canonical
 
-_WITH_UNITS, _AS_IT_IS = (
-    NormalizationConfig(
-        basic_latex=True, units=units, malformed_operators=True, nits=True, boxed="none", equations=False
-    )
-    for units in (True, False)
+_NORMAL = NormalizationConfig(  # its own list of units has "ab" and single letters, which may be variables
+    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
 )
-_VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 
 
 def check(answer: str, truth: str) -> dict[str, str]:
@@ -90,8 +85,7 @@ def _differ_somewhere(gold: Any, value: Any) -> bool:
 @lru_cache(maxsize=512)  # a group of completions shares its reference, and often an answer
 def _read(text: str) -> Any:
     text = units.split(text)[0].replace("\\$", "").replace("$", "").strip()
-    # s + 2m has variables, of which none is a unit that normalisation may drop
-    latex = normalize_latex(text, config=_AS_IT_IS if len(set(_VARIABLE.findall(text))) > 1 else _WITH_UNITS)
+    latex = normalize_latex(text, config=_NORMAL)
     return latex2sympy(
         latex, is_real=not should_treat_as_complex(latex), convert_degrees=False, normalization_config=None
     )
