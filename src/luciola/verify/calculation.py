@@ -23,7 +23,7 @@ GREEK = (  # pi is a number
 VARIABLE = rf"(?:[a-zA-Zα-ορ-ωΩ]|\\{GREEK}(?![a-zA-Z]))"
 _ARGUMENT = rf"(?:{VARIABLE}|[0-9]+)"
 NAME = (  # of what an answer is the value of: x, x_{10}, \theta, f'(x), P(X=2), Area, AB, |AB|, m\angle ABC
-    rf"(?:{VARIABLE}'*(?:_\w|_\{{ ?\w+ ?\}})?'*(?:\({_ARGUMENT}(?:, ?{_ARGUMENT})*\))?|P\([^()]+\)"
+    rf"(?:{VARIABLE}'{{0,3}}(?:_\w|_\{{ ?\w+ ?\}})?'{{0,3}}(?:\({_ARGUMENT}(?:, ?{_ARGUMENT})*\))?|P\([^()]+\)"
     r"|[A-Za-z]{3,}(?: [A-Za-z]+)*|m? ?(?:\\(?:angle|triangle|overline) ?)?\{?[A-Z]{2,3}\}?|\|[A-Z]{2}\|)"
 )
 _NAMED = re.compile(NAME)

@@ -52,9 +52,10 @@ _NAMES |= {
 _LISTED = set(_NAMES.values())
 _NO_UNITS = re.compile(
     r"or|and|to|not|out|mod|modulo|minus|plus|less|times|over|divided|by|point|square|cubic|squared|cubed|factorial|"
-    r"halved|doubled|twice|tripled?|repeating|recurring|(?:half|halve|third|quarter|tenth|hundred|hundredth|"
-    r"thousand|thousandth|million|billion|trillion|dozen|score|zero|one|two|three|four|five|six|seven|eight|nine|"
-    r"ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)(?:e?s)?|"
+    r"halved|doubled|twice|tripled?|negative|repeating|recurring|mil|gross|grand|"
+    r"(?:half|halve|third|quarter|tenth|hundred|hundredth|thousand|thousandth|(?:m|b|tr|quadr|quint)illion|lakh|crore|"
+    r"googol|dozen|score|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|"
+    r"(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)(?:e?s)?|"
     rf"pi|{GREEK}",
     re.IGNORECASE,
 )
