@@ -46,6 +46,17 @@ def test_majority() -> None:
     assert majority(["a", "B", "b"], same=lambda x, y: x.lower() == y.lower()) == 1
 
 
+def test_votes_are_equal_where_the_verifier_says_so() -> None:
+    assert majority(["5 km", "5 m", "5 m", "5 m"]) == 1
+    assert maj_at_k(["5 km", "5 m", "5 m", "5 m"], [True, False, False, False]) == 0.0
+    assert majority(["3", "2,1", "1,2"]) == 1
+    assert majority(["no", "yes", "Yes"]) == 1
+    assert majority(["$5", "€5", "5 euros"]) == 1
+    assert majority(["3", "x+1", "1+x"]) == 1  # by algebra
+    assert majority(["6+9", "15", "15"]) == 1  # a calculation is none of its results
+    assert majority(["$", "$", "3"]) == 0  # no answer that could be right
+
+
 @given(st.lists(st.sampled_from(["1", "2", "3", None]), max_size=12))
 def test_majority_is_the_most_frequent_and_the_first_of_equals(answers: list[str | None]) -> None:
     winner = majority(answers)

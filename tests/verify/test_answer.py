@@ -58,10 +58,12 @@ def test_an_empty_reference_is_the_callers_mistake() -> None:
         answer.grade("<answer>7</answer>", " ")
 
 
-def test_a_reference_that_cannot_be_read_is_not_the_models_fault() -> None:
-    verdict = answer.grade("<answer>x+1</answer>", "x + + ) 1")
-    assert (verdict.kind, verdict.reward) == ("crash", 0.0)
-    assert "reference" in verdict.detail
+@pytest.mark.parametrize("truth", ["x + + ) 1", "A -> B", "\\mathbb", "\\frac{1", "f: X \\rightrightarrows Y?"])
+def test_a_reference_that_algebra_cannot_read_is_compared_as_text(truth: str) -> None:
+    for other in ("x+1", "5", "B -> A", truth + " 1"):
+        verdict = answer.grade(f"<answer>{other}</answer>", truth)
+        assert (verdict.kind, verdict.reward) == ("wrong", 0.0)
+    assert answer.grade(f"<answer> {truth.upper()}</answer>", truth.upper()).kind == "correct"
 
 
 @pytest.mark.parametrize(

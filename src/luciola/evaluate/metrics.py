@@ -3,8 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from luciola.verify import plain
-from luciola.verify.spelling import canonical
+from luciola.verify import answer
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -33,14 +32,14 @@ def majority(answers: Sequence[str | None], same: Callable[[str, str], bool] | N
 
     Args:
         answers: one for each sample, as `luciola.verify.answer.extract` finds them.
-        same: whether two answers are equal; by default as numbers (1/2, 0.5) or in normalised spelling.
+        same: whether two answers are equal; by default as the verifier compares them.
     """
-    agree = same or _same
+    agree = same or answer.equal
     votes: dict[int, int] = {}
-    for index, answer in enumerate(answers):
-        if answer is None:
+    for index, vote in enumerate(answers):
+        if vote is None:
             continue
-        leader = next((first for first in votes if agree(str(answers[first]), answer)), index)
+        leader = next((first for first in votes if agree(str(answers[first]), vote)), index)
         votes[leader] = votes.get(leader, 0) + 1
     return max(votes, key=votes.__getitem__) if votes else None  # max keeps the first of equals, and dicts keep order
 
@@ -82,10 +81,3 @@ def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple
     middle = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials**2)) / (1 + z * z / trials)
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def _same(first: str, second: str) -> bool:
-    if canonical(first) == canonical(second):
-        return True
-    value = plain.number(first)
-    return value is not None and value == plain.number(second)

@@ -24,7 +24,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from luciola.tasks.base import Problem, Split, chat, draws_allowed, generator, split_of
-from luciola.verify import extract, plain
+from luciola.verify import exact, extract
 from luciola.verify.verdict import Verdict, correct, no_answer, wrong
 
 _SYMBOLS = ("{a}{op}{b}", "{a} {op} {b}", "{a}{op}{b}=", "{a} {op} {b} =", "{a}{op}{b}=?", "{a} {op} {b} = ?")
@@ -127,7 +127,7 @@ class Arithmetic(BaseModel):
             return no_answer(found.why)
         if not _INTEGER.fullmatch(found.answer):
             return wrong("the answer is not a whole number")
-        return correct() if plain.number(found.answer) == int(problem.truth) else wrong()
+        return correct() if exact.number(found.answer) == int(problem.truth) else wrong()
 
     def grade_steps(self, problem: Problem, completion: str) -> list[tuple[int, float]]:
         """1 for each line of the thinking that is the line due there, 0 for any other; then the answer's reward."""

@@ -2,6 +2,8 @@
 
 import re
 
+from luciola.verify.spelling import canonical
+
 _COMPUTES = re.compile(
     r"[0-9)}] ?[-+/!]|[*×÷^|]|[-+] ?\(? ?[-+]"  # operators, powers, absolute values, signs of signs
     r"|[0-9)}] ?\([-+]?[0-9.]|\) ?[0-9]|(?<!frac)[0-9]\{"  # a product without a sign
@@ -14,12 +16,22 @@ _TOWER = re.compile(r"[0-9)}] ?(?:\^ ?(?:[({ ]+-?[0-9]+|[0-9])|\*\*[({ ]*[0-9]+)
 _HUGE = re.compile(r"(?:\^|\*\*)[ ({]*-?[0-9]{6}|[0-9]{6}[ )}]*!")
 _UNEQUAL = re.compile(r"(?:[<>]|(?<![0-9)}])!)$")  # before an equals sign: <= and !=, but not 5! =
 _DEEPEST = 25  # brackets inside brackets; MATH's references have at most 5
-_NAMED = re.compile(r"\s*(?:[a-zA-Z](?:_\w|\(\w\))?|(?:\\(?:angle|triangle) ?)?[A-Z]{2,3})\s*")
+GREEK = (  # pi is a number
+    "(?:var)?(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|upsilon|phi|"
+    "chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Sigma|Upsilon|Phi|Psi|Omega)"
+)
+VARIABLE = rf"(?:[a-zA-Zα-ορ-ωΩ]|\\{GREEK}(?![a-zA-Z]))"
+_ARGUMENT = rf"(?:{VARIABLE}|[0-9]+)"
+NAME = (  # of what an answer is the value of: x, x_{10}, \theta, f'(x), P(X=2), Area, AB, |AB|, m\angle ABC
+    rf"(?:{VARIABLE}'{{0,3}}(?:_\w|_\{{ ?\w+ ?\}})?'{{0,3}}(?:\({_ARGUMENT}(?:, ?{_ARGUMENT})*\))?|P\([^()]+\)"
+    r"|[A-Za-z]{3,}(?: [A-Za-z]+)*|m? ?(?:\\(?:angle|triangle|overline) ?)?\{?[A-Z]{2,3}\}?|\|[A-Z]{2}\|)"
+)
+_NAMED = re.compile(NAME)
 
 
-def computes(canonical: str) -> bool:
-    """Whether a text that does not read as a number leaves something to be computed: `\\sqrt{144}`, `2^{10}`, `6+9`."""
-    return _COMPUTES.search(_ORDINAL.sub("", canonical)) is not None
+def computes(text: str) -> bool:
+    """Whether a canonical text that does not read as a number leaves something to be computed: `\\sqrt{144}`, `6+9`."""
+    return _COMPUTES.search(_ORDINAL.sub("", text)) is not None
 
 
 def unreasonable(given: str, asked: str) -> str:
@@ -48,4 +60,4 @@ def sides(text: str) -> list[str]:
 
 def values(text: str) -> list[str]:
     """The sides that are not mere names, of `x = 3 + 4 = 7` the last two; a name alone is a value."""
-    return [side for side in sides(text) if not _NAMED.fullmatch(side)] or sides(text)[-1:]
+    return [side for side in sides(text) if not _NAMED.fullmatch(canonical(side))] or sides(text)[-1:]

@@ -5,44 +5,23 @@ tolerance under which a tiny answer could pass for zero. Where the reference is 
 `6+9` is the question and not the answer when 15 is asked for.
 """
 
-import math
 import re
 from fractions import Fraction
 
-from luciola.verify import units
-from luciola.verify.calculation import computes, sides, unreasonable
+from luciola.verify import intervals, units, words
+from luciola.verify.calculation import VARIABLE, computes, sides, unreasonable
+from luciola.verify.exact import number, without_name
 from luciola.verify.spelling import MAX_ANSWER, canonical
 from luciola.verify.verdict import Verdict, correct, wrong
 
-_DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-_NUMBER = re.compile(
-    r"(?P<sign>[+-]?)(?:(?P<whole>[0-9]+)(?: (?=[0-9]+/)|(?=\\frac)))?"
-    rf"(?:(?P<above>{_DECIMAL})/(?P<below>{_DECIMAL})"
-    rf"|\\frac ?(?:\{{(?P<up>[+-]?{_DECIMAL})\}}|(?P<up_digit>[0-9]))"
-    rf" ?(?:\{{(?P<low>[+-]?{_DECIMAL})\}}|(?P<low_digit>[0-9]))"
-    r"|10\^\{?(?P<ten>[+-]?[0-9]{1,3})\}?"
-    rf"|(?P<decimal>{_DECIMAL})(?:(?:[eE]|(?:\*|×|\\times|\\cdot) ?10\^)\{{?(?P<exponent>[+-]?[0-9]{{1,3}})\}}?)?)"
-)
-_NAME = re.compile(r"^[a-zA-Z](?:_\w|\(\w\))?(?:=|\\in ?(?![a-z]))")
-_ONE_UNIT = r"(?:[a-zA-Z]{2,}|[mgshlL])"
-_UNIT = re.compile(rf"%| {_ONE_UNIT}(?: [a-zA-Z]{{2,}})?(?:\^\{{?[23]\}}?)?(?:(?:/| per ){_ONE_UNIT}(?:\^\{{?2\}}?)?)?")
-_BRACKETED = re.compile(r"(?:(?P<name>[a-zA-Z]) ?\\in ?)?(?P<opens>[\[(])(?P<inner>[^()\[\]]*)(?P<closes>[\])])")
-_RELATION = re.compile(r" ?(<|>|\\[lg]e(?![a-z])) ?")
-_VARIABLE = re.compile(r"[a-df-hj-zA-Z]")  # e and i are numbers
-_COMMA = re.compile(r"(?<![0-9]),|,(?![0-9]{3}(?![0-9]))")  # not one that separates thousands
-_INFINITY = re.compile(r"([+-]?)(?:\\infty|∞)")
-_NOT_UNITS = re.compile(
-    r"\b(?:or|and|to|not|mod|modulo|minus|plus|times|over|divided|by|point|pi|squared|cubed|factorial|half|halves|thirds?|"
-    r"quarters?|tenths?|hundred|hundredths|thousand|thousandths|million|billion|trillion|dozen|score)\b",
-    re.IGNORECASE,
-)
 _INEQUALITY = re.compile(r"[<>≤≥]|\\[lg](?:e|eq|eqq|eqslant|t)(?![a-z])")
-_WORDS = re.compile(r"\\(?:text|textbf|mathrm|mbox)\{[^{},]+\}\.?|\(?[A-Za-z]\)?|[Nn]o|[A-Za-z][A-Za-z' -]*[A-Za-z]{2}")
 _AND = r"(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])"
 # A blank between two numbers, but not in `\log_2 3`, `\frac 1 2` and `1 1/2`.
 _BLANK = r"(?<=[0-9])(?<!\\log_[0-9])(?<!\\frac[0-9])(?<!\\frac [0-9]) (?=[0-9])(?![0-9]+/[0-9])"
 _SEPARATOR = re.compile(rf"[,;\n]|\\\\|\\q?quad(?![a-zA-Z])|{_AND}|{_BLANK}")
-_ROOT = re.compile(r" ?([a-zA-Z])(?:_\{?[0-9]\}?)?=")
+_ROOT = re.compile(rf" ?({VARIABLE})(?:_\{{?[0-9]\}}?)?=")
+_BRACKET = re.compile(rf"\s*(?:[(\[{{]|(?!{VARIABLE})\\)")
+_MIXED = re.compile(r"(?<=[0-9]) and ?(?=[0-9]+/[0-9]|\\frac)")  # in 2 and 3/4
 _CLOCK = re.compile(r"[0-9]{1,2}:0[0-9]")
 _BASED = re.compile(
     r"(?:[a-zA-Z]=)?(?P<digits>[+-]?[0-9A-F.,]+)(?:_ ?\{? ?|(?: in)? ?\(?base ?)(?P<base>[0-9]+|[a-z]+) ?[})]?"
@@ -50,31 +29,6 @@ _BASED = re.compile(
 _BASE = re.compile(r"(?<=[0-9])_ ?\{? ?([0-9]+)")
 _WORDS_OF_BASES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _BASES = {word: str(base) for base, word in enumerate(_WORDS_OF_BASES, start=2)}
-
-
-def number(text: str) -> Fraction | None:
-    """The exact value of a number as people and LaTeX write it, or None for anything else.
-
-    Integers, decimals, fractions (`3/4`, `\\frac34`), mixed numbers (`1 1/2`), thousands separators (`1,000`, not
-    `1,00`), scientific notation with an exponent below 1000; each perhaps behind `x =` and before a percent sign or a
-    unit, of which `units.py` has more. Only the digits 0 to 9: neither `٣` nor `4²` nor `½` is read.
-    """
-    text = _NAME.sub("", canonical(text))
-    match = _NUMBER.match(text) if len(text) <= MAX_ANSWER else None
-    if match is None or not _is_unit(text[match.end() :]):
-        return None
-    part = {name: digits.replace(",", "") for name, digits in match.groupdict().items() if digits}
-    if "ten" in part:
-        value = Fraction(10) ** int(part["ten"])
-    elif "decimal" in part:
-        value = Fraction(part["decimal"]) * Fraction(10) ** int(part.get("exponent", 0))
-    else:
-        above = Fraction(part.get("above") or part.get("up") or part["up_digit"])
-        below = Fraction(part.get("below") or part.get("low") or part["low_digit"])
-        if below == 0:
-            return None
-        value = Fraction(part.get("whole", 0)) + above / below
-    return -value if part.get("sign") == "-" else value
 
 
 def compare(answer: str, truth: str) -> Verdict | None:
@@ -91,6 +45,8 @@ def compare(answer: str, truth: str) -> Verdict | None:
     if not units.agree(unit, due):
         return wrong(f"the unit is {units.told(unit)} where {units.told(due)} is asked for")
     given, asked = canonical(without), canonical(due_without)
+    if ("%" in unit) != ("%" in due) and (value := number(asked)) is not None and (found := number(given)) is not None:
+        return correct() if _of_percent(*((found, value) if "%" in unit else (value, found))) else wrong()
     if given == asked:
         return correct()
     if len(answer) > MAX_ANSWER:
@@ -106,18 +62,19 @@ def compare(answer: str, truth: str) -> Verdict | None:
     value = number(asked)
     if value is not None:
         stated = [found for side in sides(given) if (found := number(side)) is not None]
-        answered = number(given)
+        answered = number(_MIXED.sub(" ", given))
         if answered is not None or any(found != value for found in stated):
             return correct() if answered == value else wrong()
-        if _NOT_UNITS.search(given):
+        if units.counts(given):
             return wrong("the answer is a calculation where a number is asked for")
-    if (due_ends := _bracketed(asked)) is not None and (ends := _bracketed(given)) is not None:
-        same_name = ends[0] == due_ends[0] or not (ends[0] and due_ends[0])
-        return correct() if same_name and ends[1:] == due_ends[1:] else wrong()
-    if (due_values := _unordered(asked)) is not None and (stated_values := _unordered(given)) is not None:
-        return correct() if stated_values == due_values else wrong()
-    if _WORDS.fullmatch(truth.strip()):
-        return correct() if _fold(given) == _fold(asked) else wrong()
+    if (due_set := intervals.read(asked)) is not None and (given_set := intervals.read(given)) is not None:
+        same_name = given_set[0] == due_set[0] or not (given_set[0] and due_set[0])
+        return correct() if same_name and given_set[1] == due_set[1] else wrong()
+    due_values = None if words.NUMBERS.fullmatch(asked) else _unordered(asked, due)
+    if due_values is not None and (values := _unordered(given, unit)) is not None:
+        return correct() if _agree(values, due_values) else wrong()
+    if (same := words.same(given, asked, truth)) is not None:
+        return correct() if same else wrong()
     compares = _INEQUALITY.search(given) or _INEQUALITY.search(asked)  # -2 < x < 7 has the two ends of an interval
     if _count(given) != _count(asked) and not compares:
         return wrong(f"the answer lists {_count(given)} values where {_count(asked)} are asked for")
@@ -132,9 +89,9 @@ def left_to_compute(given: str, asked: str) -> bool:
     An equation that also states the number, `\\sqrt{144} = 12`, does not. What is irrational cannot be stated
     otherwise, and where the reference is not a number (`2\\sqrt3`, `2^{100}`) there is no one form to ask for.
     """
-    if any(number(part) is None and not _INFINITY.fullmatch(part) for part in _parts(_NAME.sub("", asked))):
+    if any(intervals.end(part) is None for part in _parts(without_name(asked))):
         return False
-    for part in _parts(_NAME.sub("", given)):
+    for part in _parts(without_name(given)):
         states = len(sides(part)) > 1 and any(number(side) is not None for side in sides(part))
         if not states and any(number(term) is None and computes(term) for term in part.split("\\pm")):
             return True
@@ -144,7 +101,7 @@ def left_to_compute(given: str, asked: str) -> bool:
 def listed(text: str) -> str:
     """Several values with commas between them, of `x = 1 or x = 2` as `1, 2`; any other answer is as it was."""
     parts = _parts(canonical(text))
-    if len(parts) < 2 or text.lstrip()[:1] in ("(", "[", "{", "\\") or _INEQUALITY.search(text):
+    if len(parts) < 2 or _BRACKET.match(text) or _INEQUALITY.search(text):
         return text
     names = [_ROOT.match(part) for part in parts]
     if len({name[1] if name else "" for name in names}) == 1 and names[0]:
@@ -152,6 +109,15 @@ def listed(text: str) -> str:
     elif not re.search(_AND, text):
         return text
     return ", ".join(parts)
+
+
+def _of_percent(percent: Fraction, plain: Fraction) -> bool:
+    """Whether `percent` % is a number that has no such sign.
+
+    50 % is exactly 0.5. It is also 50, as that may be the number of percent; but not below 1, where 0.5 % would pass
+    for 0.5.
+    """
+    return percent == 100 * plain or (percent == plain and abs(plain) >= 1)
 
 
 def _in_bases(given: str, asked: str) -> Verdict | None:
@@ -169,7 +135,7 @@ def _in_bases(given: str, asked: str) -> Verdict | None:
 def _digits(text: str) -> tuple[str, str]:
     found = _BASED.fullmatch(text)
     if found is None:
-        return _NAME.sub("", text).replace(",", ""), ""
+        return without_name(text).replace(",", ""), ""
     return found["digits"].replace(",", ""), _BASES.get(found["base"], found["base"])
 
 
@@ -178,60 +144,27 @@ def _minutes(text: str) -> int | None:
     return None if found is None else 60 * int(found[1]) + int(found[2] or 0)
 
 
-def _bracketed(text: str) -> tuple[object, ...] | None:
-    """An interval, or a list in brackets, whose parts are numbers or infinite: its variable, brackets and exact values.
+def _unordered(text: str, last: units.Unit) -> list[tuple[Fraction, units.Unit]] | None:
+    """The values of a list of numbers in no brackets or in braces, where order has no meaning, sorted, with units.
 
-    `2 \\le x < 5` and `x > 3` are intervals of x; of (2, 5] the variable is not told, "".
+    `last` is the unit that was split off from the text.
     """
-    match = _BRACKETED.fullmatch(text)
-    if match is None:
-        return _compared(text)
-    if len(parts := _COMMA.split(match["inner"])) < 2 or "=" in text:
+    parts = [part for part in _parts(without_name(listed(text))) if "=" not in part]
+    found = [(value, units.split(part)[1]) for part in parts if (value := number(part)) is not None]
+    if len(found) != _count(text) or len(found) < 2 or text[:1] in ("(", "["):
         return None
-    values = [_end(part) for part in parts]
-    return None if None in values else (match["name"] or "", match["opens"], *values, match["closes"])
+    found[-1] = found[-1][0], last or found[-1][1]
+    return sorted(found, key=lambda pair: pair[0])
 
 
-def _compared(text: str) -> tuple[object, ...] | None:
-    """`_bracketed` of a variable between two numbers, or on one side of one."""
-    parts: list[str] = _RELATION.split(text)
-    if not {"<", "\\le"}.intersection(parts):  # all the other way round
-        parts = [{">": "<", "\\ge": "\\le"}.get(part, part) for part in reversed(parts)]
-    if len(parts) == 3:
-        parts = ["-\\infty", "<", *parts] if _VARIABLE.fullmatch(parts[0]) else [*parts, "<", "\\infty"]
-    if len(parts) != 5 or not _VARIABLE.fullmatch(parts[2]) or not {"<", "\\le"}.issuperset(parts[1::2]):
-        return None
-    low, high = _end(parts[0]), _end(parts[4])
-    if low is None or high is None or low >= high:
-        return None
-    opens = "[" if parts[1] == "\\le" and low != -math.inf else "("
-    return parts[2], opens, low, high, "]" if parts[3] == "\\le" and high != math.inf else ")"
-
-
-def _end(text: str) -> Fraction | float | None:
-    infinite = _INFINITY.fullmatch(text.strip())
-    return float(f"{infinite[1]}inf") if infinite else number(text)
-
-
-def _unordered(text: str) -> list[Fraction] | None:
-    """The values of a list of numbers in no brackets or in braces, where order has no meaning; sorted."""
-    found = [number(part) for part in _parts(_NAME.sub("", listed(text))) if "=" not in part]
-    values = [value for value in found if value is not None]
-    return sorted(values) if len(values) == _count(text) > 1 and text[:1] not in ("(", "[") else None
-
-
-def _is_unit(rest: str) -> bool:
-    unit = _UNIT.fullmatch(rest)
-    return not rest or units.is_unit(rest) or (unit is not None and not _NOT_UNITS.search(rest))
-
-
-def _fold(words: str) -> str:
-    return words.strip("() .").casefold()
+def _agree(values: list[tuple[Fraction, units.Unit]], due: list[tuple[Fraction, units.Unit]]) -> bool:
+    same = [value for value, _ in values] == [value for value, _ in due]
+    return same and all(units.agree(unit, other) for (_, unit), (_, other) in zip(values, due, strict=True))
 
 
 def _count(text: str) -> int:
     """How many values a canonical text lists; a plus-minus has both signs."""
-    return len(_parts(_NAME.sub("", text))) * (2 if "\\pm" in text else 1)
+    return len(_parts(without_name(text))) * (2 if "\\pm" in text else 1)
 
 
 def _parts(text: str) -> list[str]:

@@ -7,9 +7,13 @@ MAX_ANSWER = 1000  # characters; the longest reference answer of MATH has some 1
 
 _LAYOUT = [  # (pattern, what stands for it), applied in this order
     (re.compile(r"[−–]"), "-"),
+    (re.compile(r"(?<!\\)~"), " "),
     (re.compile(r"(?<=[0-9])(?:\{,\}|,\s*\\!|\\,)\s*(?=[0-9]{3}(?![0-9]))"), ","),  # LaTeX's thousands separators
-    (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,:; ]|\\[()\[\]]"), " "),
+    (re.compile(r"\\(?:left|right|middle|displaystyle)(?![a-zA-Z])|\\[!,:; ]|\\[()\[\]]"), " "),
+    (re.compile(r"([$£€]\s?[0-9.,]+)\s([KMBT])(?![a-zA-Z]|\s?\$)"), r"\1\2"),  # thousands, not kelvins
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"μ(?=[a-zA-Z])"), "µ"),
+    (re.compile(r"\\mu\s?\\(?:text|mathrm)\s?\{(?=[a-zA-Z]+\})"), r"\\text{µ"),
     (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s?\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"(?<=[0-9])\s?\\frac\s?\{\s?([a-zA-Z]+)\s?\}\{\s?([a-zA-Z]+)\s?\}$"), r" \1/\2"),  # metres/second
     (re.compile(r"\\%"), "%"),
@@ -17,6 +21,10 @@ _LAYOUT = [  # (pattern, what stands for it), applied in this order
     (re.compile(r">=|≥|\\(?:geq(?:q|slant)?|ge)(?![a-zA-Z])"), r"\\ge "),
     (re.compile(r"\\lt(?![a-zA-Z])"), "<"),
     (re.compile(r"\\gt(?![a-zA-Z])"), ">"),
+    (re.compile(r"\\mathbb\s?(?:\{\s?R\s?\}|R(?![a-zA-Z]))|\\R(?![a-zA-Z])|ℝ"), r"\\mathbb{R}"),
+    (re.compile(r"\\(?:varnothing|emptyset)(?![a-zA-Z])|∅|\\\{\s*\\\}"), r"\\emptyset "),
+    (re.compile(r"\\Omega(?![a-zA-Z])"), "Ω"),
+    (re.compile(r"\\mid(?![a-zA-Z])"), "|"),
 ]
 _SIGNS = [
     (re.compile(r"(?<![a-zA-Z])(?:USD|EUR|GBP|US(?=\\?\$))(?![a-zA-Z])|\\?\$|[£€]"), " "),

@@ -18,7 +18,7 @@ class Verdict:
     | wrong     | there is an answer, and it does not                                                         |
     | no_answer | no answer in an accepted form, several that disagree, or one that cannot be read            |
     | timeout   | the verifier was still running at its time limit and was killed                             |
-    | crash     | the verifier died or could not read the reference: it says nothing about the completion     |
+    | crash     | the verifier died: it says nothing about the completion                                     |
 
     Only "correct" earns a reward. The last two are apart from "wrong" so that a run can count them, and can leave such
     samples out of their group instead of punishing them.
