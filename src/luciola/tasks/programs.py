@@ -18,6 +18,7 @@ to 974 are trained on, 2 to 4 are the three that are shown solved, and the other
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -196,4 +197,4 @@ def _mbpp_opening(row: Mapping[str, Any]) -> str:
 
 
 def _truth(tests: code.Asserts) -> str:
-    return json.dumps({"tests": tests.tests, "names": tests.names, "given": tests.given})
+    return json.dumps(asdict(tests))
