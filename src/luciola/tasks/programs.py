@@ -120,18 +120,18 @@ class Mbpp(_Programs):
         return len(self._rows(split))
 
     def _rows(self, split: Split) -> tuple[Problem, ...]:
-        _refuse_without_sandbox()
+        refuse_without_sandbox()
         return _mbpp(self.path, version(self.path))[split]
 
 
-def _refuse_without_sandbox() -> None:
+def refuse_without_sandbox() -> None:
     """Before any program is asked for: a grader that raises would only be counted as a crash."""
     if reason := sandbox.unavailable():
         raise sandbox.SandboxError(reason)
 
 
 def _human_eval() -> tuple[Problem, ...]:
-    _refuse_without_sandbox()
+    refuse_without_sandbox()
     return _read_human_eval()
 
 

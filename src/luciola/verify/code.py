@@ -31,6 +31,7 @@ import builtins
 import json
 import os
 import re
+import shutil
 import symtable
 import threading
 import warnings
@@ -47,7 +48,7 @@ from luciola.verify import sandbox
 from luciola.verify.extract import Found, after_thinking
 from luciola.verify.verdict import Verdict, correct, no_answer, wrong
 
-__all__ = ["Asserts", "Pairs", "Tests", "extract", "grade", "grade_many", "read_tests", "tests_of"]
+__all__ = ["Asserts", "Pairs", "Tests", "extract", "grade", "grade_many", "read_tests", "tests_of", "without_compiler"]
 
 Language = Literal["python", "c++"]
 MAX_PROGRAM = 100_000  # characters
@@ -107,6 +108,8 @@ class Asserts:
         used = _free_names("\n".join(filter(None, (self.given, *self.tests))))
         if not self.names:
             object.__setattr__(self, "names", tuple(sorted(used)))
+        if not self.names:
+            raise ValueError("`tests` take no name from the program, so they test nothing of it; call its functions")
         if self.classes is None:
             object.__setattr__(self, "classes", tuple(name for name in self.names if name[0].isupper()))
 
@@ -128,7 +131,8 @@ class Asserts:
             warnings.simplefilter("ignore", DeprecationWarning)
             body = ast.parse(row["code"]).body
         tests = tuple(row["test_list"])
-        used = _free_names("\n".join(tests))
+        nodes = ast.walk(ast.parse("\n".join(tests)))
+        used = {node.id for node in nodes if isinstance(node, ast.Name)}  # some are called like a built-in function
         functions, classes = (
             sorted({node.name for node in body if isinstance(node, kind)} & used)
             for kind in (ast.FunctionDef, ast.ClassDef)
@@ -227,6 +231,13 @@ def grade(completion: str, tests: Tests, *, seconds: float = SECONDS, memory_mb:
     return _run_asserts(_encoded(f"{tests.given}\n{program}"), tests, seconds, memory_mb)
 
 
+def without_compiler() -> str:
+    """Why programs in C++ cannot be judged on this machine, and the mend; "" where they can."""
+    if shutil.which("g++", path="/usr/bin:/bin"):  # the sandbox has no other folders of programs
+        return ""
+    return "programs in C++ need g++ in /usr/bin; install it (Debian, Ubuntu: apt-get install g++)"
+
+
 def grade_many(pairs: Sequence[tuple[str, Tests]]) -> list[Verdict]:
     """`grade` for every (completion, tests), side by side; verdicts in the order of the pairs."""
     with ThreadPoolExecutor(hardware.cores()) as threads:
@@ -321,6 +332,8 @@ def _run_pairs(program: bytes, tests: Pairs, seconds: float, memory_mb: int) -> 
     if tests.language == "python":
         argv, files = [*sandbox.PYTHON, "/tmp/solution.py"], {"solution.py": program}
     else:
+        if reason := without_compiler():
+            raise sandbox.SandboxError(reason)
         compiled = sandbox.run(
             ["sh", "-c", "g++ -std=c++20 -O1 -x c++ solution.cpp threads.cpp -o program && cat program"],
             seconds=_COMPILE_SECONDS,
