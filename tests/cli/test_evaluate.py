@@ -181,3 +181,14 @@ def test_programs_have_pass_at_k_and_neither_votes_nor_form(workplace: Path, mod
     assert "maj@k" not in found and "format_rate" not in found
     assert sum(found["verdicts"].values()) == 3
     assert evaluate(model, "mbpp", *OPTIONS).exit_code == 2
+
+
+@pytest.mark.skipif(bool(sandbox.unavailable()), reason=sandbox.unavailable() or "")
+def test_programming_problems_of_ones_own_are_measured(workplace: Path, model: str) -> None:
+    row = {"prompt": "Print 1.", "pairs": [["", "1"]]}
+    (workplace / "problems.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "prompt": "One."}) + "\n")
+    result = evaluate(model, "programs=problems.jsonl", *OPTIONS, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["problems"], found["pass@1"]) == (2, 0.0)
+    assert "maj@k" not in found

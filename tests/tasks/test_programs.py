@@ -16,6 +16,7 @@ from luciola.tasks.named import table
 from luciola.tasks.programs import CODE_INSTRUCTION, _read_human_eval
 from luciola.text.tokenizer import Tokenizer
 from luciola.verify import sandbox
+from luciola.verify.code import Asserts
 
 needs_sandbox = pytest.mark.skipif(bool(sandbox.unavailable()), reason=sandbox.unavailable() or "")
 SOME = 8
@@ -125,6 +126,13 @@ def test_mbpp_is_judged_by_its_tests(mbpp: Path, form: Any) -> None:
     kinds = [v.kind for v in judge(task, [problem], [texts])[0]]
     assert kinds == ["correct", "wrong", "wrong", kinds[3], kinds[4]]
     assert set(kinds[3:]) <= {"no_answer", "wrong"}
+
+
+def test_a_function_of_mbpp_may_be_called_like_a_built_in_one() -> None:
+    tests = Asserts.of_mbpp(
+        {"code": "class A: pass\ndef sum(a, b): pass", "test_list": ["assert sum(A(), len('')) == 2"]}
+    )
+    assert (tests.names, tests.classes) == (("sum", "A"), ("A",))
 
 
 @needs_sandbox

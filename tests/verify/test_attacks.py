@@ -33,6 +33,13 @@ def test_there_are_many_and_each_is_named_once() -> None:
     assert len({case.name for case in attacks}) == len(attacks)
 
 
+def test_an_honest_program_passes_the_tests_of_every_attack() -> None:
+    honest = {case.prompt: case.completion for case in CASES if case.role == "honest"}
+    pairs = {(honest[case.prompt], case.truth) for case in CASES}
+    for verdict in code.grade_many([(completion, code.read_tests(truth)) for completion, truth in sorted(pairs)]):
+        assert verdict.kind == "correct", verdict
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_what_an_attack_earns_and_leaves_behind(case: court.Case) -> None:
     before = ours()

@@ -64,10 +64,10 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out problems of a task, or on a text.
 
-    Tasks are arithmetic, countdown, gsm8k=FILE, math=FILE, jsonl=FILE, humaneval, mbpp=FILE, reasoning_gym or
-    reasoning_gym=NAME,NAME; without any it is the task that the run was trained on. Accuracy is greedy; pass@1 is the
-    mean over the samples; intervals are Wilson's, 95 %, over problems. The perplexity of weights in int8 or int4 is set
-    beside that of the weights as they were.
+    Tasks are arithmetic, countdown, gsm8k=FILE, math=FILE, jsonl=FILE, humaneval, mbpp=FILE, programs=FILE,
+    reasoning_gym or reasoning_gym=NAME,NAME; without any it is the task that the run was trained on. Accuracy is
+    greedy; pass@1 is the mean over the samples; intervals are Wilson's, 95 %, over problems. The perplexity of weights
+    in int8 or int4 is set beside that of the weights as they were.
 
     \b
     Examples:

@@ -9,11 +9,12 @@ from luciola.tasks.base import Problem, Split, Task
 from luciola.tasks.countdown import Countdown
 from luciola.tasks.jsonl import Jsonl
 from luciola.tasks.mixture import Mixture
+from luciola.tasks.program_file import Programs
 from luciola.tasks.programs import HumanEval, Mbpp
 from luciola.tasks.reasoning_gym import ReasoningGym
 
 TaskConfig = Annotated[
-    Arithmetic | Countdown | HumanEval | Jsonl | Mbpp | Mixture | ReasoningGym, Field(discriminator="name")
+    Arithmetic | Countdown | HumanEval | Jsonl | Mbpp | Mixture | Programs | ReasoningGym, Field(discriminator="name")
 ]
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Mbpp",
     "Mixture",
     "Problem",
+    "Programs",
     "ReasoningGym",
     "Split",
     "Task",

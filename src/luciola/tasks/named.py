@@ -8,6 +8,7 @@
 | `humaneval`                                 | all of HumanEval's                                             |
 | `mbpp=FILE`                                 | those of MBPP's test split, 500                                |
 | `jsonl=FILE`                                | all of a file with the fields `question` and `answer`          |
+| `programs=FILE`                             | all of a file with the fields `prompt`, and `pairs` or `tests` |
 | `reasoning_gym`, `reasoning_gym=NAME,NAME`  | Reasoning Gym's, all or these                                  |
 
 A file that is named here is evaluated as a whole, the rows that training would see included; but MBPP has a
@@ -29,6 +30,7 @@ _OF_FILES: dict[str, dict[str, Any]] = {
     },
     "jsonl": {"name": "jsonl"},
     "mbpp": {"name": "mbpp"},
+    "programs": {"name": "programs"},
 }
 _MADE_UP = ("arithmetic", "countdown", "humaneval", "reasoning_gym")
 

@@ -18,6 +18,7 @@ to 974 are trained on, 2 to 4 are the three that are shown solved, and the other
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -119,18 +120,18 @@ class Mbpp(_Programs):
         return len(self._rows(split))
 
     def _rows(self, split: Split) -> tuple[Problem, ...]:
-        _refuse_without_sandbox()
+        refuse_without_sandbox()
         return _mbpp(self.path, version(self.path))[split]
 
 
-def _refuse_without_sandbox() -> None:
+def refuse_without_sandbox() -> None:
     """Before any program is asked for: a grader that raises would only be counted as a crash."""
     if reason := sandbox.unavailable():
         raise sandbox.SandboxError(reason)
 
 
 def _human_eval() -> tuple[Problem, ...]:
-    _refuse_without_sandbox()
+    refuse_without_sandbox()
     return _read_human_eval()
 
 
@@ -196,4 +197,4 @@ def _mbpp_opening(row: Mapping[str, Any]) -> str:
 
 
 def _truth(tests: code.Asserts) -> str:
-    return json.dumps({"tests": tests.tests, "names": tests.names, "given": tests.given})
+    return json.dumps(asdict(tests))

@@ -74,16 +74,22 @@ def code_cases() -> list[Case]:
     table = tomllib.loads((CASES / "programs.toml").read_text(encoding="utf-8"))
     prompts = {"function": table["prompt"], "stdin": table["prompt_stdin"]}
     truths = {"function": table["asserts"].strip(), "stdin": json.dumps({"pairs": table["pairs"]})}
-    programs: list[tuple[str, str, str, Role]] = [
-        ("a wrong function", "function", "def nth_prime(n):\n    return 4\n", "wrong"),
-        ("a wrong program", "stdin", "print(4)\n", "wrong"),
-        ("an honest function", "function", table["honest"], "honest"),
-        ("an honest program", "stdin", table["honest_stdin"], "honest"),
-        *((row["name"], row["form"], row["program"], "cheat") for row in table["attack"]),
+    programs: list[tuple[dict[str, str], Role]] = [
+        ({"name": "a wrong function", "form": "function", "program": "def nth_prime(n):\n    return 4\n"}, "wrong"),
+        ({"name": "a wrong program", "form": "stdin", "program": "print(4)\n"}, "wrong"),
+        ({"name": "an honest function", "form": "function", "program": table["honest"]}, "honest"),
+        ({"name": "an honest program", "form": "stdin", "program": table["honest_stdin"]}, "honest"),
+        *((row, "cheat") for row in table["attack"]),
     ]
     return [
-        Case(name, prompts[form], f"<think>work</think>\n```python\n{program.strip()}\n```", truths[form], role)
-        for name, form, program, role in programs
+        Case(
+            row["name"],
+            prompts[row["form"]],
+            f"<think>work</think>\n```python\n{row['program'].strip()}\n```",
+            row.get("asserts", truths[row["form"]]).strip(),
+            role,
+        )
+        for row, role in programs
     ]
 
 
