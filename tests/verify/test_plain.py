@@ -275,6 +275,8 @@ def test_units_intervals_and_fractions_that_are_not(given: str, truth: str) -> N
         ("\\text{Area} = 2x", "2x", "correct"),
         ("\\theta = 2\\pi", "2\\pi", "correct"),
         ("f'(x) = 3x", "2x", "wrong"),
+        ("2n^2 - n\\text{ cm}", "2n^2 - n", "correct"),
+        ("2n^2 - n\\text{ cm}", "2n^2 - n\\text{ m}", "wrong"),
     ],
 )
 def test_units_and_intervals_that_need_algebra(given: str, truth: str, kind: str) -> None:

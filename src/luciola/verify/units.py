@@ -110,16 +110,17 @@ def split(text: str) -> tuple[str, Unit]:
     start, in_text = max(0, len(written) - _LONGEST), _IN_TEXT.search(text) is not None
     while found := _TAIL.search(written, start):
         before = written[: found.start()].rstrip()
-        if not re.search(r"[0-9\\]", before) or before.endswith(_UNFINISHED):
+        if not re.search(r"[0-9\\]", before):
             break
-        if (unit := _read(found[0], in_text or not _NUMERIC.sub("", before))) is not None:
+        unit = _read(found[0], in_text or not _NUMERIC.sub("", before))
+        if unit is not None and not before.endswith(_UNFINISHED):
             names = [name for _, name, _, _ in _FACTOR.findall(found[1])]
             if all(len(name) == 1 and (name.isalpha() or name == "°") for name in names):
                 if _NUMERIC.sub("", before):  # 2m + s, sin 30°
                     break
                 return (before if names == ["°"] else text), unit
             return before, unit
-        start = found.start(1) + 1  # perhaps a shorter one: in "5 million dollars"
+        start = found.start(1) + 1  # perhaps a shorter one: in "5 million dollars", in "2 - n cm"
     return text, {}
 
 
