@@ -173,7 +173,7 @@ def test_a_verifier_that_always_fails_stops_the_run(recipe: Make, monkeypatch: p
 
     monkeypatch.setattr(Arithmetic, "grade", grade)
     with pytest.raises(
-        ValueError, match=r"failed on (\d+) of the first \1 .* step 1, .*\(crash: ZeroDivisionError: division by zero\)"
+        ValueError, match=r"failed on (\d+) of the first \1 .* step 1, .*\(crash: ZeroDivisionError: division by zero; "
     ):
         grpo(recipe())
 
