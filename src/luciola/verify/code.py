@@ -227,8 +227,9 @@ def grade(completion: str, tests: Tests, *, seconds: float = SECONDS, memory_mb:
     if isinstance(tests, Pairs):
         return _run_pairs(_encoded(dedent(found.answer)), tests, seconds, memory_mb)
     unfinished = tests.given.rstrip().rpartition("\n")[2][:1].isspace()  # a function, whose body the program may be
-    program = found.answer if unfinished else dedent(found.answer)
-    return _run_asserts(_encoded(f"{tests.given}\n{program}"), tests, seconds, memory_mb)
+    parts = ("", f"{tests.given}\n{found.answer}") if unfinished else (tests.given, dedent(found.answer))
+    files = {name: _encoded(text) for name, text in zip(("given.py", "solution.py"), parts, strict=True)}
+    return _run_asserts(files, tests, seconds, memory_mb)
 
 
 def without_compiler() -> str:
@@ -281,7 +282,7 @@ def _encoded(program: str) -> bytes:
     return program.encode(errors="replace")
 
 
-def _run_asserts(program: bytes, tests: Asserts, seconds: float, memory_mb: int) -> Verdict:
+def _run_asserts(program: Mapping[str, bytes], tests: Asserts, seconds: float, memory_mb: int) -> Verdict:
     used, free = (_free_names("\n".join(texts)) for texts in (tests.tests, (tests.given, *tests.tests)))
     names = set(tests.names)
     task = {**asdict(tests), "seconds": seconds, "used": sorted(used & names), "missing": sorted(free - names)}
@@ -295,7 +296,7 @@ def _run_asserts(program: bytes, tests: Asserts, seconds: float, memory_mb: int)
             stdout=reply,
             seconds=seconds + _GRACE,
             memory_mb=memory_mb,
-            files={"inside.py": _INSIDE, "solution.py": program},
+            files={"inside.py": _INSIDE, **program},
         )
         with answering:
             asking = sandbox.Program(
