@@ -21,7 +21,7 @@ Expected results never enter the sandbox of the program. So whatever it does the
 objects that equal everything, look through frames and files), it has to return or print the right thing.
 
 A program that runs into a limit is wrong, as it is the program that is too slow or too large; and so is one whose
-result is an object that tests for plain values cannot use (`inside.py` says what is carried). "timeout" and "crash" are
+result is an object that tests for plain values cannot use (`carried.py`). "timeout" and "crash" are
 about the tests: they did not end, use a name that neither they nor Python define, hand over what cannot be carried, or
 never call the program.
 """
@@ -69,7 +69,7 @@ __attribute__((constructor)) static void small_stacks() {
     pthread_setattr_default_np(&small);
 }
 """
-_INSIDE = Path(__file__).with_name("inside.py").read_bytes()
+_INSIDE = {name: Path(__file__).with_name(name).read_bytes() for name in ("inside.py", "carried.py")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,13 +296,13 @@ def _run_asserts(program: Mapping[str, bytes], tests: Asserts, seconds: float, m
             stdout=reply,
             seconds=seconds + _GRACE,
             memory_mb=memory_mb,
-            files={"inside.py": _INSIDE, **program},
+            files={**_INSIDE, **program},
         )
         with answering:
             asking = sandbox.Program(
                 [*sandbox.PYTHON, "/tmp/inside.py", "tests", str(call), str(replies)],
                 seconds=seconds + _GRACE,
-                files={"inside.py": _INSIDE, "tests.json": json.dumps(task).encode()},
+                files={**_INSIDE, "tests.json": json.dumps(task).encode()},
                 keep=(call, replies),
             )
             while pipes:
