@@ -121,6 +121,7 @@ def test_values_of_the_standard_library_come_through() -> None:
         ("def f(a):\n    a.remove(2)", "a = [1, 2, 3]\nf(a)\nassert a == [1, 3]"),
         ("def f(*, a):\n    a['x'] = [1]", "a = {}\nf(a=a)\nassert a == {'x': [1]}"),
         ("LIMIT = 10", "assert LIMIT == 10"),
+        ("class f:\n    def __getitem__(self, i):\n        return 'abc'[i]", "assert f()[1:] == 'bc'"),
         ("import json\nf = json.loads", "try:\n    f('{')\nexcept ValueError:\n    pass\nelse:\n    assert 0"),
         ("f = {}.__getitem__", "try:\n    f('a')\nexcept KeyError as e:\n    assert e.args == ('a',)\nelse:\n    0/0"),
         (
@@ -136,6 +137,12 @@ def test_values_of_the_standard_library_come_through() -> None:
 )  # fmt: skip
 def test_what_honest_programs_do(program: str, test: str) -> None:
     assert kind(program, Asserts((test,))) == ("correct", "")
+
+
+@needs_sandbox
+def test_a_program_has_a_beginning_of_its_own_behind_what_is_given() -> None:
+    tests = Asserts(("assert f(4) == 2",), given="import math")
+    assert kind("from __future__ import annotations\ndef f(x):\n    return math.sqrt(x)", tests) == ("correct", "")
 
 
 STACK = """

@@ -21,7 +21,7 @@ Expected results never enter the sandbox of the program. So whatever it does the
 objects that equal everything, look through frames and files), it has to return or print the right thing.
 
 A program that runs into a limit is wrong, as it is the program that is too slow or too large; and so is one whose
-result is an object that tests for plain values cannot use (`inside.py` says what is carried). "timeout" and "crash" are
+result is an object that tests for plain values cannot use (`carried.py`). "timeout" and "crash" are
 about the tests: they did not end, use a name that neither they nor Python define, hand over what cannot be carried, or
 never call the program.
 """
@@ -69,7 +69,7 @@ __attribute__((constructor)) static void small_stacks() {
     pthread_setattr_default_np(&small);
 }
 """
-_INSIDE = Path(__file__).with_name("inside.py").read_bytes()
+_INSIDE = {name: Path(__file__).with_name(name).read_bytes() for name in ("inside.py", "carried.py")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +227,9 @@ def grade(completion: str, tests: Tests, *, seconds: float = SECONDS, memory_mb:
     if isinstance(tests, Pairs):
         return _run_pairs(_encoded(dedent(found.answer)), tests, seconds, memory_mb)
     unfinished = tests.given.rstrip().rpartition("\n")[2][:1].isspace()  # a function, whose body the program may be
-    program = found.answer if unfinished else dedent(found.answer)
-    return _run_asserts(_encoded(f"{tests.given}\n{program}"), tests, seconds, memory_mb)
+    parts = ("", f"{tests.given}\n{found.answer}") if unfinished else (tests.given, dedent(found.answer))
+    files = {name: _encoded(text) for name, text in zip(("given.py", "solution.py"), parts, strict=True)}
+    return _run_asserts(files, tests, seconds, memory_mb)
 
 
 def without_compiler() -> str:
@@ -281,7 +282,7 @@ def _encoded(program: str) -> bytes:
     return program.encode(errors="replace")
 
 
-def _run_asserts(program: bytes, tests: Asserts, seconds: float, memory_mb: int) -> Verdict:
+def _run_asserts(program: Mapping[str, bytes], tests: Asserts, seconds: float, memory_mb: int) -> Verdict:
     used, free = (_free_names("\n".join(texts)) for texts in (tests.tests, (tests.given, *tests.tests)))
     names = set(tests.names)
     task = {**asdict(tests), "seconds": seconds, "used": sorted(used & names), "missing": sorted(free - names)}
@@ -295,13 +296,13 @@ def _run_asserts(program: bytes, tests: Asserts, seconds: float, memory_mb: int)
             stdout=reply,
             seconds=seconds + _GRACE,
             memory_mb=memory_mb,
-            files={"inside.py": _INSIDE, "solution.py": program},
+            files={**_INSIDE, **program},
         )
         with answering:
             asking = sandbox.Program(
                 [*sandbox.PYTHON, "/tmp/inside.py", "tests", str(call), str(replies)],
                 seconds=seconds + _GRACE,
-                files={"inside.py": _INSIDE, "tests.json": json.dumps(task).encode()},
+                files={**_INSIDE, "tests.json": json.dumps(task).encode()},
                 keep=(call, replies),
             )
             while pipes:
