@@ -26,23 +26,23 @@ def figures(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def evaluation(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The figures of `luciola.evaluate` that one looks at first, as rows of name and value."""
-    k = result.get("samples", 0)
-    rows = [("accuracy", f"{result['accuracy']:.1%}")]
-    if "accuracy_low" in result:
-        rows.append(("  95 % interval", f"{result['accuracy_low']:.1%} to {result['accuracy_high']:.1%}"))
+    """The figures of `luciola.evaluate` that one looks at first, as rows of name and value, the first two with 95 %
+    intervals. No name comes twice: rows of several results are joined by it."""
     names = {
+        "accuracy": "accuracy",
         "pass@1": "pass@1",
-        "pass@k": f"pass@{k}",
-        "maj@k": f"maj@{k}",
+        "pass@k": f"pass@{result.get('samples', 0)}",
+        "maj@k": f"maj@{result.get('samples', 0)}",
         "format_rate": "well formed",
         "truncated": "truncated",
     }
+    rows = []
     for name, label in names.items():
         if name in result:
-            rows.append((label, f"{result[name]:.1%}"))
-        if name == "pass@1" and "pass@1_low" in result:
-            rows.append(("  95 % interval", f"{result['pass@1_low']:.1%} to {result['pass@1_high']:.1%}"))
+            value = f"{result[name]:.1%}"
+            if name in ("accuracy", "pass@1") and f"{name}_low" in result:
+                value += f" ({result[f'{name}_low']:.1%} to {result[f'{name}_high']:.1%})"
+            rows.append((label, value))
     if "mean_length" in result:
         rows.append(("mean length", f"{result['mean_length']:.1f} tokens"))
     if "training_tokens" in result:
