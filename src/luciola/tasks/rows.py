@@ -7,6 +7,7 @@ A row is held out by a hash of its question, so that a question which occurs twi
 import hashlib
 import json
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,8 +20,8 @@ from luciola.tasks.base import Problem, Split, split_of
 Row = TypeVar("Row")
 
 
-class FileTask(BaseModel):
-    """What the tasks have in common whose problems are the rows of a file. Not a task by itself."""
+class FileTask(BaseModel, ABC):
+    """What the tasks have in common whose problems are the rows of a file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     graded_elsewhere: ClassVar[bool] = True  # see tasks/base.py
@@ -29,13 +30,13 @@ class FileTask(BaseModel):
     heldout_path: Path | None = Field(None, description="a file of problems to evaluate on, instead of a share of path")
     held_out_fraction: float = Field(0.1, gt=0, lt=1, description="share of the questions kept for evaluation")
 
+    @abstractmethod
     def parse(self, row: dict[str, Any]) -> Problem:
         """The problem of a row.
 
         Raises:
             ValueError: the row is not what it should be.
         """
-        raise NotImplementedError
 
     def problem(self, split: Split, index: int, seed: int) -> Problem:
         """Row `index` of the split in a shuffled order, which is another one in each pass over the data.
