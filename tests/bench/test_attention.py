@@ -6,7 +6,7 @@ import torch
 from luciola.bench import attention as bench
 from luciola.bench.attention import Case
 from luciola.model import attention
-from luciola.model.native import causal
+from luciola.model.native.repeat import usable
 
 
 @pytest.mark.parametrize("case", [Case(3, 7, 4, 2, 5, 6), Case(6, 7, 4, 2, 5, 6, prompt=3, group=3)])
@@ -19,7 +19,7 @@ def test_arithmetic_is_that_of_what_each_query_sees_once(case: Case) -> None:
     assert bench._flops(case) == products * (2 * (case.width + case.v_width) + 2 * case.width + case.v_width)
 
 
-@pytest.mark.skipif(not causal.usable(torch.zeros(1)), reason="there are no native kernels here")
+@pytest.mark.skipif(not usable(torch.zeros(1)), reason="there are no native kernels here")
 def test_both_ways_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "CASES", {"rows": Case(2, 9, 4, 2, 5, 6), "group": Case(4, 9, 4, 2, 5, 6, 3, 2)})
     monkeypatch.setattr(bench.hardware, "gemm_peak", lambda dtype: 1e12)

@@ -12,10 +12,11 @@ from luciola.model import attention
 from luciola.model.attention import Context, attend, visible
 from luciola.model.layout import Layout
 from luciola.model.native import causal
+from luciola.model.native.repeat import usable
 from luciola.model.rope import Rotation
 
 NOWHERE = Rotation(torch.ones(0), torch.zeros(0))
-pytestmark = pytest.mark.skipif(not causal.usable(torch.zeros(1)), reason="there are no native kernels here")
+pytestmark = pytest.mark.skipif(not usable(torch.zeros(1)), reason="there are no native kernels here")
 
 
 def heads(seed: int, B: int, H: int, G: int, T: int, D: int, V: int) -> list[Tensor]:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from luciola.model.mlp import SwiGLU
 from luciola.model.native import pointwise
+from luciola.model.native.repeat import usable
 from luciola.model.norm import RMSNorm
 from luciola.model.rope import Rotation, rotate, turn
 
-pytestmark = pytest.mark.skipif(not pointwise.usable(torch.zeros(1)), reason="there are no native kernels here")
+pytestmark = pytest.mark.skipif(not usable(torch.zeros(1)), reason="there are no native kernels here")
 SHAPES = [(1, 1), (3, 5), (2, 7, 16), (130, 24), (65, 352), (2, 300, 128)]
 
 

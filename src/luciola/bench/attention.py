@@ -17,7 +17,7 @@ from luciola.bench.turns import Turn, compare, machine
 from luciola.model import attention
 from luciola.model.attention import Context, attend
 from luciola.model.layout import Layout
-from luciola.model.native import causal
+from luciola.model.native.repeat import usable
 from luciola.model.rope import Rotation
 
 PEERS = ("torch",)
@@ -53,7 +53,7 @@ def run(against: str = PEERS[0]) -> dict[str, Any]:
     Raises:
         RuntimeError: there is no C compiler, and so no kernel.
     """
-    if not causal.usable(torch.zeros(1)):
+    if not usable(torch.zeros(1)):
         raise RuntimeError("there is no kernel to measure; `luciola doctor` says why")
     peak, result = hardware.gemm_peak("float32"), {}
     for name, case in CASES.items():

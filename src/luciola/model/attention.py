@@ -15,6 +15,7 @@ from torch import Tensor
 
 from luciola.model.layout import Layout
 from luciola.model.native import causal
+from luciola.model.native.repeat import usable
 from luciola.model.rope import Rotation
 
 SHORT = 2048  # tokens of a row up to which the kernel of native.causal is the faster one
@@ -70,7 +71,7 @@ def attend(
     layout, begins_BT = context.layout, context.begins_BT
     rows, longest = (len(k_BGSD), k_BGSD.shape[2]) if layout is None else (layout.families, layout.shape[1])
     busy = rows * k_BGSD.shape[1] >= torch.get_num_threads()
-    if q_BHTD.shape[2] == k_BGSD.shape[2] and longest <= SHORT and busy and causal.usable(q_BHTD, k_BGSD, v_BGSD):
+    if q_BHTD.shape[2] == k_BGSD.shape[2] and longest <= SHORT and busy and usable(q_BHTD, k_BGSD, v_BGSD):
         return causal.causal_attend(q_BHTD, k_BGSD, v_BGSD, scale, window, begins_BT, layout)
     if layout is not None:
         q_BHTD, k_BGSD, v_BGSD = layout.spread(q_BHTD), layout.spread(k_BGSD), layout.spread(v_BGSD)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from luciola.model.joined import joined, weight_of
 from luciola.model.native import pointwise
 from luciola.model.native.linear import Product
+from luciola.model.native.repeat import usable
 from luciola.model.norm import RMSNorm
 
 
@@ -23,7 +24,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., hidden); returns the same shape."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        h = pointwise.swiglu(gate, up) if pointwise.usable(gate, up) else F.silu(gate) * up
+        h = pointwise.swiglu(gate, up) if usable(gate, up) else F.silu(gate) * up
         return self.down_proj(h)  # type: ignore[no-any-return]
 
     def prepare(self, norm: RMSNorm) -> None:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from luciola.model.native import pointwise
+from luciola.model.native.repeat import usable
 
 
 class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
-        if pointwise.usable(x, weight):
+        if usable(x, weight):
             y, r = pointwise.rms_norm(x, weight, eps)
             ctx.save_for_backward(x, r, weight)
             return y
@@ -32,7 +33,7 @@ class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         x, r, weight = ctx.saved_tensors
-        if pointwise.usable(g, x, weight):
+        if usable(g, x, weight):
             return *pointwise.rms_norm_gradients(g, x, r, weight), None
         width = x.shape[-1]
         gx = (g * x).reshape(-1, width).to(r.dtype)

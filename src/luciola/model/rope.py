@@ -17,6 +17,7 @@ from torch import Tensor
 
 from luciola.model.config import ModelConfig, RopeScaling, yarn_temperature
 from luciola.model.native import pointwise
+from luciola.model.native.repeat import usable
 
 
 class Rotation(NamedTuple):
@@ -30,7 +31,7 @@ def turn(x: Tensor, rotation: Rotation, interleaved: bool, *, back: bool = False
     """Turn x_B..Td by `rotation`, or `back` by the opposite angles (the inverse, and what gradients go through); axes
     between B and T (heads) share the angles. Returns x's shape, order and dtype, contiguous. Not recorded by
     autograd."""
-    if not interleaved and x.ndim == 4 and pointwise.usable(x):
+    if not interleaved and x.ndim == 4 and usable(x):
         return pointwise.turn(x, *rotation, back=back)
     cos, sin = rotation.cos, -rotation.sin if back else rotation.sin
     if cos.ndim == 3:

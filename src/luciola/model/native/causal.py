@@ -42,11 +42,6 @@ class _Causal(ctypes.Structure):
     )
 
 
-def usable(*tensors: Tensor) -> bool:
-    """Whether the kernel takes these: float32 on a CPU, where there is a C compiler."""
-    return all(x.dtype is torch.float32 and x.is_cpu for x in tensors) and kernel("luciola_causal") is not None
-
-
 def causal_attend(
     q_BHTD: Tensor,
     k_BGTD: Tensor,

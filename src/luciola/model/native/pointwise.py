@@ -45,12 +45,6 @@ class _Turn(ctypes.Structure):
     )
 
 
-def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: float32 on a CPU, with numbers in them, where there is a C compiler."""
-    native = kernel("luciola_turn") is not None
-    return native and all(x.dtype is torch.float32 and x.is_cpu and x.numel() > 0 for x in tensors)
-
-
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y = w x r with r = 1 / sqrt(mean(x^2) + eps) of the last axis; returns y and r, x's shape without that axis."""
     x, weight_D = x.contiguous(), weight_D.contiguous()

@@ -34,6 +34,11 @@ def kernel(name: str) -> Kernel | None:
     return None if native is None else Kernel(getattr(native, name))
 
 
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels of training take these: float32 on a CPU, with numbers in them, where there is a compiler."""
+    return library() is not None and all(x.dtype is torch.float32 and x.is_cpu and x.numel() > 0 for x in tensors)
+
+
 class Kernel:
     """A native function."""
 
