@@ -26,11 +26,9 @@ from luciola.rl.grpo import trainer_of
 from luciola.rl.objective import preference_losses, terms
 from luciola.rl.rollout import Rollout
 from luciola.rl.update import Part, kl_in_loss, losses, optimizer_steps, step_samples
-from luciola.run.again import last_step, standing_at
+from luciola.run.again import last_step, same_loss, standing_at
 from luciola.text.tokenizer import Tokenizer
 from luciola.train.schedule import learning_rate
-
-TOLERANCE = {"rel_tol": 1e-4, "abs_tol": 1e-6}  # sums of float32 in another order
 
 
 @dataclass(slots=True)
@@ -104,8 +102,8 @@ class Explanation:
     @property
     def agrees(self) -> bool:
         """Whether the contributions sum up to the trainer's loss, and that is what was logged."""
-        logged = self.logged_loss is None or math.isclose(self.step_loss, self.logged_loss, **TOLERANCE)
-        return logged and math.isclose(self.loss, self.trainer_loss, **TOLERANCE)
+        logged = self.logged_loss is None or same_loss(self.step_loss, self.logged_loss)
+        return logged and same_loss(self.loss, self.trainer_loss)
 
 
 def explain_loss(path: Path) -> Explanation:

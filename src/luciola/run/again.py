@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,11 @@ def last_step(path: Path) -> tuple[int, float | None]:
     kept = sorted(int(folder.name.removeprefix("step-")) for folder in (path / "checkpoints").glob("step-*"))
     done = max((step for step in (0, *kept) if step + 1 in logged), default=0)
     return done, logged.get(done + 1)
+
+
+def same_loss(first: float, second: float) -> bool:
+    """Whether two losses are equal but for float32 sums taken in another order."""
+    return math.isclose(first, second, rel_tol=1e-4, abs_tol=1e-6)
 
 
 @contextmanager

@@ -19,15 +19,12 @@ from luciola.model.lora import Lora
 from luciola.model.transformer import Transformer
 from luciola.recipe import PretrainRecipe, SftRecipe, check, read_toml
 from luciola.run import Run
-from luciola.run.again import last_step, standing_at
+from luciola.run.again import last_step, same_loss, standing_at
 from luciola.text.tokenizer import Tokenizer
 from luciola.train import pretrain, sft, state
 from luciola.train.loop import TrainRecipe, forward, train_step
 from luciola.train.optim import Optimizer
 from luciola.weights.opening import full_name
-
-TOLERANCE = {"rel_tol": 1e-4, "abs_tol": 1e-6}  # sums of float32 in another order
-
 
 _BALANCE = {
     "balance_loss": (
@@ -84,8 +81,8 @@ class TrainingExplanation:
     @property
     def agrees(self) -> bool:
         """Whether the contributions sum up to the trainer's loss, and that is what was logged."""
-        logged = self.logged_loss is None or math.isclose(self.trainer_loss, self.logged_loss, **TOLERANCE)
-        return logged and math.isclose(self.loss, self.trainer_loss, **TOLERANCE)
+        logged = self.logged_loss is None or same_loss(self.trainer_loss, self.logged_loss)
+        return logged and same_loss(self.loss, self.trainer_loss)
 
 
 def explain_training(path: Path, kind: str) -> TrainingExplanation:
